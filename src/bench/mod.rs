@@ -1,0 +1,2 @@
+//! Scenarios, statistics, tables.
+#![forbid(unsafe_code)]

@@ -1,0 +1,105 @@
+//! `[kv]`: the link between a prefill and a decode worker.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A way for bytes to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Path {
+    /// A peer GPU's region, mapped: one host, peer access.
+    CudaIpc,
+    /// `ncclSend` and `ncclRecv` through staging.
+    Nccl,
+    /// Whatever NIXL's backends reach.
+    Nixl,
+    /// Host memory of one host: a shared mapping, or `process_vm_readv`.
+    Shm,
+    /// Plain sockets: host memory anywhere.
+    Tcp,
+}
+
+impl Path {
+    /// The name used in configuration, records, metrics and the ready line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CudaIpc => "cuda-ipc",
+            Self::Nccl => "nccl",
+            Self::Nixl => "nixl",
+            Self::Shm => "shm",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// Which transfers carry a digest of their KV (KV-4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum DigestPolicy {
+    Off,
+    /// One transfer in `digest_sample_every`.
+    #[default]
+    Sampled,
+    Every,
+}
+
+/// How KV blocks leave a prefill worker and reach a decode worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct KvConfig {
+    /// Paths allowed, best first. Default: what `kv_connector` prefers and the engine's memory can use. A path that is
+    /// not listed is never used, also not as a fall-back.
+    pub paths: Option<Vec<Path>>,
+    /// How long prefill holds blocks that nobody claims or renews, in milliseconds. Default 30000. Longer costs blocks
+    /// that a vanished decode worker still pins.
+    pub lease_ms: u64,
+    /// How long one transfer may take from claim to validation before it is failed, in milliseconds. Default 20000.
+    /// Must be shorter than `lease_ms`, or a slow transfer loses its blocks (KV-2).
+    pub transfer_timeout_ms: u64,
+    /// How long connecting to a peer and shaking hands may take, in milliseconds. Default 2000.
+    pub connect_timeout_ms: u64,
+    /// How often a silent control connection is probed, in milliseconds. Default 250.
+    pub ping_interval_ms: u64,
+    /// Silence after which a peer counts as dead, in milliseconds. Default 1000 (KV-8). Must be at least three pings.
+    pub peer_timeout_ms: u64,
+    /// Which transfers carry a digest. Default `sampled`. `every` reads all KV once more on both sides.
+    pub digest: DigestPolicy,
+    /// With `digest = "sampled"`: one transfer in this many. Default 16.
+    pub digest_sample_every: u32,
+    /// Threads that copy, per worker process. Default: half the cores, 1 to 8. Each is a core while a transfer runs.
+    pub copy_threads: Option<usize>,
+    /// Sockets per pair of workers on the `tcp` path. Default 2. More help only where one socket cannot fill the link.
+    pub tcp_streams: usize,
+    /// Most transfers in flight to one peer; more wait in order. Default 64.
+    pub inflight_max: usize,
+    /// What decode does when KV cannot be loaded: `fail` answers 500, `recompute` prefills locally. Default `fail`.
+    pub load_failure_policy: LoadFailurePolicy,
+}
+
+/// What decode does with a request whose KV could not be loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum LoadFailurePolicy {
+    #[default]
+    Fail,
+    Recompute,
+}
+
+impl Default for KvConfig {
+    fn default() -> Self {
+        Self {
+            paths: None,
+            lease_ms: 30_000,
+            transfer_timeout_ms: 20_000,
+            connect_timeout_ms: 2_000,
+            ping_interval_ms: 250,
+            peer_timeout_ms: 1_000,
+            digest: DigestPolicy::default(),
+            digest_sample_every: 16,
+            copy_threads: None,
+            tcp_streams: 2,
+            inflight_max: 64,
+            load_failure_policy: LoadFailurePolicy::default(),
+        }
+    }
+}

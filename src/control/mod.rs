@@ -1,0 +1,2 @@
+//! The control connection: frames, handshake, liveness, request and answer.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Prefill-to-decode channels.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Processes: hold ports, spawn, ready, watch, restart, drain.
+#![forbid(unsafe_code)]

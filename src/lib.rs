@@ -1,0 +1,26 @@
+//! pdlink, in layer order. Each module may use the rows above it in `docs/architecture.md`'s table only; `tests/tidy.rs`
+//! holds that.
+
+// Layer 0: plain data and words that everything shares.
+pub mod config;
+pub mod openai;
+pub mod security;
+pub mod telemetry;
+
+// Layer 1: how two processes of ours talk.
+pub mod control;
+
+// The data plane: bytes, paths, KV channels, the reference engine.
+pub mod engine;
+pub mod kv;
+pub mod memory;
+pub mod transport;
+
+// The control plane: what runs where, and the front door.
+pub mod launcher;
+pub mod proxy;
+pub mod topology;
+
+// Top: what a person runs.
+pub mod bench;
+pub mod cli;

@@ -1,0 +1,2 @@
+//! JSON shapes that the engine and the proxy share: errors, header names, the body scanner.
+#![forbid(unsafe_code)]

@@ -1,0 +1,6 @@
+//! What happened, in words and numbers: transfer records, the names of all metrics, the set-up of the log.
+#![forbid(unsafe_code)]
+
+mod record;
+
+pub use record::{Side, TransferOutcome, TransferRecord};

@@ -1,0 +1,2 @@
+//! Configuration to plan: workers, GPUs, ports, command lines.
+#![forbid(unsafe_code)]
