@@ -1,2 +1,7 @@
 //! JSON shapes that the engine and the proxy share: errors, header names, the body scanner.
 #![forbid(unsafe_code)]
+
+mod error;
+pub mod headers;
+
+pub use error::{ApiError, ErrorBody, ErrorInfo};
