@@ -5,16 +5,7 @@ use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::SystemTime;
 
-/// How log lines look.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum LogFormat {
-    /// For people: time, level, target, text.
-    #[default]
-    Text,
-    /// One JSON object a line, for collectors.
-    Json,
-}
+pub use crate::config::LogFormat;
 
 /// Starts logging to stderr. `filter` is in the syntax of `tracing-subscriber`'s `EnvFilter` (`info`,
 /// `pdlink::kv=debug`). A second call in one process changes nothing and returns false.

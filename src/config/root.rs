@@ -1,0 +1,125 @@
+//! The whole configuration, and the answers that need more than one section.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    All2AllBackend, EngineKind, InferenceConfig, KvConfig, KvConnector, LauncherConfig, ModelConfig,
+    OrchestratorConfig, Path, PdDisaggConfig, ProxyConfig, Role, SecurityConfig, TelemetryConfig, TrainerConfig,
+    WeightBroadcastConfig, WeightBroadcastType,
+};
+
+/// The model that vLLM, and PRIME-RL, serve when none is named.
+const VLLM_DEFAULT_MODEL: &str = "Qwen/Qwen3-0.6B";
+/// The name under which the reference engine answers when none is given.
+const REFERENCE_DEFAULT_MODEL: &str = "pdlink-reference";
+
+/// Every setting of a run. Plain data: a part of the program is given its own section, never the whole.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The model all parts share.
+    pub model: ModelConfig,
+    /// What each worker runs.
+    pub inference: InferenceConfig,
+    /// PRIME-RL's list of inference GPUs. With PD on it is not used: `[pd_disagg]` has the lists. With PD off each run of
+    /// `[inference.parallel] tp` ids is one plain worker. Default: GPU 0 onwards, for `dp` workers.
+    pub inference_gpu_ids: Option<Vec<u32>>,
+    /// PRIME-RL's list of trainer GPUs: read only to count GPUs for weights by NCCL.
+    pub trainer_gpu_ids: Option<Vec<u32>>,
+    /// Prefill and decode apart.
+    pub pd_disagg: PdDisaggConfig,
+    /// The orchestrator's client.
+    pub orchestrator: OrchestratorConfig,
+    /// How new weights reach the workers.
+    pub weight_broadcast: Option<WeightBroadcastConfig>,
+    /// The trainer's copy of `[weight_broadcast]`.
+    pub trainer: TrainerConfig,
+    /// The HTTP front.
+    pub proxy: ProxyConfig,
+    /// The link between prefill and decode.
+    pub kv: KvConfig,
+    /// How `up` starts, watches and ends the workers.
+    pub launcher: LauncherConfig,
+    /// The run's secret.
+    pub security: SecurityConfig,
+    /// The log.
+    pub telemetry: TelemetryConfig,
+}
+
+impl Config {
+    /// The model to serve: `[inference.model] name`, else `[model] name`, else the engine's own default.
+    pub fn model_name(&self) -> &str {
+        let named = self.inference.model.name.as_deref().or(self.model.name.as_deref());
+        named.unwrap_or(match self.inference.engine {
+            EngineKind::Vllm => VLLM_DEFAULT_MODEL,
+            EngineKind::Reference => REFERENCE_DEFAULT_MODEL,
+        })
+    }
+
+    /// The host of every listener: `[pd_disagg] host` (with PD on), else `[inference.server] host`, else loopback.
+    pub fn host(&self) -> &str {
+        let pd_host = self.pd_disagg.host.as_deref().filter(|_| self.pd_disagg.enabled);
+        pd_host.or(self.inference.server.host.as_deref()).unwrap_or("127.0.0.1")
+    }
+
+    /// The port of the front: `pd_disagg.proxy_port`, or `inference.server.port` with PD off.
+    pub fn proxy_port(&self) -> u16 {
+        if self.pd_disagg.enabled { self.pd_disagg.proxy_port } else { self.inference.server.port }
+    }
+
+    /// The roles that workers of this run have: prefill first, as vLLM ranks count them.
+    pub fn roles(&self) -> &'static [Role] {
+        if self.pd_disagg.enabled { &[Role::Prefill, Role::Decode] } else { &[Role::Both] }
+    }
+
+    /// Tensor-parallel ranks of one worker of a role.
+    pub fn tp(&self, role: Role) -> u32 {
+        let own = match role {
+            Role::Prefill => self.pd_disagg.prefill_tp,
+            Role::Decode => self.pd_disagg.decode_tp,
+            Role::Both => None,
+        };
+        own.unwrap_or(self.inference.parallel.tp)
+    }
+
+    /// The GPU ids of a role's workers, in order; with the reference engine only slots. Each run of [`Self::tp`] is one worker.
+    pub fn gpu_ids(&self, role: Role) -> Vec<u32> {
+        match (role, &self.inference_gpu_ids) {
+            (Role::Prefill | Role::Decode, _) => self.pd_disagg.role_gpu_ids(role).to_vec(),
+            (Role::Both, Some(ids)) => ids.clone(),
+            (Role::Both, None) => {
+                let count = self.inference.parallel.dp.saturating_mul(self.tp(role));
+                (0..count).collect()
+            }
+        }
+    }
+
+    /// `all2all_backend` of a role's workers.
+    pub fn all2all_backend(&self, role: Role) -> All2AllBackend {
+        let own = match role {
+            Role::Prefill => self.pd_disagg.prefill_all2all_backend,
+            Role::Decode => self.pd_disagg.decode_all2all_backend,
+            Role::Both => None,
+        };
+        own.unwrap_or(self.inference.all2all_backend)
+    }
+
+    /// The paths KV may take, best first: `[kv] paths`, else what the engine's memory and the connector call for.
+    pub fn kv_paths(&self) -> Vec<Path> {
+        if let Some(paths) = &self.kv.paths {
+            return paths.clone();
+        }
+        match (self.inference.engine, self.pd_disagg.kv_connector) {
+            (EngineKind::Reference, _) => vec![Path::Shm, Path::Tcp],
+            (EngineKind::Vllm, KvConnector::P2pNcclConnector) => vec![Path::CudaIpc, Path::Nccl],
+            (EngineKind::Vllm, KvConnector::NixlConnector) => vec![Path::Nixl],
+        }
+    }
+
+    /// How weights reach the workers, wherever PRIME-RL's file says so.
+    pub fn weight_broadcast_type(&self) -> WeightBroadcastType {
+        let copies = [&self.weight_broadcast, &self.trainer.weight_broadcast, &self.inference.weight_broadcast];
+        copies.iter().find_map(|copy| copy.as_ref()?.r#type).unwrap_or_default()
+    }
+}

@@ -1,0 +1,38 @@
+//! `[inference.vllm]`: arguments of `vllm serve` that pdlink passes on unread.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::Role;
+
+/// Arguments by name, with underscores: `max_num_seqs = 64` becomes `--max-num-seqs 64`. `true` becomes the bare flag and
+/// `false` its `--no-` form; tables and lists become JSON text.
+pub type VllmArgs = Map<String, Value>;
+
+/// Any `vllm serve` argument. One given here wins over the setting of ours that writes the same argument.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct VllmConfig {
+    /// For prefill workers only; wins over the arguments for all.
+    pub prefill: VllmArgs,
+    /// For decode workers only; wins over the arguments for all.
+    pub decode: VllmArgs,
+    /// For every worker.
+    #[serde(flatten)]
+    pub all: VllmArgs,
+}
+
+impl VllmConfig {
+    /// The arguments of one role: those for all, overridden by the role's own. A plain worker takes those for all.
+    pub fn args(&self, role: Role) -> VllmArgs {
+        let mut args = self.all.clone();
+        let own = match role {
+            Role::Prefill => &self.prefill,
+            Role::Decode => &self.decode,
+            Role::Both => return args,
+        };
+        args.extend(own.iter().map(|(name, value)| (name.clone(), value.clone())));
+        args
+    }
+}
