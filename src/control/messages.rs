@@ -1,0 +1,97 @@
+//! What any part may ask an engine's runtime over a control connection, and what it answers.
+
+use serde::{Deserialize, Serialize};
+
+use super::TransferId;
+use crate::config::Path;
+use crate::telemetry::TransferRecord;
+
+/// Which program is at the other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Part {
+    Engine,
+    Proxy,
+    Launcher,
+}
+
+/// What a worker does with KV.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    Prefill,
+    Decode,
+    /// Prefill and decode by itself.
+    Both,
+}
+
+impl Role {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+            Self::Both => "both",
+        }
+    }
+
+    pub fn prefills(self) -> bool {
+        self != Self::Decode
+    }
+
+    pub fn decodes(self) -> bool {
+        self != Self::Prefill
+    }
+}
+
+/// What an abort found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AbortAnswer {
+    /// The transfer was in progress; its blocks are being freed.
+    Aborted,
+    /// It had ended before.
+    Ended,
+    /// Nothing is known of it. The id is remembered for a while, and refused when it comes.
+    Unknown,
+}
+
+/// A pair that can work (KV-6).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Paired {
+    /// The path that bytes between the two will take.
+    pub path: Path,
+    pub peer_engine_id: String,
+}
+
+/// A runtime at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuntimeStatus {
+    pub engine_id: String,
+    /// Drawn anew at each start: tells a worker from its restarted self (KV-8).
+    pub incarnation: u64,
+    pub role: Role,
+    /// Blocks that prefill holds for decode workers.
+    pub held_blocks: u64,
+    /// Transfers of either side that have not been reported yet.
+    pub transfers_active: u64,
+    pub weight_version: u64,
+}
+
+/// A question to a runtime.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminRequest {
+    Abort(TransferId),
+    Record(TransferId),
+    /// Connect to the prefill worker at this `host:port` now, and say whether the pair can work.
+    Pair(String),
+    Status,
+}
+
+/// Its answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminAnswer {
+    Abort(AbortAnswer),
+    Record(Option<TransferRecord>),
+    Pair(Paired),
+    Status(RuntimeStatus),
+    /// The request was understood and refused; the text says why.
+    Refused(String),
+}

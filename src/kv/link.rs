@@ -1,0 +1,58 @@
+//! The face that an engine sees of the runtime.
+
+use super::{BlockId, KvError, TransferParams};
+use crate::control::{RuntimeStatus, TransferId};
+use crate::telemetry::TransferRecord;
+
+/// Prefill's blocks of one request, ready to be taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    pub transfer_id: TransferId,
+    /// The engine's own id of the request, for people who read logs on both sides.
+    pub request_id: String,
+    /// The blocks that cover tokens `0..tokens`, in order.
+    pub blocks: Vec<BlockId>,
+    pub tokens: u32,
+}
+
+/// One expected transfer on decode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TransferHandle {
+    pub transfer_id: TransferId,
+}
+
+/// Moves KV between workers. No call blocks on a peer or on bytes; ends come as [`super::Report`]s through the callback
+/// given at start, one for each `offer` and each `expect` that returned `Ok` (KV-1). The callback runs on the runtime's
+/// thread: it must not block, and may call back into the link.
+pub trait KvLink: Send + Sync {
+    /// Prefill: holds `offer.blocks` under a lease from now on. The engine keeps them as they are until the report
+    /// (`Sent`, `Expired`, `Aborted` or `Failed`), and then frees them. The answer goes into the response.
+    fn offer(&self, offer: Offer) -> Result<TransferParams, KvError>;
+
+    /// Decode, as soon as the request is known: claims the transfer and renews its lease from now on, also while the
+    /// request waits for blocks. A claim that prefill refuses is reported at once (`Failed`).
+    fn expect(&self, params: &TransferParams) -> Result<TransferHandle, KvError>;
+
+    /// Decode, once blocks are there: moves the KV of tokens `first_token..` into `blocks`, which cover them in order.
+    /// `first_token` must be a multiple of both sides' block sizes. Ends in `Received`, `Failed` or `Aborted`. Does
+    /// nothing if the transfer was reported already.
+    fn fetch(&self, handle: TransferHandle, blocks: Vec<BlockId>, first_token: u32);
+
+    /// Decode: nothing to load (all of it is cached here), or the client left before `fetch`. Ends in `Released`.
+    fn release(&self, handle: TransferHandle);
+
+    /// Either side, any state, any number of times. What is held is freed, copies in flight are fenced first (KV-7), and
+    /// the other side is told. An id that is not known yet is remembered, and refused when it comes.
+    fn abort(&self, transfer_id: TransferId);
+
+    /// What this process knows of a recent transfer; decode's record first where both ends were here.
+    fn record(&self, transfer_id: TransferId) -> Option<TransferRecord>;
+
+    /// The recent transfers, oldest first.
+    fn records(&self) -> Vec<TransferRecord>;
+
+    fn status(&self) -> RuntimeStatus;
+
+    /// KV that was offered before, under another version, is no longer granted (KV-5).
+    fn set_weight_version(&self, weight_version: u64);
+}
