@@ -4,7 +4,79 @@
 //! a [`TransferRequest`] and later yields exactly one [`Completion`] for it (TR-1), once the bytes are visible at the
 //! destination (TR-2); after that completion no write of the transfer lands (TR-3). It does not retry, split over paths or
 //! reorder: `kv` does, from above. To add a path, pass `conformance.rs`, then add its line to `select.rs`.
+//!
+//! - **TR-1** Every submitted transfer yields exactly one completion: done, or one error.
+//! - **TR-2** When it says done, the bytes can be read at the destination.
+//! - **TR-3** After a completion no write of that transfer lands. The one exception names itself: a push whose peer did
+//!   not confirm ends with [`TransportError::Unfenced`], and is fenced where the memory is, by revoking its [`Grant`].
+//!
+//! Everything that a remote names is checked against registered regions before the first byte moves. There is no async
+//! runtime in here: paths own a bounded number of threads, and completions are called on them.
 
+mod error;
+mod export;
+mod flight;
+mod grant;
+mod grant_table;
+mod loopback;
+mod request;
 mod run_list;
+mod select;
 
-pub use run_list::{Run, RunList, Segment};
+use std::sync::Arc;
+use std::time::Instant;
+
+pub use error::{End, TransportError};
+pub use export::{Export, Offer};
+pub use grant::{Fence, Grant, GrantToken};
+pub use loopback::{Loopback, LoopbackHub};
+pub use request::{Completion, Copied, Direction, TransferRequest, TransferTicket};
+pub use run_list::{Piece, Run, RunList, Segment, Totals};
+pub use select::{Selected, connect_best, export_all};
+
+use crate::config::Path;
+
+/// One path, as this process offers it. Owns the path's threads and listeners.
+pub trait Transport: Send + Sync {
+    /// Which path this is, in records and in what is offered to a peer.
+    fn path(&self) -> Path;
+
+    /// What a peer needs to reach our regions over this path. Travels in kv's hello.
+    fn export(&self) -> Export;
+
+    /// Connects to what a peer exported for this path. Blocks, until `deadline` at the latest; not for async threads.
+    fn connect(&self, peer: &Export, deadline: Instant) -> Result<Arc<dyn Link>, TransportError>;
+
+    /// Allows one push into our regions: into the destination ranges of `runs`, until the grant is revoked or dropped
+    /// (KV-7). The token travels to the pusher, which cites it in [`TransferRequest::grant`].
+    fn grant(&self, runs: &RunList) -> Result<Grant, TransportError>;
+
+    /// Closes every link, ends the threads, stops serving peers. Idempotent; also done on drop.
+    fn close(&self);
+}
+
+/// A connection to one peer's regions.
+pub trait Link: Send + Sync {
+    fn path(&self) -> Path;
+
+    /// Starts a transfer. Never waits for bytes: small copies are made at once, on this thread, others by the path's own
+    /// threads. `done` is called exactly once (TR-1), on either, so it **may run before this returns**: hold no lock in
+    /// the caller that `done` takes. It must not block. A request that is refused completes with its error.
+    fn submit(&self, request: TransferRequest, done: Completion) -> TransferTicket;
+
+    /// Stops a transfer. Its completion still comes, once, and when no write can land any more (TR-3); it says
+    /// [`TransportError::Cancelled`], or how the transfer ended if it ended first. Unknown and finished tickets are fine.
+    fn cancel(&self, ticket: TransferTicket);
+
+    /// Whether transfers can be submitted. False after [`Link::close`], and once the connection is beyond use: then
+    /// connect anew.
+    fn usable(&self) -> bool;
+
+    /// True once the peer's process is known to have ended, so that nothing of it can write here any more. On paths that
+    /// cannot know (`tcp`) always false; there the grant fences.
+    fn peer_gone(&self) -> bool;
+
+    /// Ends every transfer as cancelled, waits until none of them can write, lets go of the peer's memory. Idempotent, also
+    /// done on drop, and allowed inside a completion.
+    fn close(&self);
+}

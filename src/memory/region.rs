@@ -1,0 +1,284 @@
+//! [`Region`]: address, length, kind, and what keeps the memory alive.
+
+use std::any::Any;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
+
+use super::mapping::Mapping;
+use super::{to_u64, to_usize};
+
+/// Where memory lies, as far as paths care.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MemoryKind {
+    /// Memory that the processor reads and writes.
+    Host,
+}
+
+/// A copy that would leave its region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("bytes {offset}..{offset}+{len} lie outside a region of {region_len} bytes")]
+pub struct OutOfRange {
+    pub offset: u64,
+    pub len: u64,
+    pub region_len: u64,
+}
+
+/// How a shared region is set up. The default gives memory page by page, at first touch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RegionOptions {
+    /// Back the whole region with memory at once, here and in every peer that maps it. Costs the full length in memory
+    /// and about 0.1 s per GB at start, and takes the page faults out of the first transfers.
+    pub prefault: bool,
+    /// Ask for huge pages. Advice: most kernels give none for shared memory unless `shmem_enabled` allows it.
+    pub huge_pages: bool,
+}
+
+/// What a region's memory is made of, as a path needs to know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// A sealed memory file of this process: a peer on the same host can map it.
+    Shared { fd: RawFd, device: u64, inode: u64, prefault: bool },
+    /// Memory that somebody else allocated.
+    Borrowed,
+}
+
+/// What keeps the memory alive. Dropped with the region, never before.
+enum Owner {
+    Shared { _mapping: Mapping, fd: OwnedFd, device: u64, inode: u64, prefault: bool },
+    Peer { _mapping: Mapping },
+    Borrowed { _owner: Box<dyn Any + Send + Sync> },
+}
+
+/// A stretch of memory that transfers read and write.
+pub struct Region {
+    ptr: NonNull<u8>,
+    len: u64,
+    owner: Owner,
+}
+
+// SAFETY: the memory stays mapped at `ptr` for as long as the region lives, whichever thread holds it: `owner` owns it and
+// is itself Send.
+unsafe impl Send for Region {}
+// SAFETY: no method makes a reference into the memory. All access is by bounds-checked raw copies, which other processes
+// may race with in any case, and whose results are plain bytes.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// `len` bytes of zeroed memory that a peer on the same host can map: a memory file, sealed so that it never shrinks.
+    pub fn shared(len: usize) -> io::Result<Arc<Self>> {
+        Self::shared_with(len, RegionOptions::default())
+    }
+
+    /// As [`Region::shared`], set up as `options` say.
+    pub fn shared_with(len: usize, options: RegionOptions) -> io::Result<Arc<Self>> {
+        if len == 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a region must have at least one byte"));
+        }
+        let fd = memfd_create("pdlink-region", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        ftruncate(&fd, to_u64(len))?;
+        // Sealed before anybody can open it: a file that shrinks under a mapping kills the process that reads it.
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        let mapping = Mapping::shared(fd.as_fd(), len)?;
+        if options.huge_pages {
+            mapping.advise_huge_pages();
+        }
+        if options.prefault {
+            mapping.populate()?;
+        }
+        let stat = fstat(&fd)?;
+        let ptr = mapping.ptr();
+        let prefault = options.prefault;
+        let owner = Owner::Shared { _mapping: mapping, fd, device: stat.st_dev, inode: stat.st_ino, prefault };
+        Ok(Arc::new(Self { ptr, len: to_u64(len), owner }))
+    }
+
+    /// Memory that somebody else allocated: an engine's own KV tensors.
+    ///
+    /// # Safety
+    /// `ptr` must point at `len` bytes that stay readable and writable until `owner` is dropped. Rust code must hold no
+    /// reference into them while a transfer that names them runs.
+    pub unsafe fn borrowed(ptr: NonNull<u8>, len: usize, owner: Box<dyn Any + Send + Sync>) -> Arc<Self> {
+        Arc::new(Self { ptr, len: to_u64(len), owner: Owner::Borrowed { _owner: owner } })
+    }
+
+    /// Maps a peer's sealed memory file of exactly `len` bytes. The mapping outlives the peer: its bytes then stay as the
+    /// peer left them. Unmapped when the region is dropped.
+    pub fn of_peer(fd: BorrowedFd<'_>, len: u64, prefault: bool) -> io::Result<Arc<Self>> {
+        let size = u64::try_from(fstat(fd)?.st_size).unwrap_or(0);
+        if size != len || len == 0 {
+            return Err(io::Error::other(format!("the peer's region has {size} bytes, {len} were announced")));
+        }
+        // Without this seal the peer could cut the file short, and our next read of it would be a SIGBUS.
+        if !fcntl_get_seals(fd)?.contains(SealFlags::SHRINK) {
+            return Err(io::Error::other("the peer's region is not sealed against shrinking"));
+        }
+        let mapping = Mapping::shared(fd, to_usize(len))?;
+        if prefault {
+            mapping.populate()?;
+        }
+        let ptr = mapping.ptr();
+        Ok(Arc::new(Self { ptr, len, owner: Owner::Peer { _mapping: mapping } }))
+    }
+
+    /// Bytes in the region.
+    #[allow(clippy::len_without_is_empty, reason = "a region is never empty in a way anybody asks about")]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    pub fn kind(&self) -> MemoryKind {
+        MemoryKind::Host
+    }
+
+    /// Where the region starts. For system calls and comparisons; a peer may write what it points at.
+    pub fn ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    pub fn backing(&self) -> Backing {
+        match &self.owner {
+            Owner::Shared { fd, device, inode, prefault, .. } => {
+                Backing::Shared { fd: fd.as_raw_fd(), device: *device, inode: *inode, prefault: *prefault }
+            }
+            Owner::Peer { .. } | Owner::Borrowed { .. } => Backing::Borrowed,
+        }
+    }
+
+    /// Refuses a range that does not lie in the region.
+    pub fn check(&self, offset: u64, len: u64) -> Result<(), OutOfRange> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(OutOfRange { offset, len, region_len: self.len }),
+        }
+    }
+
+    /// The address of `offset`, of which `len` bytes are the region's. Valid while the region lives.
+    pub fn at(&self, offset: u64, len: u64) -> Result<*mut u8, OutOfRange> {
+        self.check(offset, len)?;
+        // SAFETY: `offset` is at most the length of the one allocation that starts at `ptr`.
+        Ok(unsafe { self.ptr.as_ptr().add(to_usize(offset)) })
+    }
+
+    /// Copies `bytes` into the region.
+    pub fn copy_in(&self, offset: u64, bytes: &[u8]) -> Result<(), OutOfRange> {
+        let dst = self.at(offset, to_u64(bytes.len()))?;
+        // SAFETY: `dst` is as many writable bytes of this region as `bytes` has. `copy` allows the two to overlap, which
+        // they would if a borrowed region's owner passed a slice of it.
+        unsafe { std::ptr::copy(bytes.as_ptr(), dst, bytes.len()) };
+        Ok(())
+    }
+
+    /// Copies bytes of the region out into `bytes`.
+    pub fn copy_out(&self, offset: u64, bytes: &mut [u8]) -> Result<(), OutOfRange> {
+        let src = self.at(offset, to_u64(bytes.len()))?;
+        // SAFETY: `src` is as many readable bytes of this region as `bytes` has room for. A concurrent write by a peer
+        // yields old or new bytes, and any bytes are valid.
+        unsafe { std::ptr::copy(src, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    /// Bytes of the region, copied out.
+    pub fn to_vec(&self, offset: u64, len: u64) -> Result<Vec<u8>, OutOfRange> {
+        self.check(offset, len)?;
+        let mut bytes = vec![0; to_usize(len)];
+        self.copy_out(offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Copies `len` bytes from here into `dst`, which may be this region; ranges may overlap.
+    pub fn copy_to(&self, offset: u64, dst: &Self, dst_offset: u64, len: u64) -> Result<(), OutOfRange> {
+        let src = self.at(offset, len)?;
+        let dst = dst.at(dst_offset, len)?;
+        // SAFETY: both are `len` bytes of live regions, and `copy` allows overlap.
+        unsafe { std::ptr::copy(src, dst, to_usize(len)) };
+        Ok(())
+    }
+
+    /// Sets `len` bytes to `byte`.
+    pub fn fill(&self, offset: u64, len: u64, byte: u8) -> Result<(), OutOfRange> {
+        let dst = self.at(offset, len)?;
+        // SAFETY: `dst` is `len` writable bytes of this region.
+        unsafe { std::ptr::write_bytes(dst, byte, to_usize(len)) };
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Region {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Region").field("len", &self.len).field("backing", &self.backing()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn bytes_go_in_and_come_out_and_their_neighbours_stay() {
+        let region = Region::shared(4096).unwrap();
+        region.fill(0, 4096, 0xEE).unwrap();
+        region.copy_in(100, b"hello").unwrap();
+        assert_eq!(region.to_vec(99, 7).unwrap(), b"\xEEhello\xEE");
+        region.copy_to(100, &region, 102, 5).unwrap();
+        assert_eq!(region.to_vec(99, 9).unwrap(), b"\xEEhehello\xEE", "overlapping ranges copy as if through a buffer");
+    }
+
+    #[test]
+    fn every_access_is_held_to_the_length() {
+        let region = Region::shared(16).unwrap();
+        let want = |offset, len| Err(OutOfRange { offset, len, region_len: 16 });
+        assert_eq!(region.copy_in(15, b"ab"), want(15, 2));
+        assert_eq!(region.copy_out(17, &mut []), want(17, 0));
+        assert_eq!(region.fill(u64::MAX, 2, 0), want(u64::MAX, 2));
+        assert_eq!(region.to_vec(0, u64::MAX), want(0, u64::MAX).map(|()| Vec::new()));
+        assert_eq!(region.copy_to(0, &region, 8, 9), want(8, 9));
+        assert_eq!(region.copy_in(16, b""), Ok(()));
+    }
+
+    #[test]
+    fn a_peer_maps_the_same_bytes_and_cannot_cut_them_short() {
+        for options in [RegionOptions::default(), RegionOptions { prefault: true, huge_pages: true }] {
+            let region = Region::shared_with(8192, options).unwrap();
+            let Owner::Shared { fd, .. } = &region.owner else { panic!("made shared") };
+            let peer = Region::of_peer(fd.as_fd(), 8192, options.prefault).unwrap();
+            region.copy_in(8190, b"xy").unwrap();
+            assert_eq!(peer.to_vec(8190, 2).unwrap(), b"xy");
+            assert!(ftruncate(fd, 1).is_err(), "sealed against shrinking");
+            assert!(Region::of_peer(fd.as_fd(), 8191, false).is_err(), "another length than announced");
+        }
+        let loose = memfd_create("loose", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&loose, 4096).unwrap();
+        assert!(Region::of_peer(loose.as_fd(), 4096, false).is_err(), "a file that could shrink");
+    }
+
+    #[test]
+    fn a_borrowed_region_keeps_its_owner_until_it_goes() {
+        struct Guard(Arc<AtomicBool>, Box<[u8; 8]>);
+        impl Drop for Guard {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::SeqCst);
+            }
+        }
+        let gone = Arc::new(AtomicBool::new(false));
+        let mut guard = Box::new(Guard(gone.clone(), Box::new([7; 8])));
+        let ptr = NonNull::new(guard.1.as_mut_ptr()).unwrap();
+        // SAFETY: the boxed bytes live as long as `guard`, which the region owns from here on.
+        let region = unsafe { Region::borrowed(ptr, 8, guard) };
+        assert_eq!((region.to_vec(0, 8).unwrap(), region.backing()), (vec![7; 8], Backing::Borrowed));
+        assert!(!gone.load(Ordering::SeqCst));
+        drop(region);
+        assert!(gone.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn an_empty_region_is_refused() {
+        assert_eq!(Region::shared(0).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+}
