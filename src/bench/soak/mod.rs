@@ -1,0 +1,132 @@
+//! A fleet under streaming clients while its workers are killed: no wrong answer, no unclear ending, nothing held.
+//!
+//! Starts one single engine for the right answers and one `pdlink up`; clients stream random questions, some leave half-way,
+//! and every few seconds a worker gets `SIGKILL`. At the end all workers must be back and hold no block.
+
+mod fleet;
+mod report;
+mod requests;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rustix::process::Signal;
+use serde_json::Value;
+use tokio::task::JoinSet;
+
+pub use report::Report;
+
+use crate::bench::{client, process};
+use fleet::Started;
+use requests::Question;
+
+/// What to soak, and how hard.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Configuration of the fleet: the reference engine.
+    pub config: PathBuf,
+    /// The `model` that requests name.
+    pub model: String,
+    pub clients: usize,
+    pub seconds: f64,
+    /// Time between two kills; `None` kills nothing.
+    pub kill_every: Option<Duration>,
+    /// Share of requests whose client leaves half-way.
+    pub leave_share: f64,
+    pub seed: u64,
+}
+
+/// Distinct questions; each has its answer from the single engine before the soak starts.
+const QUESTIONS: usize = 256;
+/// Longest wait for anything within one request.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long workers may take to come back and blocks to be free once the clients are gone.
+const SETTLE_MAX: Duration = Duration::from_secs(20);
+
+/// Runs the soak and counts. Broken promises are in the report; an error means that it could not be run.
+pub async fn run(options: &Options) -> anyhow::Result<Report> {
+    let questions = Arc::new(questions_with_answers(options).await?);
+    let fleet = Started::fleet(&options.config).await?;
+    let launcher = fleet.pid()?;
+    let mut report = Report { clients: options.clients, ..Report::default() };
+
+    let started = Instant::now();
+    let end = started + Duration::from_secs_f64(options.seconds);
+    let early = started + Duration::from_secs_f64(options.seconds / 5.0);
+    let mut next_kill = options.kill_every.map(|every| started + every);
+    let mut rng = StdRng::seed_from_u64(options.seed);
+    let mut clients = JoinSet::new();
+    while Instant::now() < end || !clients.is_empty() {
+        let now = Instant::now();
+        while now < end && clients.len() < options.clients {
+            let question = Arc::clone(&questions[rng.random_range(0..questions.len())]);
+            let leave_after = rng.random_bool(options.leave_share).then(|| rng.random_range(0..8));
+            clients.spawn(question.ask(fleet.addr.clone(), options.model.clone(), leave_after, PATIENCE));
+        }
+        if next_kill.is_some_and(|at| now >= at && now < end) {
+            report.kills += u64::from(kill_one(launcher, &mut rng));
+            next_kill = options.kill_every.map(|every| now + every);
+        }
+        if report.resident_early_bytes == 0 && now >= early {
+            report.resident_early_bytes = process::resident_bytes(launcher).context("the launcher is gone")?;
+        }
+        tokio::select! {
+            Some(ending) = clients.join_next() => report.count(ending?),
+            () = tokio::time::sleep(Duration::from_millis(50)) => {}
+        }
+    }
+    report.seconds = started.elapsed().as_secs_f64();
+    settle(&fleet.addr, &mut report).await?;
+    report.resident_end_bytes = process::resident_bytes(launcher).context("the launcher is gone")?;
+    if !fleet.stop().await? {
+        bail!("`pdlink up` did not end with status 0");
+    }
+    Ok(report)
+}
+
+async fn questions_with_answers(options: &Options) -> anyhow::Result<Vec<Arc<Question>>> {
+    let single = Started::single_engine(&options.model).await?;
+    let mut questions = requests::draw(options.seed, QUESTIONS);
+    for question in &mut questions {
+        question.answer = question.ask_plainly(&single.addr, &options.model, PATIENCE).await?;
+    }
+    single.stop().await?;
+    Ok(questions.into_iter().map(Arc::new).collect())
+}
+
+fn kill_one(launcher: i32, rng: &mut StdRng) -> bool {
+    let workers = fleet::workers(launcher);
+    !workers.is_empty() && process::signal(workers[rng.random_range(0..workers.len())], Signal::KILL)
+}
+
+/// Waits until every worker serves again and none holds a block, then notes what is still held.
+async fn settle(addr: &str, report: &mut Report) -> anyhow::Result<()> {
+    let started = Instant::now();
+    loop {
+        let healthy = client::get_text(addr, "/health?all=true", PATIENCE).await;
+        let held = held_blocks(addr).await;
+        if let (Ok(_), Ok(held)) = (&healthy, &held) {
+            report.held_blocks = *held;
+            if *held == 0 {
+                return Ok(());
+            }
+        }
+        if started.elapsed() > SETTLE_MAX {
+            healthy.context("not every worker came back")?;
+            held.context("a worker does not say what it holds")?;
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Blocks held for transfers over all workers, as their runtimes say.
+async fn held_blocks(addr: &str) -> anyhow::Result<u64> {
+    let workers: Value = serde_json::from_str(&client::get_text(addr, "/admin/workers", PATIENCE).await?)?;
+    let workers = workers["workers"].as_array().context("/admin/workers has no list")?.clone();
+    workers.iter().map(|worker| worker["runtime"]["held_blocks"].as_u64().context("a runtime did not answer")).sum()
+}

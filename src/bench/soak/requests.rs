@@ -1,0 +1,215 @@
+//! What the soak asks, and what came of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, StatusCode};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
+
+use crate::bench::client;
+
+/// One question and the single engine's answer to it.
+#[derive(Debug)]
+pub struct Question {
+    pub prompt: String,
+    pub max_tokens: u32,
+    pub answer: String,
+}
+
+/// How one request ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ending {
+    Right,
+    /// A status or an error event in OpenAI's form: the client knows what happened.
+    ClearError(String),
+    /// The client left on purpose.
+    Left,
+    /// An answer that differs from the single engine's. Never acceptable.
+    Wrong {
+        expected: String,
+        got: String,
+    },
+    /// No answer and no error either: a broken or silent connection. Never acceptable.
+    Unclear(String),
+}
+
+/// Draws `count` questions. Half share a beginning with another, so that prefix caches matter.
+pub fn draw(seed: u64, count: usize) -> Vec<Question> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut questions: Vec<Question> = Vec::with_capacity(count);
+    for _ in 0..count {
+        let mut prompt = match questions.len() {
+            0 => String::new(),
+            known if rng.random_bool(0.5) => {
+                let other = &questions[rng.random_range(0..known)].prompt;
+                other[..rng.random_range(0..=other.len())].to_owned()
+            }
+            _ => String::new(),
+        };
+        let more = rng.random_range(1..=600);
+        prompt.extend((0..more).map(|_| char::from(rng.random_range(b'a'..=b'z'))));
+        questions.push(Question { prompt, max_tokens: rng.random_range(1..=48), answer: String::new() });
+    }
+    questions
+}
+
+impl Question {
+    fn body(&self, model: &str, stream: bool) -> Bytes {
+        let body = json!({
+            "model": model, "prompt": self.prompt, "max_tokens": self.max_tokens, "temperature": 0, "stream": stream,
+        });
+        Bytes::from(body.to_string())
+    }
+
+    /// Asks without streaming; for the single engine that knows the right answer.
+    pub async fn ask_plainly(&self, addr: &str, model: &str, patience: Duration) -> anyhow::Result<String> {
+        let answer =
+            client::send(addr, Method::POST, "/v1/completions", Some(self.body(model, false)), patience).await?;
+        let status = answer.status;
+        let text = answer.text(patience).await?;
+        let value: Value = serde_json::from_str(&text)?;
+        match value["choices"][0]["text"].as_str() {
+            Some(text) if status == StatusCode::OK => Ok(text.to_owned()),
+            _ => anyhow::bail!("the single engine answered {status}: {text}"),
+        }
+    }
+
+    /// Asks with streaming, and leaves after `leave_after` pieces if that is given.
+    pub async fn ask(
+        self: Arc<Self>,
+        addr: String,
+        model: String,
+        leave_after: Option<usize>,
+        patience: Duration,
+    ) -> Ending {
+        let body = Some(self.body(&model, true));
+        let answer = match client::send(&addr, Method::POST, "/v1/completions", body, patience).await {
+            Ok(answer) => answer,
+            Err(error) => return Ending::Unclear(format!("{error:#}")),
+        };
+        self.read(answer, leave_after, patience).await
+    }
+
+    async fn read(&self, mut answer: client::Answer, leave_after: Option<usize>, patience: Duration) -> Ending {
+        if answer.status != StatusCode::OK {
+            let status = answer.status;
+            return match answer.text(patience).await {
+                Ok(text) => error_of(&text).map_or_else(
+                    || Ending::Unclear(format!("{status} with {text}")),
+                    |_| Ending::ClearError(status.to_string()),
+                ),
+                Err(error) => Ending::Unclear(format!("{status}, then {error:#}")),
+            };
+        }
+        let mut stream = Stream::default();
+        let mut pieces = 0;
+        loop {
+            if leave_after == Some(pieces) {
+                return Ending::Left;
+            }
+            match answer.piece(patience).await {
+                Ok(Some(piece)) => stream.take(&piece),
+                Ok(None) => break,
+                Err(error) => stream.broken = Some(format!("{error:#}")),
+            }
+            if stream.broken.is_some() {
+                break;
+            }
+            pieces += 1;
+        }
+        stream.ending(&self.answer)
+    }
+}
+
+/// The message of an error in OpenAI's form.
+fn error_of(text: &str) -> Option<String> {
+    let value: Value = serde_json::from_str(text).ok()?;
+    value["error"]["message"].as_str().map(str::to_owned)
+}
+
+/// A server-sent event stream as far as it has come.
+#[derive(Debug, Default)]
+struct Stream {
+    rest: Vec<u8>,
+    text: String,
+    done: bool,
+    error: Option<String>,
+    broken: Option<String>,
+}
+
+impl Stream {
+    fn take(&mut self, piece: &[u8]) {
+        self.rest.extend_from_slice(piece);
+        while let Some(end) = memchr::memmem::find(&self.rest, b"\n\n") {
+            let event: Vec<u8> = self.rest.drain(..end + 2).collect();
+            match std::str::from_utf8(&event).ok().and_then(|event| event.trim_end().strip_prefix("data: ")) {
+                Some("[DONE]") => self.done = true,
+                Some(data) => self.take_data(data),
+                None => self.broken = Some(format!("not an event: {}", String::from_utf8_lossy(&event))),
+            }
+        }
+    }
+
+    fn take_data(&mut self, data: &str) {
+        if let Some(message) = error_of(data) {
+            self.error = Some(message);
+            return;
+        }
+        match serde_json::from_str::<Value>(data) {
+            Ok(value) => self.text.push_str(value["choices"][0]["text"].as_str().unwrap_or_default()),
+            Err(error) => self.broken = Some(format!("not JSON ({error}): {data}")),
+        }
+    }
+
+    fn ending(self, expected: &str) -> Ending {
+        if !expected.starts_with(&self.text) {
+            return Ending::Wrong { expected: expected.to_owned(), got: self.text };
+        }
+        match (self.error, self.broken) {
+            (Some(_), _) => Ending::ClearError("error event in the stream".to_owned()),
+            (None, Some(broken)) => Ending::Unclear(broken),
+            (None, None) if !self.done => Ending::Unclear("the stream ended without [DONE]".to_owned()),
+            (None, None) if self.text != expected => Ending::Wrong { expected: expected.to_owned(), got: self.text },
+            (None, None) => Ending::Right,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ending(stream: &str) -> Ending {
+        let mut read = Stream::default();
+        // Cut at every byte: events do not come whole.
+        stream.as_bytes().chunks(1).for_each(|piece| read.take(piece));
+        read.ending("ab")
+    }
+
+    #[test]
+    fn a_stream_ends_right_clear_wrong_or_unclear() {
+        let part = |text: &str| format!("data: {{\"choices\":[{{\"text\":\"{text}\"}}]}}\n\n");
+        let done = "data: [DONE]\n\n";
+        let error = "data: {\"error\":{\"message\":\"decode worker went away\"}}\n\n";
+        assert_eq!(ending(&format!("{}{}{done}", part("a"), part("b"))), Ending::Right);
+        assert!(matches!(ending(&format!("{}{done}", part("a"))), Ending::Wrong { .. }));
+        assert!(
+            matches!(ending(&format!("{}{error}", part("c"))), Ending::Wrong { .. }),
+            "a wrong token, then an error"
+        );
+        assert!(matches!(ending(&format!("{}{error}", part("a"))), Ending::ClearError(_)));
+        assert!(matches!(ending(&part("a")), Ending::Unclear(_)), "cut off without a word");
+    }
+
+    #[test]
+    fn questions_are_the_same_for_a_seed_and_share_beginnings() {
+        let (first, again) = (draw(7, 40), draw(7, 40));
+        assert!(first.iter().zip(&again).all(|(a, b)| a.prompt == b.prompt && a.max_tokens == b.max_tokens));
+        let shares =
+            |a: &Question, b: &Question| a.prompt.len() > 32 && b.prompt.len() > 32 && a.prompt[..32] == b.prompt[..32];
+        assert!(first.iter().enumerate().any(|(at, a)| first[..at].iter().any(|b| shares(a, b))));
+    }
+}
