@@ -9,9 +9,10 @@ use crate::telemetry::TransferRecord;
 /// Which program is at the other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Part {
+    /// A worker's runtime.
     Engine,
-    Proxy,
-    Launcher,
+    /// The proxy or the launcher.
+    Admin,
 }
 
 /// What a worker does with KV.
