@@ -1,2 +1,17 @@
 //! Configuration to plan: workers, GPUs, ports, command lines.
+//!
+//! [`Plan`] is plain data: who runs, where, with which command and environment. [`plan()`] starts nothing and asks the
+//! system nothing; ports come through [`ports::Ports`], so that a table can stand in for a host.
 #![forbid(unsafe_code)]
+
+mod builder;
+mod kv_transfer;
+mod plan;
+pub mod ports;
+mod redact;
+mod reference;
+pub mod vllm;
+mod vllm_args;
+
+pub use builder::{PlanError, Surroundings, plan};
+pub use plan::{Plan, ProxyPlan, WorkerPlan};

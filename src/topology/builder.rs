@@ -1,0 +1,273 @@
+//! Makes the plan.
+
+use std::collections::BTreeMap;
+
+use super::plan::{LinkPlan, Plan, ProxyPlan, WorkerPlan, reach};
+use super::ports::{PortError, PortWish, Ports};
+use super::vllm::{P2P_NCCL_GONE, TESTED, VERSION_FLOOR, VllmProgram, VllmVersion};
+use super::{kv_transfer, reference, vllm_args};
+use crate::config::{Config, ConnectorImpl, EngineKind, KvConnector, Role, WeightBroadcastType};
+use crate::security::SECRET_FILE_ENV;
+
+/// From this version on vLLM refuses to load adapters at run time with several API servers.
+const LORA_NEEDS_ONE_API_SERVER: VllmVersion = VllmVersion::new(0, 33);
+
+/// What the plan must know about where it runs.
+#[derive(Debug, Clone, Copy)]
+pub struct Surroundings<'a> {
+    /// Our own program.
+    pub pdlink: &'a str,
+    /// The `vllm` that workers run; needed with `engine = "vllm"` only.
+    pub vllm: Option<&'a VllmProgram>,
+    /// The file with the run's secret.
+    pub secret_file: &'a str,
+}
+
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    #[error(transparent)]
+    Port(#[from] PortError),
+    #[error("the engine is vllm, and no vllm was looked for")]
+    NoVllm,
+    #[error("vLLM {version} is too old: pdlink knows {VERSION_FLOOR} and later, and is tested with {} to {}", TESTED.0, TESTED.1)]
+    TooOld { version: VllmVersion },
+    #[error(
+        "vLLM {version} ships no P2pNcclConnector any more (removed in {P2P_NCCL_GONE}); set `pd_disagg.connector_impl = \
+         \"native\"`, or `pd_disagg.kv_connector = \"NixlConnector\"`"
+    )]
+    P2pGone { version: VllmVersion },
+    #[error("`inference.vllm` may not set `{name}`, which the plan decides; {mend}")]
+    Reserved { name: String, mend: String },
+    #[error(
+        "`inference.vllm.{name}` looks like a secret, and arguments can be read by every user of this host; give it by \
+         `pd_disagg.prefill_env` and `pd_disagg.decode_env`, or in the environment of pdlink"
+    )]
+    SecretArgument { name: String },
+    #[error(
+        "{count} GPU id(s) for the {role} role do not make workers of {tp}; give a multiple of the role's `tp`, at least one"
+    )]
+    GpuList { role: &'static str, count: usize, tp: u32 },
+}
+
+impl PlanError {
+    /// Whether the configuration is at fault, rather than the host.
+    pub fn is_configuration(&self) -> bool {
+        !matches!(self, Self::Port(_) | Self::NoVllm | Self::TooOld { .. })
+    }
+}
+
+/// Makes the plan of a checked configuration, and takes its ports.
+pub fn plan(config: &Config, around: &Surroundings<'_>, ports: &mut dyn Ports) -> Result<Plan, PlanError> {
+    let mut warnings = Vec::new();
+    check_vllm(config, around, &mut warnings)?;
+    let host = config.host().to_owned();
+    let proxy = ProxyPlan { reach: reach(&host), port: take_proxy_port(config, ports)?, host };
+    let mut slots = Vec::new();
+    for role in config.roles() {
+        slots.extend(chunks(config, *role)?.into_iter().enumerate().map(|(index, gpus)| (*role, index, gpus)));
+    }
+    let kv_parallel_size = count(slots.len());
+    let mut workers = Vec::new();
+    for (rank, (role, index, gpus)) in slots.into_iter().enumerate() {
+        let slot = Slot { role, index: count(index), gpus, kv_rank: count(rank), kv_parallel_size };
+        workers.push(worker(config, around, ports, slot)?);
+    }
+    warn_of_env(config, &mut warnings);
+    Ok(Plan {
+        model: config.model_name().to_owned(),
+        world_size: world_size(config, &workers),
+        link: link(config),
+        notes: notes(config),
+        workers,
+        proxy,
+        warnings,
+    })
+}
+
+/// Workers and ranks are far fewer than this type holds; the configuration bounds them by its lists.
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+fn check_vllm(config: &Config, around: &Surroundings<'_>, warnings: &mut Vec<String>) -> Result<(), PlanError> {
+    if config.inference.engine != EngineKind::Vllm {
+        return Ok(());
+    }
+    let version = around.vllm.ok_or(PlanError::NoVllm)?.version;
+    if version < VERSION_FLOOR {
+        return Err(PlanError::TooOld { version });
+    }
+    let pd = &config.pd_disagg;
+    let ships_p2p =
+        pd.enabled && pd.connector_impl == ConnectorImpl::Vllm && pd.kv_connector == KvConnector::P2pNcclConnector;
+    if ships_p2p && version >= P2P_NCCL_GONE {
+        return Err(PlanError::P2pGone { version });
+    }
+    if version.is_untested() {
+        let (from, to) = TESTED;
+        warnings.push(format!("vLLM {version} is outside of the range pdlink is tested with ({from} to {to})"));
+    }
+    let inference = &config.inference;
+    if inference.enable_lora && inference.api_server_count > 1 && version >= LORA_NEEDS_ONE_API_SERVER {
+        warnings.push(format!(
+            "vLLM {version} loads adapters at run time only with `inference.api_server_count = 1`, not {}",
+            inference.api_server_count
+        ));
+    }
+    Ok(())
+}
+
+fn take_proxy_port(config: &Config, ports: &mut dyn Ports) -> Result<u16, PortError> {
+    let key = if config.pd_disagg.enabled { "pd_disagg.proxy_port" } else { "inference.server.port" };
+    let (base, search) = (config.proxy_port(), config.pd_disagg.auto_ports);
+    ports.take(PortWish { purpose: "proxy", key, base, count: 1, search })
+}
+
+/// Each run of TP ids is one worker.
+fn chunks(config: &Config, role: Role) -> Result<Vec<Vec<u32>>, PlanError> {
+    let (gpus, tp) = (config.gpu_ids(role), config.tp(role));
+    let width = usize::try_from(tp).unwrap_or(usize::MAX);
+    if width == 0 || gpus.is_empty() || gpus.len() % width != 0 {
+        return Err(PlanError::GpuList { role: role.name(), count: gpus.len(), tp });
+    }
+    Ok(gpus.chunks(width).map(<[u32]>::to_vec).collect())
+}
+
+struct Slot {
+    role: Role,
+    index: u32,
+    gpus: Vec<u32>,
+    kv_rank: u32,
+    kv_parallel_size: u32,
+}
+
+fn worker(
+    config: &Config,
+    around: &Surroundings<'_>,
+    ports: &mut dyn Ports,
+    slot: Slot,
+) -> Result<WorkerPlan, PlanError> {
+    let host = config.host();
+    let reach = reach(host);
+    let port = take_http_port(config, ports, &slot)?;
+    let kv_ports = take_kv_ports(config, ports, &slot)?;
+    let (engine, role) = (config.inference.engine, slot.role);
+    let mut env = BTreeMap::from([("CUDA_VISIBLE_DEVICES".to_owned(), list(&slot.gpus))]);
+    let has_runtime = engine == EngineKind::Reference || (role != Role::Both && is_native(config));
+    if has_runtime {
+        env.insert(SECRET_FILE_ENV.to_owned(), around.secret_file.to_owned());
+    }
+    let command = match engine {
+        EngineKind::Reference => {
+            let kv_port = kv_ports.first().copied().unwrap_or(0);
+            reference::command(around.pdlink, config, &reference::Seat { role, host, port, kv_port })
+        }
+        EngineKind::Vllm => {
+            let VllmProgram { program, version } = around.vllm.ok_or(PlanError::NoVllm)?;
+            let (kv_rank, kv_parallel_size) = (slot.kv_rank, slot.kv_parallel_size);
+            let seat = kv_transfer::Seat { role, kv_rank, kv_parallel_size, reach: &reach, port, kv_ports: &kv_ports };
+            env.extend(vllm_args::env(config, &seat));
+            vllm_args::command(program, *version, config, host, &seat)?
+        }
+    };
+    env.extend(config.pd_disagg.env(role).into_iter().flatten().map(|(name, value)| (name.clone(), value.clone())));
+    Ok(WorkerPlan {
+        role,
+        index: slot.index,
+        engine,
+        gpus: slot.gpus,
+        host: host.to_owned(),
+        reach,
+        port,
+        kv_port: kv_ports.first().copied(),
+        has_runtime,
+        command,
+        env,
+    })
+}
+
+fn is_native(config: &Config) -> bool {
+    config.pd_disagg.connector_impl == ConnectorImpl::Native
+}
+
+fn list(ids: &[u32]) -> String {
+    ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+}
+
+fn base(first: u16, index: u32) -> u16 {
+    first.saturating_add(u16::try_from(index).unwrap_or(u16::MAX))
+}
+
+fn take_http_port(config: &Config, ports: &mut dyn Ports, slot: &Slot) -> Result<u16, PortError> {
+    let purpose = format!("HTTP port of {} {}", slot.role.name(), slot.index);
+    let key = if slot.role == Role::Prefill { "pd_disagg.prefill_port" } else { "pd_disagg.decode_port" };
+    let base = base(config.pd_disagg.base_port(slot.role), slot.index);
+    ports.take(PortWish { purpose: &purpose, key, base, count: 1, search: config.pd_disagg.auto_ports })
+}
+
+/// One KV port for each process that listens: a reference worker and vLLM's NIXL side channel have one, our runtime in
+/// vLLM has one per rank, and vLLM's `P2pNcclConnector` takes `kv_port` + rank. Plain vLLM workers have none.
+fn take_kv_ports(config: &Config, ports: &mut dyn Ports, slot: &Slot) -> Result<Vec<u16>, PortError> {
+    let pd = &config.pd_disagg;
+    let ranks = u16::try_from(config.tp(slot.role)).unwrap_or(u16::MAX);
+    let (row, apart) = match (config.inference.engine, slot.role, pd.connector_impl, pd.kv_connector) {
+        (EngineKind::Vllm, Role::Both, ..) => return Ok(Vec::new()),
+        (EngineKind::Reference, ..) | (EngineKind::Vllm, _, ConnectorImpl::Vllm, KvConnector::NixlConnector) => (1, 0),
+        (EngineKind::Vllm, _, ConnectorImpl::Vllm, KvConnector::P2pNcclConnector) => (ranks, 0),
+        (EngineKind::Vllm, _, ConnectorImpl::Native, _) => (1, ranks.saturating_sub(1)),
+    };
+    let purpose = format!("KV port of {} {}", slot.role.name(), slot.index);
+    let key = if slot.role == Role::Prefill { "pd_disagg.prefill_kv_port" } else { "pd_disagg.decode_kv_port" };
+    let base = base(pd.base_kv_port(slot.role), slot.index);
+    let first = ports.take(PortWish { purpose: &purpose, key, base, count: row, search: pd.auto_ports })?;
+    let mut taken: Vec<u16> = (0..row).map(|rank| first.saturating_add(rank)).collect();
+    for _ in 0..apart {
+        taken.push(ports.take(PortWish { purpose: &purpose, key, base: 0, count: 1, search: true })?);
+    }
+    Ok(taken)
+}
+
+/// Ranks of a broadcast over all workers: the trainer's, and one per GPU.
+fn world_size(config: &Config, workers: &[WorkerPlan]) -> Option<u32> {
+    let ranks: usize = workers.iter().map(|worker| worker.gpus.len()).sum();
+    (config.weight_broadcast_type() == WeightBroadcastType::Nccl).then(|| count(ranks + 1))
+}
+
+fn link(config: &Config) -> Option<LinkPlan> {
+    let paths = if is_native(config) || config.inference.engine == EngineKind::Reference {
+        config.kv_paths()
+    } else {
+        Vec::new()
+    };
+    config.pd_disagg.enabled.then(|| LinkPlan {
+        connector: config.pd_disagg.kv_connector,
+        connector_impl: config.pd_disagg.connector_impl,
+        paths,
+    })
+}
+
+fn notes(config: &Config) -> Vec<String> {
+    let mut notes = Vec::new();
+    if config.inference.engine == EngineKind::Reference {
+        notes.push("engine = \"reference\": GPU ids only number the workers, no GPU is used".to_owned());
+    }
+    if !config.pd_disagg.enabled {
+        notes.push("pd_disagg.enabled = false: plain workers, each prefills and decodes by itself".to_owned());
+    }
+    notes
+}
+
+/// A variable that the plan sets too is the role's word against the plan's.
+fn warn_of_env(config: &Config, warnings: &mut Vec<String>) {
+    for role in config.roles() {
+        for name in ["CUDA_VISIBLE_DEVICES", SECRET_FILE_ENV] {
+            if config.pd_disagg.env(*role).is_some_and(|env| env.contains_key(name)) {
+                warnings.push(format!(
+                    "`pd_disagg.{}_env` replaces {name}, which the plan sets for each worker",
+                    role.name()
+                ));
+            }
+        }
+    }
+}

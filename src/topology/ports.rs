@@ -1,0 +1,40 @@
+//! What a plan asks of a host's ports. `launcher::ports` answers by holding real ones.
+
+/// A wish for one port, or for several in a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortWish<'a> {
+    /// What the port is for, as in errors: `HTTP port of prefill 0`.
+    pub purpose: &'a str,
+    /// The setting that names it: `pd_disagg.prefill_port`.
+    pub key: &'a str,
+    /// The first port to try; 0 lets the system choose.
+    pub base: u16,
+    /// How many consecutive ports are taken, at least 1.
+    pub count: u16,
+    /// Whether later ports may be taken when `base` is not free (`auto_ports`).
+    pub search: bool,
+}
+
+/// Why a wish could not be met.
+#[derive(Debug, thiserror::Error)]
+pub enum PortError {
+    #[error(
+        "port {port} ({purpose}) is taken on {host}; end what uses it, set `{key}` to a free port, or set \
+         `pd_disagg.auto_ports = true`"
+    )]
+    Taken { purpose: String, key: String, host: String, port: u16 },
+    #[error(
+        "no {count} free port(s) in a row from {base} on {host} for {purpose} ({tried} tried); set `{key}` elsewhere"
+    )]
+    NoneFree { purpose: String, key: String, host: String, base: u16, count: u16, tried: u32 },
+    #[error("cannot bind port {port} ({purpose}) on {host}: {source}; check that {host} is an address of this host")]
+    Bind { purpose: String, host: String, port: u16, source: std::io::Error },
+    #[error("cannot resolve host `{host}` to an address: {source}")]
+    Host { host: String, source: std::io::Error },
+}
+
+/// Where ports come from.
+pub trait Ports {
+    /// Takes what is wished for and returns the first port of the row. A port once given is not given again.
+    fn take(&mut self, wish: PortWish<'_>) -> Result<u16, PortError>;
+}

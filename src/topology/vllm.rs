@@ -1,0 +1,81 @@
+//! vLLM's versions: which one is there, and what that means.
+
+use std::fmt;
+
+/// The oldest version whose settings are known here.
+pub const VERSION_FLOOR: VllmVersion = VllmVersion::new(0, 20);
+
+/// The range pdlink is tested with, ends included.
+pub const TESTED: (VllmVersion, VllmVersion) = (VllmVersion::new(0, 24), VllmVersion::new(0, 33));
+
+/// `P2pNcclConnector` is gone from this version on.
+pub const P2P_NCCL_GONE: VllmVersion = VllmVersion::new(0, 24);
+
+/// Release number of vLLM, patch level left out: settings change with the minor number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct VllmVersion {
+    major: u32,
+    minor: u32,
+}
+
+impl VllmVersion {
+    pub const fn new(major: u32, minor: u32) -> Self {
+        Self { major, minor }
+    }
+
+    /// Reads `0.24.0`, `0.33.0+cu130`, `v0.32.1rc1`, `vllm 0.24.0`. Anything else is no version.
+    pub fn parse(text: &str) -> Option<Self> {
+        let word = text.split_ascii_whitespace().last()?;
+        let mut numbers = word.trim_start_matches('v').split(['.', '+', '-']);
+        let major = numbers.next()?.parse().ok()?;
+        let minor = numbers.next()?.parse().ok()?;
+        let patch = numbers.next()?;
+        patch.starts_with(|c: char| c.is_ascii_digit()).then_some(Self { major, minor })
+    }
+
+    /// Whether it lies outside of what pdlink is tested with.
+    pub fn is_untested(self) -> bool {
+        self < TESTED.0 || self > TESTED.1
+    }
+}
+
+impl fmt::Display for VllmVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// The `vllm` that workers run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VllmProgram {
+    pub program: String,
+    pub version: VllmVersion,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_as_vllm_prints_them() {
+        let cases = [
+            ("0.24.0", Some((0, 24))),
+            ("0.33.0+cu130", Some((0, 33))),
+            ("v0.32.1rc1", Some((0, 32))),
+            ("vllm 0.23.0", Some((0, 23))),
+            ("1.0.0", Some((1, 0))),
+            ("INFO 07-01 12:00:00 [__init__.py:12] Automatically detected platform cpu.", None),
+            ("0.33", None),
+            ("", None),
+        ];
+        for (text, want) in cases {
+            assert_eq!(
+                VllmVersion::parse(text),
+                want.map(|(major, minor)| VllmVersion::new(major, minor)),
+                "case: {text}"
+            );
+        }
+        assert!(VllmVersion::new(0, 23).is_untested() && VllmVersion::new(1, 0).is_untested());
+        assert!(!VllmVersion::new(0, 24).is_untested() && !VllmVersion::new(0, 33).is_untested());
+    }
+}

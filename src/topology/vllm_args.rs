@@ -1,0 +1,196 @@
+//! The command line and the environment of a vLLM worker.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::builder::PlanError;
+use super::kv_transfer::{self, Seat};
+use super::redact;
+use super::vllm::VllmVersion;
+use crate::config::{Config, ConnectorImpl, KvConnector, Role};
+
+/// Arguments by name with underscores, in the order in which they are written.
+struct Args(Vec<(String, Value)>);
+
+impl Args {
+    fn set(&mut self, name: &str, value: Value) {
+        match self.0.iter_mut().find(|(own, _)| own == name) {
+            Some((_, old)) => *old = value,
+            None => self.0.push((name.to_owned(), value)),
+        }
+    }
+
+    fn set_some<T: Into<Value>>(&mut self, name: &str, value: Option<T>) {
+        if let Some(value) = value {
+            self.set(name, value.into());
+        }
+    }
+
+    fn set_if(&mut self, name: &str, on: bool) {
+        if on {
+            self.set(name, json!(true));
+        }
+    }
+
+    /// `true` is the bare flag, `false` its `--no-` form, tables and lists are JSON text.
+    fn render(self) -> Vec<String> {
+        self.0.into_iter().flat_map(|(name, value)| render(&name, &value)).collect()
+    }
+}
+
+fn render(name: &str, value: &Value) -> Vec<String> {
+    let name = name.replace('_', "-");
+    let text = match value {
+        Value::Bool(true) => return vec![format!("--{name}")],
+        Value::Bool(false) => return vec![format!("--no-{name}")],
+        Value::Null => return Vec::new(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    // A value that begins with a dash would be taken for the next flag.
+    if text.starts_with('-') { vec![format!("--{name}={text}")] } else { vec![format!("--{name}"), text] }
+}
+
+/// Arguments that the plan itself decides, and where to set them instead.
+const RESERVED: &[(&str, &str)] = &[
+    ("host", "set `pd_disagg.host` or `inference.server.host`"),
+    ("port", "set `pd_disagg.prefill_port`, `pd_disagg.decode_port` or `inference.server.port`"),
+    ("uds", "workers are reached by port"),
+    ("model", "set `inference.model.name`"),
+    ("tensor_parallel_size", "set `inference.parallel.tp`, `pd_disagg.prefill_tp` or `pd_disagg.decode_tp`"),
+    ("pipeline_parallel_size", "a worker is one tensor-parallel group: set `tp`"),
+    ("headless", "every worker has its own HTTP server"),
+];
+
+/// A secret given as an argument goes by the environment instead, where other users cannot read it.
+const SECRET_ARGUMENTS: &[(&str, &str)] = &[("api_key", "VLLM_API_KEY"), ("hf_token", "HF_TOKEN")];
+
+/// `vllm serve MODEL …`.
+pub(super) fn command(
+    program: &str,
+    version: VllmVersion,
+    config: &Config,
+    host: &str,
+    seat: &Seat<'_>,
+) -> Result<Vec<String>, PlanError> {
+    let role = seat.role;
+    let mut args = Args(Vec::new());
+    args.set("host", json!(host));
+    args.set("port", json!(seat.port));
+    add_model(&mut args, config);
+    add_engine(&mut args, config, role);
+    add_pass_through(&mut args, config, role)?;
+    if role != Role::Both {
+        args.set("kv_transfer_config", kv_transfer::settings(config, version, seat));
+    } else if let Some(given) = &config.inference.kv_transfer_config {
+        args.set("kv_transfer_config", given.clone());
+    }
+    let mut command = vec![program.to_owned(), "serve".to_owned(), config.model_name().to_owned()];
+    command.extend(args.render());
+    Ok(command)
+}
+
+fn add_model(args: &mut Args, config: &Config) {
+    let model = &config.inference.model;
+    args.set("dtype", json!(model.dtype.name()));
+    args.set_some("max_model_len", model.max_model_len);
+    args.set_if("enforce_eager", model.enforce_eager);
+    args.set_if("trust_remote_code", model.trust_remote_code);
+    args.set_if("enable_auto_tool_choice", model.enable_auto_tool_choice);
+    if model.enable_auto_tool_choice {
+        args.set("tool_call_parser", json!(model.tool_call_parser));
+    }
+    args.set_some("reasoning_parser", model.reasoning_parser.clone());
+    if let Some(rope) = &model.rope_scaling {
+        // `--rope-scaling` itself left vLLM in 0.11.1.
+        args.set("hf_overrides", json!({ "rope_parameters": from_text(rope) }));
+    }
+}
+
+/// A table, or the table that a text holds.
+fn from_text(value: &Value) -> Value {
+    let parsed = value.as_str().and_then(|text| serde_json::from_str(text).ok());
+    parsed.unwrap_or_else(|| value.clone())
+}
+
+fn add_engine(args: &mut Args, config: &Config, role: Role) {
+    let inference = &config.inference;
+    args.set("tensor_parallel_size", json!(config.tp(role)));
+    args.set("gpu_memory_utilization", json!(inference.gpu_memory_utilization));
+    args.set("api_server_count", json!(inference.api_server_count));
+    args.set("seed", json!(inference.seed));
+    if inference.enable_lora {
+        args.set("enable_lora", json!(true));
+        args.set("max_loras", json!(inference.max_loras));
+        args.set("max_cpu_loras", json!(inference.max_cpu_loras));
+        args.set_some("max_lora_rank", inference.max_lora_rank);
+    }
+    args.set_some("enable_prefix_caching", inference.enable_prefix_caching);
+    if inference.enable_expert_parallel {
+        args.set("enable_expert_parallel", json!(true));
+        args.set("all2all_backend", json!(config.all2all_backend(role).name()));
+    }
+    args.set_if("enable_eplb", inference.enable_eplb);
+}
+
+fn add_pass_through(args: &mut Args, config: &Config, role: Role) -> Result<(), PlanError> {
+    for (name, value) in config.inference.vllm.args(role) {
+        let name = name.replace('-', "_");
+        if SECRET_ARGUMENTS.iter().any(|(secret, _)| *secret == name) {
+            continue;
+        }
+        check_pass_through(&name, &value, role)?;
+        args.set(&name, value);
+    }
+    Ok(())
+}
+
+fn check_pass_through(name: &str, value: &Value, role: Role) -> Result<(), PlanError> {
+    let reserved = |mend: &str| PlanError::Reserved { name: name.to_owned(), mend: mend.to_owned() };
+    if let Some((_, mend)) = RESERVED.iter().find(|(reserved, _)| *reserved == name) {
+        return Err(reserved(mend));
+    }
+    if name.starts_with("data_parallel") {
+        return Err(reserved(
+            "the proxy spreads requests over workers: give more GPUs, each run of `tp` is one worker",
+        ));
+    }
+    if name == "kv_transfer_config" && role != Role::Both {
+        return Err(reserved("set `pd_disagg.kv_connector` and `pd_disagg.connector_impl`"));
+    }
+    if value.is_string() && redact::is_secret(name) {
+        return Err(PlanError::SecretArgument { name: name.to_owned() });
+    }
+    Ok(())
+}
+
+/// Variables that vLLM needs for this configuration. The role's own come on top, in `builder`.
+pub(super) fn env(config: &Config, seat: &Seat<'_>) -> BTreeMap<String, String> {
+    let mut env = BTreeMap::new();
+    let mut set = |name: &str, value: &str| env.insert(name.to_owned(), value.to_owned());
+    if config.inference.enable_lora {
+        set("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1");
+    }
+    for (name, value) in config.inference.vllm.args(seat.role) {
+        let variable = SECRET_ARGUMENTS.iter().find(|(secret, _)| *secret == name.replace('-', "_"));
+        if let (Some((_, variable)), Some(value)) = (variable, value.as_str()) {
+            set(variable, value);
+        }
+    }
+    match (seat.role, config.pd_disagg.connector_impl, config.pd_disagg.kv_connector) {
+        (Role::Both, ..) => {}
+        // The runtime has threads of its own before vLLM starts its workers, and threads do not survive a fork.
+        (_, ConnectorImpl::Native, _) => _ = set("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
+        (_, ConnectorImpl::Vllm, KvConnector::NixlConnector) => {
+            set("VLLM_NIXL_SIDE_CHANNEL_HOST", seat.reach);
+            set("VLLM_NIXL_SIDE_CHANNEL_PORT", &seat.kv_port().to_string());
+        }
+        (_, ConnectorImpl::Vllm, KvConnector::P2pNcclConnector) => {
+            // Both sides make tensor names from request ids, which vLLM would otherwise change on each side.
+            set("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1");
+            set("VLLM_HOST_IP", seat.reach);
+        }
+    }
+    env
+}
