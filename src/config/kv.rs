@@ -52,25 +52,34 @@ pub struct KvConfig {
     pub paths: Option<Vec<Path>>,
     /// How long prefill holds blocks that nobody claims or renews, in milliseconds. Default 30000. Longer costs blocks
     /// that a vanished decode worker still pins.
+    #[schemars(range(min = 1))]
     pub lease_ms: u64,
     /// How long one transfer may take from claim to validation before it is failed, in milliseconds. Default 20000.
     /// Must be shorter than `lease_ms`, or a slow transfer loses its blocks (KV-2).
+    #[schemars(range(min = 1))]
     pub transfer_timeout_ms: u64,
     /// How long connecting to a peer and shaking hands may take, in milliseconds. Default 2000.
+    #[schemars(range(min = 1))]
     pub connect_timeout_ms: u64,
     /// How often a silent control connection is probed, in milliseconds. Default 250.
+    #[schemars(range(min = 1))]
     pub ping_interval_ms: u64,
     /// Silence after which a peer counts as dead, in milliseconds. Default 1000 (KV-8). Must be at least three pings.
+    #[schemars(range(min = 1))]
     pub peer_timeout_ms: u64,
     /// Which transfers carry a digest. Default `sampled`. `every` reads all KV once more on both sides.
     pub digest: DigestPolicy,
     /// With `digest = "sampled"`: one transfer in this many. Default 16.
+    #[schemars(range(min = 1))]
     pub digest_sample_every: u32,
     /// Threads that copy, per worker process. Default: half the cores, 1 to 8. Each is a core while a transfer runs.
+    #[schemars(range(min = 1, max = 256))]
     pub copy_threads: Option<usize>,
     /// Sockets per pair of workers on the `tcp` path. Default 2. More help only where one socket cannot fill the link.
+    #[schemars(range(min = 1, max = 64))]
     pub tcp_streams: usize,
     /// Most transfers in flight to one peer; more wait in order. Default 64.
+    #[schemars(range(min = 1))]
     pub inflight_max: usize,
     /// What decode does when KV cannot be loaded: `fail` answers 500, `recompute` prefills locally. Default `fail`.
     pub load_failure_policy: LoadFailurePolicy,

@@ -3,34 +3,43 @@
 //! One file per section. A part of the program is given its own section by reference, never the whole [`Config`].
 #![forbid(unsafe_code)]
 
+mod hosts;
 mod inference;
 mod kv;
 mod launcher;
+mod load;
 mod model;
 mod orchestrator;
 mod pd_disagg;
 mod proxy;
 mod reference;
+mod render;
 mod role;
 mod root;
+mod rules;
 mod security;
 mod telemetry;
 mod vllm;
 mod weight_broadcast;
+mod weights;
 
+pub use hosts::HostsConfig;
 pub use inference::{
     All2AllBackend, Dtype, EngineKind, InferenceConfig, InferenceModelConfig, ParallelConfig, ServerConfig,
 };
 pub use kv::{DigestPolicy, KvConfig, LoadFailurePolicy, Path};
 pub use launcher::{LauncherConfig, Restart};
+pub use load::{Finding, LoadError, LoadRequest, Loaded, Origin, Origins, Override, load, schema};
 pub use model::ModelConfig;
 pub use orchestrator::{ClientConfig, OrchestratorConfig};
 pub use pd_disagg::{ConnectorImpl, KvConnector, KvSendType, PdDisaggConfig};
 pub use proxy::{Dispatch, Policy, ProxyConfig};
 pub use reference::{ReferenceConfig, ReferenceLayout};
+pub use render::to_toml;
 pub use role::Role;
 pub use root::Config;
 pub use security::SecurityConfig;
 pub use telemetry::{LogFormat, TelemetryConfig};
 pub use vllm::{VllmArgs, VllmConfig};
 pub use weight_broadcast::{TrainerConfig, WeightBroadcastConfig, WeightBroadcastType};
+pub use weights::WeightsConfig;

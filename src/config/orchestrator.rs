@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 /// The part of `[orchestrator]` that pdlink reads.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
+#[schemars(extend("x-shared-with" = "PRIME-RL"))]
 pub struct OrchestratorConfig {
     /// The orchestrator's HTTP client.
     pub client: ClientConfig,
@@ -17,6 +18,7 @@ pub struct OrchestratorConfig {
 /// The orchestrator's HTTP client. pdlink reads `elastic`; the rest is accepted because the file is shared.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(extend("x-shared-with" = "PRIME-RL"))]
 pub struct ClientConfig {
     /// PRIME-RL's search for servers that come and go. Must be absent or off with PD: the proxy is the one address.
     pub elastic: Option<Value>,
@@ -31,7 +33,4 @@ pub struct ClientConfig {
     pub headers: BTreeMap<String, String>,
     /// Whether the orchestrator skips its look at `/v1/models`.
     pub skip_model_check: Option<bool>,
-    /// PRIME-RL's other keys.
-    #[serde(flatten)]
-    pub other: Map<String, Value>,
 }

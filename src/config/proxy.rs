@@ -35,36 +35,50 @@ pub struct ProxyConfig {
     /// Which leg goes first. Default `sequential`.
     pub dispatch: Dispatch,
     /// Failures in a row after which a worker is quarantined. Default 3.
+    #[schemars(range(min = 1))]
     pub quarantine_after_failures: u32,
     /// How long a quarantined worker gets no request, in seconds; then one is tried (half open). Default 5.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub quarantine_s: f64,
     /// How often each worker's `/health` is asked, in seconds. Default 5.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub health_interval_s: f64,
     /// How long a health answer may take, in seconds. Default 5.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub health_timeout_s: f64,
     /// How long connecting to a worker may take, in seconds. Default 2.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub connect_timeout_s: f64,
     /// How long the whole prefill leg may take, in seconds. Default 600.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub prefill_timeout_s: f64,
     /// How long decode may take to its first byte, in seconds. Default 600.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub first_byte_timeout_s: f64,
     /// How long a started stream may stay silent, in seconds. Default 600.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub idle_timeout_s: f64,
     /// How long a whole request may take, in seconds. Default 21600, PRIME-RL's own.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub request_timeout_s: f64,
     /// How long a client may take to send its body, in seconds. Default 60.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub body_timeout_s: f64,
     /// Largest request body, in bytes. Default 64 MiB. Each request in flight may hold that much.
+    #[schemars(range(min = 1))]
     pub body_bytes_max: u64,
     /// Requests in flight before new ones get 503 with `Retry-After`. Default 16384.
+    #[schemars(range(min = 1))]
     pub inflight_max: usize,
     /// Pairs tried for one request before its error goes to the client. Default 2.
+    #[schemars(range(min = 1))]
     pub attempts_max: u32,
     /// Whether decode may prefill by itself when no prefill worker can serve (PX-5). Default false.
     pub local_prefill: bool,
     /// Prompts shorter than this many bytes of body go to decode alone. Default 0: none do.
     pub local_prefill_below_bytes: u64,
     /// Threads that serve. Default: the number of cores, 1 to 4.
+    #[schemars(range(min = 1, max = 1024))]
     pub threads: Option<usize>,
     /// Where admin routes listen, `host:port`. Default: on the proxy's own port, for loopback clients or token holders.
     pub admin_listen: Option<String>,

@@ -8,26 +8,35 @@ use serde::{Deserialize, Serialize};
 #[serde(default, deny_unknown_fields)]
 pub struct ReferenceConfig {
     /// Attention layers. Default 4.
+    #[schemars(range(min = 1))]
     pub layers: usize,
     /// KV heads over all tensor-parallel ranks. Default 4. Fewer heads than ranks are replicated.
+    #[schemars(range(min = 1))]
     pub kv_heads: usize,
     /// Elements per head, K and V each. Default 32.
+    #[schemars(range(min = 1))]
     pub head_size: usize,
     /// Bytes per element: 1, 2 or 4. Default 2.
     pub dtype_bytes: usize,
     /// Tokens per block. Default 16.
+    #[schemars(range(min = 1))]
     pub block_size: usize,
     /// Blocks in the cache. Default 4096.
+    #[schemars(range(min = 1))]
     pub num_blocks: usize,
     /// How blocks lie in memory. Default `split-kv`.
     pub layout: ReferenceLayout,
     /// Time prefill takes per prompt token, in microseconds. Default 0.
+    #[schemars(range(min = 0))]
     pub prefill_us_per_token: f64,
     /// Time one decode step takes, in microseconds. Default 0.
+    #[schemars(range(min = 0))]
     pub decode_us_per_token: f64,
     /// Longest prompt plus answer, in tokens. Default 8192; `[inference.model] max_model_len` wins.
+    #[schemars(range(min = 1))]
     pub max_model_len: usize,
     /// Requests that wait or run at once before new ones get 429. Default 4096.
+    #[schemars(range(min = 1))]
     pub requests_max: usize,
 }
 

@@ -4,9 +4,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    All2AllBackend, EngineKind, InferenceConfig, KvConfig, KvConnector, LauncherConfig, ModelConfig,
+    All2AllBackend, EngineKind, HostsConfig, InferenceConfig, KvConfig, KvConnector, LauncherConfig, ModelConfig,
     OrchestratorConfig, Path, PdDisaggConfig, ProxyConfig, Role, SecurityConfig, TelemetryConfig, TrainerConfig,
-    WeightBroadcastConfig, WeightBroadcastType,
+    WeightBroadcastConfig, WeightBroadcastType, WeightsConfig,
 };
 
 /// The model that vLLM, and PRIME-RL, serve when none is named.
@@ -16,7 +16,8 @@ const REFERENCE_DEFAULT_MODEL: &str = "pdlink-reference";
 
 /// Every setting of a run. Plain data: a part of the program is given its own section, never the whole.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
+#[schemars(extend("x-shared-with" = "PRIME-RL"))]
 pub struct Config {
     /// The model all parts share.
     pub model: ModelConfig,
@@ -41,6 +42,10 @@ pub struct Config {
     pub kv: KvConfig,
     /// How `up` starts, watches and ends the workers.
     pub launcher: LauncherConfig,
+    /// Has no settings yet.
+    pub weights: WeightsConfig,
+    /// Has no settings yet.
+    pub hosts: HostsConfig,
     /// The run's secret.
     pub security: SecurityConfig,
     /// The log.

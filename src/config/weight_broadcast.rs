@@ -2,7 +2,6 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 /// How weights travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -25,20 +24,19 @@ impl WeightBroadcastType {
     }
 }
 
-/// How weights travel. PRIME-RL's further keys (`host`, `port`, `timeout`, …) are its trainer's business and kept as they are.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+/// How weights travel. PRIME-RL's further keys (`host`, `port`, `timeout`, …) are its trainer's business: accepted, not kept.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(extend("x-shared-with" = "PRIME-RL"))]
 pub struct WeightBroadcastConfig {
     /// How weights travel. Default `filesystem`.
     pub r#type: Option<WeightBroadcastType>,
-    /// PRIME-RL's other keys.
-    #[serde(flatten)]
-    pub other: Map<String, Value>,
 }
 
 /// The part of `[trainer]` that pdlink reads.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
+#[schemars(extend("x-shared-with" = "PRIME-RL"))]
 pub struct TrainerConfig {
     /// The trainer's own copy of `[weight_broadcast]`. The copies must not disagree.
     pub weight_broadcast: Option<WeightBroadcastConfig>,

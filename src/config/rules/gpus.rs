@@ -1,0 +1,74 @@
+//! The lists of GPU ids: each run of `tp` ids is one worker. With the reference engine the ids are only slots, under the same
+//! rules, so that a file can change its engine and nothing else.
+
+use crate::config::Role;
+
+use super::Bench;
+
+pub(super) fn judge(bench: &mut Bench<'_>) {
+    if !bench.config.pd_disagg.enabled {
+        if bench.config.inference_gpu_ids.is_some() {
+            list(bench, Role::Both, "inference_gpu_ids", "inference.parallel.tp");
+        }
+        return;
+    }
+    let (prefill, decode) = ("pd_disagg.prefill_gpu_ids", "pd_disagg.decode_gpu_ids");
+    list(bench, Role::Prefill, prefill, tp_key(bench, "pd_disagg.prefill_tp"));
+    list(bench, Role::Decode, decode, tp_key(bench, "pd_disagg.decode_tp"));
+    overlap(bench, prefill, decode);
+}
+
+/// The key that says a role's ranks: its own if it was given.
+fn tp_key(bench: &Bench<'_>, own: &'static str) -> &'static str {
+    if bench.has(own) { own } else { "inference.parallel.tp" }
+}
+
+fn list(bench: &mut Bench<'_>, role: Role, key: &str, tp_key: &str) {
+    let ids = bench.config.gpu_ids(role);
+    let name = if role == Role::Both { "plain" } else { role.name() };
+    if ids.is_empty() {
+        let state = if bench.has(key) { "is empty" } else { "is missing" };
+        let example = if role == Role::Decode { "[1]" } else { "[0]" };
+        let message = format!("{state}: there would be no {name} worker");
+        bench.refuse(&[key], message, format!("list its GPUs, as in `{key} = {example}`"));
+        return;
+    }
+    for (index, id) in ids.iter().enumerate() {
+        if ids[..index].contains(id) {
+            let message = format!("has GPU {id} more than once");
+            bench.refuse(&[key], message, "list each GPU once: two ranks on one GPU run out of its memory");
+            break;
+        }
+    }
+    multiple(bench, key, tp_key, ids.len(), bench.config.tp(role), name);
+}
+
+fn multiple(bench: &mut Bench<'_>, key: &str, tp_key: &str, count: usize, tp: u32, name: &str) {
+    let ranks = usize::try_from(tp).unwrap_or(usize::MAX);
+    // No ranks at all is refused where the value is checked; here it only must not divide.
+    if ranks == 0 || count.is_multiple_of(ranks) {
+        return;
+    }
+    let nearest = match count / ranks {
+        0 => format!("{ranks}"),
+        whole => format!("{} or {}", whole * ranks, (whole + 1) * ranks),
+    };
+    bench.refuse(
+        &[key, tp_key],
+        format!("has {count} GPU ids, which is no multiple of {tp_key} = {tp}: a {name} worker takes {tp}"),
+        format!("list {nearest} ids, or change {tp_key}"),
+    );
+}
+
+fn overlap(bench: &mut Bench<'_>, prefill: &str, decode: &str) {
+    let (ours, theirs) = (&bench.config.pd_disagg.prefill_gpu_ids, &bench.config.pd_disagg.decode_gpu_ids);
+    let mut shared: Vec<String> = theirs.iter().filter(|id| ours.contains(id)).map(ToString::to_string).collect();
+    shared.dedup();
+    if !shared.is_empty() {
+        bench.refuse(
+            &[decode, prefill],
+            format!("shares GPU {} with {prefill}: a GPU serves one role", shared.join(", ")),
+            "give each role GPUs of its own",
+        );
+    }
+}

@@ -1,0 +1,9 @@
+//! `[weights]`: has no settings yet.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Accepted empty. How weights travel is in `[weight_broadcast]`; a key in here is refused, because nothing would read it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct WeightsConfig {}
