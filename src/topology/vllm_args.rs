@@ -52,13 +52,9 @@ fn render(name: &str, value: &Value) -> Vec<String> {
     if text.starts_with('-') { vec![format!("--{name}={text}")] } else { vec![format!("--{name}"), text] }
 }
 
-/// Arguments that the plan itself decides, and where to set them instead.
+/// Arguments that would change what a worker is. Those that the configuration has settings for are refused at load.
 const RESERVED: &[(&str, &str)] = &[
-    ("host", "set `pd_disagg.host` or `inference.server.host`"),
-    ("port", "set `pd_disagg.prefill_port`, `pd_disagg.decode_port` or `inference.server.port`"),
-    ("uds", "workers are reached by port"),
-    ("model", "set `inference.model.name`"),
-    ("tensor_parallel_size", "set `inference.parallel.tp`, `pd_disagg.prefill_tp` or `pd_disagg.decode_tp`"),
+    ("data_parallel", "the proxy spreads requests over workers: give more GPUs, each run of `tp` ids is one worker"),
     ("pipeline_parallel_size", "a worker is one tensor-parallel group: set `tp`"),
     ("headless", "every worker has its own HTTP server"),
 ];
@@ -140,24 +136,15 @@ fn add_pass_through(args: &mut Args, config: &Config, role: Role) -> Result<(), 
         if SECRET_ARGUMENTS.iter().any(|(secret, _)| *secret == name) {
             continue;
         }
-        check_pass_through(&name, &value, role)?;
+        check_pass_through(&name, &value)?;
         args.set(&name, value);
     }
     Ok(())
 }
 
-fn check_pass_through(name: &str, value: &Value, role: Role) -> Result<(), PlanError> {
-    let reserved = |mend: &str| PlanError::Reserved { name: name.to_owned(), mend: mend.to_owned() };
-    if let Some((_, mend)) = RESERVED.iter().find(|(reserved, _)| *reserved == name) {
-        return Err(reserved(mend));
-    }
-    if name.starts_with("data_parallel") {
-        return Err(reserved(
-            "the proxy spreads requests over workers: give more GPUs, each run of `tp` is one worker",
-        ));
-    }
-    if name == "kv_transfer_config" && role != Role::Both {
-        return Err(reserved("set `pd_disagg.kv_connector` and `pd_disagg.connector_impl`"));
+fn check_pass_through(name: &str, value: &Value) -> Result<(), PlanError> {
+    if let Some((_, mend)) = RESERVED.iter().find(|(reserved, _)| name.starts_with(reserved)) {
+        return Err(PlanError::Reserved { name: name.to_owned(), mend: (*mend).to_owned() });
     }
     if value.is_string() && redact::is_secret(name) {
         return Err(PlanError::SecretArgument { name: name.to_owned() });

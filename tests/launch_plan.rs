@@ -1,0 +1,392 @@
+//! Configuration to plan, as tables: who runs where, with which command, environment and ports.
+
+use std::collections::BTreeSet;
+
+use pdlink::config::{All2AllBackend, Config, ConnectorImpl, EngineKind, KvConnector, KvSendType, Path, Role};
+use pdlink::topology::ports::{PortError, PortWish, Ports};
+use pdlink::topology::vllm::{VllmProgram, VllmVersion};
+use pdlink::topology::{Plan, PlanError, Surroundings, WorkerPlan, plan};
+use serde_json::{Value, json};
+
+/// A host whose busy ports are a list.
+#[derive(Default)]
+struct TablePorts {
+    busy: BTreeSet<u16>,
+    chosen_by_system: u16,
+}
+
+impl TablePorts {
+    fn busy(ports: &[u16]) -> Self {
+        Self { busy: ports.iter().copied().collect(), chosen_by_system: 40_000 }
+    }
+}
+
+impl Ports for TablePorts {
+    fn take(&mut self, wish: PortWish<'_>) -> Result<u16, PortError> {
+        let mut base = wish.base;
+        if base == 0 {
+            self.chosen_by_system += 1;
+            return Ok(self.chosen_by_system);
+        }
+        while (base..base + wish.count).any(|port| self.busy.contains(&port)) {
+            if !wish.search {
+                let (purpose, key) = (wish.purpose.to_owned(), wish.key.to_owned());
+                return Err(PortError::Taken { purpose, key, host: "127.0.0.1".to_owned(), port: base });
+            }
+            base += 1;
+        }
+        self.busy.extend(base..base + wish.count);
+        Ok(base)
+    }
+}
+
+fn pd(prefill: &[u32], decode: &[u32]) -> Config {
+    let mut config = Config::default();
+    config.pd_disagg.enabled = true;
+    config.pd_disagg.prefill_gpu_ids = prefill.to_vec();
+    config.pd_disagg.decode_gpu_ids = decode.to_vec();
+    config.inference.model.name = Some("M".to_owned());
+    config
+}
+
+fn made(config: &Config, minor: u32, ports: &mut TablePorts) -> Result<Plan, PlanError> {
+    let vllm = VllmProgram { program: "/env/bin/vllm".to_owned(), version: VllmVersion::new(0, minor) };
+    let around = Surroundings { pdlink: "/bin/pdlink", vllm: Some(&vllm), secret_file: "/run/x/secret" };
+    plan(config, &around, ports)
+}
+
+fn planned(config: &Config, minor: u32) -> Plan {
+    made(config, minor, &mut TablePorts::busy(&[])).expect("a plan")
+}
+
+/// The value behind a flag.
+fn flag<'a>(worker: &'a WorkerPlan, name: &str) -> Option<&'a str> {
+    let at = worker.command.iter().position(|word| word == name)?;
+    worker.command.get(at + 1).map(String::as_str)
+}
+
+fn kv_settings(worker: &WorkerPlan) -> Value {
+    let text = flag(worker, "--kv-transfer-config").expect("a KV transfer configuration");
+    serde_json::from_str(text).expect("JSON")
+}
+
+#[test]
+fn each_run_of_tp_ids_is_one_worker() {
+    type Case = (&'static [u32], u32, &'static [u32], u32, &'static [&'static [u32]]);
+    let cases: &[Case] = &[
+        (&[0], 1, &[1], 1, &[&[0], &[1]]),
+        (&[0, 1, 2, 3], 2, &[4, 5], 1, &[&[0, 1], &[2, 3], &[4], &[5]]),
+        (&[7, 3], 2, &[0, 1, 2, 4], 4, &[&[7, 3], &[0, 1, 2, 4]]),
+    ];
+    for (prefill, prefill_tp, decode, decode_tp, want) in cases {
+        let mut config = pd(prefill, decode);
+        config.pd_disagg.prefill_tp = Some(*prefill_tp);
+        config.pd_disagg.decode_tp = Some(*decode_tp);
+        let plan = planned(&config, 33);
+        let gpus: Vec<&[u32]> = plan.workers.iter().map(|worker| worker.gpus.as_slice()).collect();
+        assert_eq!(&gpus, want, "case: {prefill:?} by {prefill_tp}, {decode:?} by {decode_tp}");
+        for worker in &plan.workers {
+            let ids: Vec<String> = worker.gpus.iter().map(u32::to_string).collect();
+            assert_eq!(worker.env["CUDA_VISIBLE_DEVICES"], ids.join(","));
+            assert_eq!(flag(worker, "--tensor-parallel-size"), Some(ids.len().to_string().as_str()));
+        }
+    }
+    let mut config = pd(&[0, 1, 2], &[3, 4]);
+    config.inference.parallel.tp = 2;
+    let error = made(&config, 33, &mut TablePorts::busy(&[])).expect_err("3 ids by 2");
+    assert!(matches!(error, PlanError::GpuList { role: "prefill", count: 3, tp: 2 }) && error.is_configuration());
+}
+
+#[test]
+fn ports_count_up_from_each_roles_base_and_make_way() {
+    let ports = |plan: &Plan| plan.workers.iter().map(|worker| (worker.port, worker.kv_port)).collect::<Vec<_>>();
+    let mut config = pd(&[0, 1], &[2]);
+    let plan = planned(&config, 33);
+    assert_eq!(plan.proxy.base_url(), "http://127.0.0.1:8000/v1");
+    assert_eq!(ports(&plan), [(8100, Some(14579)), (8101, Some(14580)), (8200, Some(14581))]);
+    assert_eq!(plan.workers[2].kv_address().as_deref(), Some("127.0.0.1:14581"));
+    assert_eq!(plan.workers[2].url(), "http://127.0.0.1:8200");
+
+    let plan = made(&config, 33, &mut TablePorts::busy(&[8000, 8100])).expect("others are free");
+    assert_eq!((plan.proxy.port, ports(&plan)[0].0, ports(&plan)[1].0), (8001, 8101, 8102));
+
+    config.pd_disagg.auto_ports = false;
+    config.pd_disagg.decode_kv_port = 14600;
+    let error = made(&config, 33, &mut TablePorts::busy(&[8101])).expect_err("8101 is taken");
+    let text = error.to_string();
+    assert!(text.contains("port 8101 (HTTP port of prefill 1)") && text.contains("pd_disagg.prefill_port"), "{text}");
+    assert!(!error.is_configuration());
+}
+
+#[test]
+fn hosts_are_bound_as_configured_and_reached_from_here() {
+    let cases =
+        [(None, "127.0.0.1", "http://127.0.0.1:8000/v1"), (Some("0.0.0.0"), "0.0.0.0", "http://127.0.0.1:8000/v1")];
+    for (host, bound, base_url) in cases {
+        let mut config = pd(&[0], &[1]);
+        config.pd_disagg.host = host.map(str::to_owned);
+        let plan = planned(&config, 33);
+        assert_eq!(flag(&plan.workers[0], "--host"), Some(bound));
+        assert_eq!(plan.proxy.base_url(), base_url);
+        assert_eq!(plan.workers[0].url(), "http://127.0.0.1:8100");
+    }
+}
+
+#[test]
+fn native_connector_settings_are_accepted_by_every_version() {
+    let mut config = pd(&[0, 1], &[2]);
+    config.pd_disagg.prefill_tp = Some(2);
+    config.kv.paths = Some(vec![Path::CudaIpc]);
+    let want = |role: &str, rank: u32, kv_ports: Value, port: u16, policy: bool| {
+        let mut want = json!({
+            "kv_connector": "P2pNcclConnector",
+            "kv_connector_module_path": "pdlink.vllm",
+            "kv_role": role,
+            "kv_port": kv_ports[0],
+        });
+        if policy {
+            want["kv_load_failure_policy"] = json!("fail");
+        }
+        want["kv_connector_extra_config"] = json!({
+            "kv_rank": rank,
+            "kv_parallel_size": 2,
+            "kv_host": "127.0.0.1",
+            "kv_ports": kv_ports,
+            "http_port": port,
+            "send_type": "PUT_ASYNC",
+            "kv": {
+                "paths": ["cuda-ipc"],
+                "lease_ms": 30000,
+                "transfer_timeout_ms": 20000,
+                "connect_timeout_ms": 2000,
+                "ping_interval_ms": 250,
+                "peer_timeout_ms": 1000,
+                "digest": "sampled",
+                "digest_sample_every": 16,
+                "tcp_streams": 2,
+                "inflight_max": 64,
+                "load_failure_policy": "fail",
+            },
+        });
+        want
+    };
+    for (minor, policy) in [(23, false), (24, true), (32, true), (33, true)] {
+        let plan = planned(&config, minor);
+        let (prefill, decode) = (&plan.workers[0], &plan.workers[1]);
+        assert_eq!(kv_settings(prefill), want("kv_producer", 0, json!([14579, 40001]), 8100, policy), "0.{minor}");
+        assert_eq!(kv_settings(decode), want("kv_consumer", 1, json!([14580]), 8200, policy), "0.{minor}");
+        for worker in &plan.workers {
+            assert_eq!(worker.env["VLLM_WORKER_MULTIPROC_METHOD"], "spawn");
+            assert_eq!(worker.env["PDLINK_SECRET_FILE"], "/run/x/secret");
+            assert!(worker.has_runtime);
+        }
+        assert_eq!(plan.warnings.len(), usize::from(minor == 23), "0.{minor}: {:?}", plan.warnings);
+    }
+}
+
+#[test]
+fn vllms_own_connectors_get_what_their_version_knows() {
+    let mut config = pd(&[0, 1], &[2, 3]);
+    config.pd_disagg.prefill_tp = Some(2);
+    config.pd_disagg.connector_impl = ConnectorImpl::Vllm;
+    config.pd_disagg.kv_send_type = KvSendType::Get;
+
+    config.pd_disagg.kv_connector = KvConnector::NixlConnector;
+    for minor in [24, 32, 33] {
+        let plan = planned(&config, minor);
+        let want =
+            |role: &str| json!({ "kv_connector": "NixlConnector", "kv_role": role, "kv_load_failure_policy": "fail" });
+        assert_eq!(kv_settings(&plan.workers[0]), want("kv_producer"), "0.{minor}");
+        assert_eq!(kv_settings(&plan.workers[2]), want("kv_consumer"), "0.{minor}");
+        let side: Vec<_> =
+            plan.workers.iter().map(|worker| worker.env["VLLM_NIXL_SIDE_CHANNEL_PORT"].as_str()).collect();
+        assert_eq!(side, ["14579", "14580", "14581"]);
+        assert_eq!(plan.workers[0].env["VLLM_NIXL_SIDE_CHANNEL_HOST"], "127.0.0.1");
+        assert!(!plan.workers[0].has_runtime && !plan.workers[0].env.contains_key("PDLINK_SECRET_FILE"));
+    }
+
+    config.pd_disagg.kv_connector = KvConnector::P2pNcclConnector;
+    let plan = planned(&config, 23);
+    assert_eq!(
+        kv_settings(&plan.workers[0]),
+        json!({
+            "kv_connector": "P2pNcclConnector",
+            "kv_role": "kv_producer",
+            "kv_rank": 0,
+            "kv_parallel_size": 3,
+            "kv_port": 14579,
+            "kv_connector_extra_config": { "http_port": "8100", "send_type": "GET" },
+        })
+    );
+    // Two ranks listen at 14579 and 14580, so decode begins behind them.
+    assert_eq!(kv_settings(&plan.workers[1])["kv_port"], json!(14581));
+    assert_eq!(kv_settings(&plan.workers[2])["kv_rank"], json!(2));
+    assert_eq!(plan.workers[0].env["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"], "1");
+    assert_eq!(plan.workers[0].env["VLLM_HOST_IP"], "127.0.0.1");
+
+    let error = made(&config, 24, &mut TablePorts::busy(&[])).expect_err("gone in 0.24");
+    assert!(matches!(error, PlanError::P2pGone { .. }), "{error}");
+    assert!(error.to_string().contains("connector_impl = \"native\""), "{error}");
+}
+
+#[test]
+fn versions_outside_of_the_tested_range_are_named() {
+    for (minor, warned) in [(20, true), (23, true), (24, false), (33, false), (34, true)] {
+        let plan = planned(&pd(&[0], &[1]), minor);
+        let named = plan.warnings.iter().any(|warning| warning.contains(&format!("vLLM 0.{minor} is outside")));
+        assert_eq!(named, warned, "0.{minor}: {:?}", plan.warnings);
+    }
+    let error = made(&pd(&[0], &[1]), 19, &mut TablePorts::busy(&[])).expect_err("too old");
+    assert!(matches!(error, PlanError::TooOld { .. }), "{error}");
+}
+
+#[test]
+fn every_inference_setting_reaches_vllm() {
+    let mut config = pd(&[0], &[1]);
+    let inference = &mut config.inference;
+    inference.enable_lora = true;
+    inference.max_lora_rank = Some(32);
+    inference.enable_prefix_caching = Some(false);
+    inference.gpu_memory_utilization = 0.5;
+    inference.api_server_count = 2;
+    inference.seed = 7;
+    inference.enable_expert_parallel = true;
+    inference.enable_eplb = true;
+    inference.model.max_model_len = Some(2048);
+    inference.model.enforce_eager = true;
+    inference.model.trust_remote_code = true;
+    inference.model.enable_auto_tool_choice = true;
+    inference.model.reasoning_parser = Some("qwen3".to_owned());
+    inference.model.rope_scaling = Some(json!("{\"rope_type\": \"yarn\", \"factor\": 4.0}"));
+    config.pd_disagg.decode_all2all_backend = Some(All2AllBackend::DeepepLowLatency);
+    let plan = planned(&config, 33);
+    let (prefill, decode) = (&plan.workers[0], &plan.workers[1]);
+    let before_kv = |worker: &WorkerPlan| {
+        worker.command.iter().take_while(|word| *word != "--kv-transfer-config").cloned().collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(
+        before_kv(prefill),
+        "/env/bin/vllm serve M --host 127.0.0.1 --port 8100 --dtype auto --max-model-len 2048 --enforce-eager \
+         --trust-remote-code --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3 --hf-overrides \
+         {\"rope_parameters\":{\"rope_type\":\"yarn\",\"factor\":4.0}} --tensor-parallel-size 1 --gpu-memory-utilization 0.5 \
+         --api-server-count 2 --seed 7 --enable-lora --max-loras 8 --max-cpu-loras 100 --max-lora-rank 32 \
+         --no-enable-prefix-caching --enable-expert-parallel --all2all-backend allgather_reducescatter --enable-eplb"
+    );
+    assert_eq!(flag(decode, "--all2all-backend"), Some("deepep_low_latency"));
+    assert_eq!(prefill.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"], "1");
+    assert!(plan.warnings.iter().any(|warning| warning.contains("api_server_count = 1")), "{:?}", plan.warnings);
+    assert!(prefill.command.iter().all(|word| !word.contains("data-parallel")), "one data-parallel rank per worker");
+}
+
+fn pass(config: &mut Config, table: &str, name: &str, value: Value) {
+    let vllm = &mut config.inference.vllm;
+    let args = match table {
+        "prefill" => &mut vllm.prefill,
+        "decode" => &mut vllm.decode,
+        _ => &mut vllm.all,
+    };
+    args.insert(name.to_owned(), value);
+}
+
+#[test]
+fn further_arguments_pass_through_per_role_and_win() {
+    let mut config = pd(&[0], &[1]);
+    pass(&mut config, "", "max_num_seqs", json!(64));
+    pass(&mut config, "", "seed", json!(3));
+    pass(&mut config, "", "disable-log-stats", json!(true));
+    pass(&mut config, "decode", "max_num_seqs", json!(256));
+    pass(&mut config, "decode", "compilation_config", json!({ "cudagraph_mode": "FULL_DECODE_ONLY" }));
+    pass(&mut config, "decode", "async_scheduling", json!(false));
+    pass(&mut config, "prefill", "logits_bias", json!("-1"));
+    let plan = planned(&config, 33);
+    let (prefill, decode) = (&plan.workers[0], &plan.workers[1]);
+    assert_eq!((flag(prefill, "--max-num-seqs"), flag(decode, "--max-num-seqs")), (Some("64"), Some("256")));
+    assert_eq!(prefill.command.iter().filter(|word| *word == "--seed").count(), 1);
+    assert_eq!(flag(prefill, "--seed"), Some("3"));
+    assert_eq!(flag(decode, "--compilation-config"), Some("{\"cudagraph_mode\":\"FULL_DECODE_ONLY\"}"));
+    for (worker, word) in
+        [(prefill, "--disable-log-stats"), (decode, "--no-async-scheduling"), (prefill, "--logits-bias=-1")]
+    {
+        assert!(worker.command.iter().any(|given| given == word), "{word} in {:?}", worker.command);
+    }
+    for (name, value) in [("data-parallel-size", json!(2)), ("pipeline_parallel_size", json!(2))] {
+        let mut config = pd(&[0], &[1]);
+        pass(&mut config, "", name, value);
+        let error = made(&config, 33, &mut TablePorts::busy(&[])).expect_err(name);
+        assert!(matches!(error, PlanError::Reserved { .. }) && error.is_configuration(), "{error}");
+    }
+}
+
+#[test]
+fn secrets_are_neither_in_commands_nor_in_what_is_shown() {
+    let mut config = pd(&[0], &[1]);
+    pass(&mut config, "", "api_key", json!("sk-hidden"));
+    config.pd_disagg.prefill_env.insert("HF_TOKEN".to_owned(), "hf-hidden".to_owned());
+    config.pd_disagg.prefill_env.insert("TOKENIZERS_PARALLELISM".to_owned(), "false".to_owned());
+    let plan = planned(&config, 33);
+    assert_eq!(plan.workers[0].env["VLLM_API_KEY"], "sk-hidden", "it reaches the worker");
+    assert_eq!(plan.workers[0].env["HF_TOKEN"], "hf-hidden");
+    let shown = plan.to_json().to_string();
+    assert!(!shown.contains("hidden"), "{shown}");
+    assert!(!plan.workers.iter().any(|worker| worker.command.iter().any(|word| word.contains("hidden"))));
+    assert_eq!(plan.workers[0].shown_env()["TOKENIZERS_PARALLELISM"], "false");
+
+    pass(&mut config, "", "some_secret", json!("x"));
+    let error = made(&config, 33, &mut TablePorts::busy(&[])).expect_err("a secret in argv");
+    assert!(matches!(error, PlanError::SecretArgument { .. }), "{error}");
+}
+
+#[test]
+fn the_plan_for_machines_names_every_worker_and_the_proxy() {
+    let mut config = pd(&[0, 1], &[2]);
+    config.inference.parallel.tp = 1;
+    config.pd_disagg.prefill_tp = Some(2);
+    config.weight_broadcast = Some(serde_json::from_value(json!({ "type": "nccl" })).expect("a section"));
+    let shown = planned(&config, 33).to_json();
+    assert_eq!(shown["proxy"]["base_url"], "http://127.0.0.1:8000/v1");
+    assert_eq!(shown["world_size"], 4, "three ranks and the trainer");
+    assert_eq!(shown["kv_connector"], "P2pNcclConnector");
+    let worker = &shown["workers"][0];
+    assert_eq!((&worker["role"], &worker["gpus"], &worker["port"]), (&json!("prefill"), &json!([0, 1]), &json!(8100)));
+    assert_eq!(worker["kv_port"], 14579);
+    assert_eq!(worker["env"]["CUDA_VISIBLE_DEVICES"], "0,1");
+    assert_eq!(worker["command"][1], "serve");
+
+    config.weight_broadcast = None;
+    assert!(planned(&config, 33).to_json().get("world_size").is_none());
+}
+
+#[test]
+fn reference_workers_are_told_what_differs_from_the_default() {
+    let mut config = pd(&[0], &[1]);
+    config.inference.engine = EngineKind::Reference;
+    config.inference.reference.num_blocks = 128;
+    config.inference.enable_prefix_caching = Some(false);
+    config.kv.paths = Some(vec![Path::Tcp]);
+    let around = Surroundings { pdlink: "/bin/pdlink", vllm: None, secret_file: "/run/x/secret" };
+    let plan = plan(&config, &around, &mut TablePorts::busy(&[])).expect("no vllm is needed");
+    assert_eq!(
+        plan.workers[0].command.join(" "),
+        "/bin/pdlink engine --role prefill --host 127.0.0.1 --port 8100 --kv-port 14579 --model M --tp 1 \
+         --inference.reference.num_blocks 128 --kv.paths [\"tcp\"] --inference.enable_prefix_caching false \
+         --pd_disagg.kv_send_type PUT_ASYNC"
+    );
+    assert_eq!(plan.workers[1].role, Role::Decode);
+    assert_eq!(plan.link.expect("a link").paths, [Path::Tcp]);
+}
+
+#[test]
+fn without_pd_plain_workers_stand_behind_the_servers_port() {
+    let mut config = Config::default();
+    config.inference.server.port = 9000;
+    config.inference.parallel.dp = 2;
+    config.inference.parallel.tp = 2;
+    config.inference.kv_transfer_config = Some(json!("{\"kv_connector\": \"X\", \"kv_role\": \"kv_both\"}"));
+    let plan = planned(&config, 33);
+    assert_eq!(plan.proxy.base_url(), "http://127.0.0.1:9000/v1");
+    let workers: Vec<_> = plan.workers.iter().map(|worker| (worker.name(), worker.gpus.clone(), worker.port)).collect();
+    assert_eq!(workers, [("worker_0".to_owned(), vec![0, 1], 8200), ("worker_1".to_owned(), vec![2, 3], 8201)]);
+    assert_eq!(plan.workers[0].kv_port, None);
+    assert_eq!(kv_settings(&plan.workers[0])["kv_connector"], "X");
+    assert!(plan.link.is_none());
+}
