@@ -19,6 +19,15 @@ pub enum MemoryKind {
     Host,
 }
 
+impl MemoryKind {
+    /// How messages call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+        }
+    }
+}
+
 /// A copy that would leave its region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("bytes {offset}..{offset}+{len} lie outside a region of {region_len} bytes")]

@@ -1,13 +1,13 @@
-//! A bounded set of threads that copy. Work is cut by bytes, not by runs, and every thread takes the next piece of the next
-//! transfer in turn: a small transfer never waits for a long one to end, and a deadline is noticed within a few pieces.
+//! A bounded set of threads that copy. Work is cut by bytes, not by runs; small transfers are copied by whoever submits.
+#![forbid(unsafe_code)]
 
-use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::Instant;
 
-use super::flight::{Flight, locked};
+use super::flight::Flight;
+use super::flight_queue::FlightQueue;
+use super::threads::Threads;
 use super::{Piece, RunList, Totals, TransportError};
 use crate::memory::to_u64;
 
@@ -28,41 +28,25 @@ pub(super) trait Carrier: Send + Sync {
     fn carry(&self, flight: &Flight, piece: Piece) -> Result<(), TransportError>;
 }
 
-/// The threads. Ended and joined by [`CopyPool::close`].
+/// The threads, and what waits for them.
 pub(super) struct CopyPool {
-    queue: Arc<Queue>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    queue: Arc<FlightQueue<Arc<dyn Carrier>>>,
+    threads: Threads,
     thread_count: usize,
-}
-
-#[derive(Default)]
-struct Queue {
-    waiting: Mutex<Waiting>,
-    work: Condvar,
-}
-
-#[derive(Default)]
-struct Waiting {
-    /// Bounded by the links: each admits a bounded number of flights, and each flight is here at most once.
-    jobs: VecDeque<Job>,
-    closed: bool,
-}
-
-struct Job {
-    flight: Arc<Flight>,
-    carrier: Arc<dyn Carrier>,
 }
 
 impl CopyPool {
     /// A pool of `threads` threads, at least one.
     pub(super) fn start(threads: usize) -> io::Result<Self> {
-        let thread_count = threads.max(1);
-        let queue = Arc::new(Queue::default());
-        let pool = Self { queue, threads: Mutex::default(), thread_count };
-        for index in 0..thread_count {
+        let pool =
+            Self { queue: Arc::new(FlightQueue::new()), threads: Threads::default(), thread_count: threads.max(1) };
+        for index in 0..pool.thread_count {
             let queue = pool.queue.clone();
-            let name = format!("pdlink-copy-{index}");
-            locked(&pool.threads).push(std::thread::Builder::new().name(name).spawn(move || queue.serve())?);
+            pool.threads.spawn(format!("pdlink-copy-{index}"), move || {
+                while let Some((flight, carrier, piece)) = queue.take() {
+                    carry(&flight, &*carrier, piece);
+                }
+            })?;
         }
         Ok(pool)
     }
@@ -79,38 +63,21 @@ impl CopyPool {
 
     /// Carries `flight` to its end: here if it is small, else on the pool's threads.
     pub(super) fn carry(&self, flight: Arc<Flight>, carrier: Arc<dyn Carrier>) {
-        let job = Job { flight, carrier };
-        if is_small(job.flight.totals) {
-            while job.carry_one() {}
-            return;
+        if is_small(flight.totals) {
+            while let Some(piece) = flight.claim() {
+                carry(&flight, &*carrier, piece);
+            }
+        } else if let Err(flight) = self.queue.push(flight, carrier) {
+            flight.fail(TransportError::Cancelled);
         }
-        let mut waiting = locked(&self.queue.waiting);
-        if waiting.closed {
-            drop(waiting);
-            job.flight.fail(TransportError::Cancelled);
-            return;
-        }
-        waiting.jobs.push_back(job);
-        drop(waiting);
-        self.queue.work.notify_all();
     }
 
-    /// Fails what waits, ends the threads and joins them. From one of its own threads it joins all but that one.
+    /// Fails what waits, ends the threads and waits for them.
     pub(super) fn close(&self) {
-        let jobs = {
-            let mut waiting = locked(&self.queue.waiting);
-            waiting.closed = true;
-            std::mem::take(&mut waiting.jobs)
-        };
-        self.queue.work.notify_all();
-        for job in jobs {
-            job.flight.fail(TransportError::Cancelled);
+        for flight in self.queue.close() {
+            flight.fail(TransportError::Cancelled);
         }
-        let threads = std::mem::take(&mut *locked(&self.threads));
-        for thread in threads.into_iter().filter(|thread| thread.thread().id() != std::thread::current().id()) {
-            // Its completions are caught where they are called; a panic here would be ours, and was printed.
-            let _ = thread.join();
-        }
+        self.threads.join();
     }
 }
 
@@ -124,41 +91,8 @@ fn is_small(totals: Totals) -> bool {
     totals.bytes <= INLINE_BYTES_MAX && totals.runs <= INLINE_RUNS_MAX
 }
 
-impl Queue {
-    fn serve(&self) {
-        while let Some((job, piece)) = self.take() {
-            job.carry(piece);
-        }
-    }
-
-    /// The next piece, and the transfer it belongs to. `None` once closed.
-    fn take(&self) -> Option<(Job, Piece)> {
-        let mut waiting = locked(&self.waiting);
-        loop {
-            if waiting.closed {
-                return None;
-            }
-            let Some(job) = waiting.jobs.pop_front() else {
-                waiting = self.work.wait(waiting).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            let Some(piece) = job.flight.claim() else { continue };
-            if job.flight.has_more() {
-                waiting.jobs.push_back(Job { flight: job.flight.clone(), carrier: job.carrier.clone() });
-            }
-            return Some((job, piece));
-        }
-    }
-}
-
-impl Job {
-    fn carry(&self, piece: Piece) {
-        // A late flight carries no more bytes, and the piece in hand is still accounted for.
-        let late = self.flight.fail_if_late(Instant::now());
-        self.flight.account(if late { Ok(()) } else { self.carrier.carry(&self.flight, piece) });
-    }
-
-    fn carry_one(&self) -> bool {
-        self.flight.claim().map(|piece| self.carry(piece)).is_some()
-    }
+fn carry(flight: &Flight, carrier: &dyn Carrier, piece: Piece) {
+    // A late flight carries no more bytes, and the piece in hand is still accounted for.
+    let late = flight.fail_if_late(Instant::now());
+    flight.account(if late { Ok(()) } else { carrier.carry(flight, piece) });
 }

@@ -1,4 +1,5 @@
 //! Everything that can go wrong with a path, one variant per thing a caller could do differently.
+#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::io;

@@ -1,4 +1,5 @@
 //! What one process tells a peer about its regions, per path.
+#![forbid(unsafe_code)]
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

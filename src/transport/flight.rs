@@ -3,12 +3,14 @@
 //! A flight is cut into pieces when it is admitted. Whoever carries bytes claims pieces one by one and accounts for each;
 //! the last account delivers the completion. Failing a flight claims all pieces that nobody has yet, so that the completion
 //! waits only for those that are being carried.
+#![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{
     Completion, Copied, Direction, GrantToken, Piece, RunList, Totals, TransferRequest, TransferTicket, TransportError,
@@ -79,6 +81,18 @@ impl Flight {
         self.deliver();
     }
 
+    /// Ends a push whose peer did not confirm it. Whatever failed it first is the cause; that it is not fenced is what the
+    /// caller must hear.
+    pub(super) fn fail_unfenced(&self, cause: TransportError) {
+        let mut failure = self.failure.write().unwrap_or_else(PoisonError::into_inner);
+        *failure = Some(match failure.take() {
+            Some(unfenced @ TransportError::Unfenced { .. }) => unfenced,
+            first => TransportError::Unfenced { peer: self.home.peer.clone(), cause: Box::new(first.unwrap_or(cause)) },
+        });
+        drop(failure);
+        self.fail(TransportError::Cancelled);
+    }
+
     /// Fails the flight if its time is up.
     pub(super) fn fail_if_late(&self, now: Instant) -> bool {
         let late = now > self.deadline;
@@ -141,9 +155,22 @@ impl Flight {
     }
 }
 
+thread_local! {
+    static IN_COMPLETION: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread is inside a completion. There nothing may wait for a flight or a thread: the one waited for could be
+/// this very thread's next.
+pub(super) fn in_completion() -> bool {
+    IN_COMPLETION.get()
+}
+
 /// Calls a completion. One that panics is the caller's mistake and must not take the path's thread with it.
 fn complete(done: Completion, result: Result<Copied, TransportError>) {
-    if catch_unwind(AssertUnwindSafe(|| done(result))).is_err() {
+    let outer = IN_COMPLETION.replace(true);
+    let called = catch_unwind(AssertUnwindSafe(|| done(result)));
+    IN_COMPLETION.set(outer);
+    if called.is_err() {
         tracing::error!("a transfer's completion panicked");
     }
 }
@@ -250,6 +277,10 @@ impl Inflight {
         locked(&self.table).flights.get(&ticket).cloned()
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        locked(&self.table).flights.is_empty()
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         locked(&self.table).closed.is_some()
     }
@@ -262,11 +293,25 @@ impl Inflight {
         table.flights.values().cloned().collect()
     }
 
-    /// Waits until nothing is in flight. Bounded by what the path's threads do with pieces they already hold.
-    pub(super) fn wait_empty(&self) {
+    /// Ends every transfer whose time is up, by `end`.
+    pub(super) fn sweep(&self, now: Instant, end: impl Fn(&Flight)) {
+        let late: Vec<_> = {
+            let table = locked(&self.table);
+            table.flights.values().filter(|flight| now > flight.deadline).cloned().collect()
+        };
+        late.iter().for_each(|flight| end(flight));
+    }
+
+    /// Waits until nothing is in flight, `bound` at the most; inside a completion not at all. Says whether nothing is.
+    pub(super) fn wait_empty(&self, bound: Duration) -> bool {
+        let until = Instant::now() + bound;
         let mut table = locked(&self.table);
-        while !table.flights.is_empty() {
-            table = self.emptied.wait(table).unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if table.flights.is_empty() || left.is_zero() || in_completion() {
+                return table.flights.is_empty();
+            }
+            table = self.emptied.wait_timeout(table, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
@@ -274,7 +319,6 @@ impl Inflight {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
-    use std::time::Duration;
 
     use super::super::{Run, Segment};
     use super::*;
@@ -312,7 +356,7 @@ mod tests {
         assert!(flight.claim().is_none());
         flight.fail_now(TransportError::Cancelled);
         assert!(told.try_recv().is_err());
-        inflight.wait_empty();
+        assert!(inflight.wait_empty(Duration::ZERO));
     }
 
     #[test]
@@ -327,7 +371,7 @@ mod tests {
         assert_eq!(flight.unless_failed(|| ()), None);
         flight.account(Ok(()));
         assert!(matches!(told.try_recv(), Ok(Err(TransportError::Cancelled))), "the first failure is the one told");
-        inflight.wait_empty();
+        assert!(inflight.wait_empty(Duration::ZERO));
     }
 
     #[test]

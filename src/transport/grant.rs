@@ -1,4 +1,5 @@
 //! Permission for a peer to write into our regions, and its end.
+#![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
 

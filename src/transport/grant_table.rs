@@ -1,4 +1,5 @@
 //! The grants that a path enforces: which ranges a pusher may write, and the moment from which it may not (KV-7).
+#![forbid(unsafe_code)]
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};

@@ -2,6 +2,7 @@
 //!
 //! All ends of one [`LoopbackHub`] can reach one another. By default a transfer is made inside `submit`. A stepped hub
 //! makes none until told, one piece at a time, so that a test can stop a transfer anywhere in its middle.
+#![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use super::flight::{Flight, Inflight, locked};
 use super::grant_table::GrantTable;
 use super::{
-    Completion, Direction, Export, Grant, Link, Piece, RunList, TransferRequest, TransferTicket, Transport,
-    TransportError,
+    CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, Link, Piece, RunList, TransferRequest, TransferTicket,
+    Transport, TransportError,
 };
 use crate::config::Path;
 use crate::memory::Region;
@@ -207,7 +208,7 @@ impl Link for LoopbackLink {
         for flight in self.inflight.close(closed) {
             flight.fail(TransportError::Cancelled);
         }
-        self.inflight.wait_empty();
+        self.inflight.wait_empty(CLOSE_WAIT_MAX);
     }
 }
 

@@ -17,7 +17,9 @@
 mod copy_pool;
 mod error;
 mod export;
+mod faulty;
 mod flight;
+mod flight_queue;
 mod grant;
 mod grant_table;
 mod loopback;
@@ -25,20 +27,28 @@ mod request;
 mod run_list;
 mod select;
 mod shm;
+mod tcp;
+mod threads;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use error::{End, TransportError};
 pub use export::{Export, Offer};
+pub use faulty::{Fault, FaultPlan, Faulty, When};
 pub use grant::{Fence, Grant, GrantToken};
 pub use loopback::{Loopback, LoopbackHub};
 pub use request::{Completion, Copied, Direction, TransferRequest, TransferTicket};
 pub use run_list::{Piece, Run, RunList, Segment, Totals};
-pub use select::{Selected, connect_best, export_all};
+pub use select::{Selected, Setup, connect_best, copy_threads, export_all, offers};
 pub use shm::Shm;
+pub use tcp::{Tcp, TcpSetup};
 
 use crate::config::Path;
+
+/// How long closing a link waits for copies in progress. They take milliseconds; a kernel that holds one up for longer must
+/// not hold up whoever closes.
+const CLOSE_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// One path, as this process offers it. Owns the path's threads and listeners.
 pub trait Transport: Send + Sync {
@@ -80,7 +90,7 @@ pub trait Link: Send + Sync {
     /// cannot know (`tcp`) always false; there the grant fences.
     fn peer_gone(&self) -> bool;
 
-    /// Ends every transfer as cancelled, waits until none of them can write, lets go of the peer's memory. Idempotent, also
-    /// done on drop, and allowed inside a completion.
+    /// Ends every transfer as cancelled, waits until none of them can write, lets go of the peer's memory. Idempotent, and
+    /// also done on drop. Inside a completion it waits for nothing: there it only begins, and the completions still come.
     fn close(&self);
 }

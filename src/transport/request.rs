@@ -1,4 +1,5 @@
 //! What a caller asks of a link, and what it gets back.
+#![forbid(unsafe_code)]
 
 use std::time::{Duration, Instant};
 

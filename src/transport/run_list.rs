@@ -1,4 +1,5 @@
 //! What one transfer copies: (source, destination, length) runs, grouped by the pair of regions they lie in.
+#![forbid(unsafe_code)]
 
 use super::{End, TransportError};
 

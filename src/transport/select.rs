@@ -1,10 +1,80 @@
 //! Which path carries a pair: the ones this process may offer, and the best one that both sides do.
 
-use std::sync::Arc;
-use std::time::Instant;
+#![forbid(unsafe_code)]
 
-use super::{Link, Offer, Transport, TransportError};
-use crate::config::Path;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Link, Offer, Shm, Tcp, TcpSetup, Transport, TransportError};
+use crate::config::{KvConfig, Path};
+use crate::memory::{MemoryKind, Region};
+use crate::security::Secret;
+
+/// Every path there is, best first: what is tried where `kv.paths` says nothing.
+const BEST_FIRST: [Path; 5] = [Path::CudaIpc, Path::Nccl, Path::Nixl, Path::Shm, Path::Tcp];
+
+/// What decides which paths a process offers.
+#[derive(Clone, Copy)]
+pub struct Setup<'a> {
+    pub config: &'a KvConfig,
+    /// The memory that peers may reach. Its order is the numbering that run lists use.
+    pub regions: &'a [Arc<Region>],
+    pub secret: &'a Secret,
+    /// Where data ports listen, and the host name or address under which peers reach them.
+    pub bind: IpAddr,
+    pub advertise_host: &'a str,
+}
+
+/// Opens the paths that are allowed and can move this memory, best first.
+pub fn offers(setup: &Setup) -> Result<Vec<Arc<dyn Transport>>, TransportError> {
+    // No region means nothing to move yet: plain host memory then.
+    let kind = setup.regions.first().map_or(MemoryKind::Host, |region| region.kind());
+    let allowed = setup.config.paths.as_deref().unwrap_or(&BEST_FIRST);
+    let usable: Vec<Path> = allowed.iter().copied().filter(|path| moves(*path, kind)).collect();
+    if usable.is_empty() {
+        return Err(TransportError::NoUsablePath {
+            memory: kind.name(),
+            allowed: names(allowed.iter().copied()),
+            possible: names(BEST_FIRST.into_iter().filter(|path| moves(*path, kind))),
+        });
+    }
+    if setup.config.paths.is_some() && usable.len() < allowed.len() {
+        let unused = names(allowed.iter().copied().filter(|path| !moves(*path, kind)));
+        tracing::info!(%unused, memory = kind.name(), "allowed paths that do not move this memory are not offered");
+    }
+    usable.into_iter().map(|path| open(path, setup)).collect()
+}
+
+/// The one table: which path moves which memory.
+fn moves(path: Path, kind: MemoryKind) -> bool {
+    match (path, kind) {
+        (Path::Shm | Path::Tcp, MemoryKind::Host) => true,
+        (Path::CudaIpc | Path::Nccl | Path::Nixl, MemoryKind::Host) => false,
+    }
+}
+
+fn open(path: Path, setup: &Setup) -> Result<Arc<dyn Transport>, TransportError> {
+    match path {
+        Path::Shm => Ok(Arc::new(Shm::new(setup.regions, copy_threads(setup.config))?)),
+        Path::Tcp => {
+            let tcp = TcpSetup {
+                bind: setup.bind,
+                advertise_host: setup.advertise_host.to_owned(),
+                streams: setup.config.tcp_streams,
+                stall_max: Duration::from_millis(setup.config.transfer_timeout_ms),
+            };
+            Ok(Arc::new(Tcp::new(setup.regions, setup.secret, &tcp)?))
+        }
+        Path::CudaIpc | Path::Nccl | Path::Nixl => unreachable!("`moves` lets no memory through to {}", path.name()),
+    }
+}
+
+/// `kv.copy_threads`, or half the cores, 1 to 8.
+pub fn copy_threads(config: &KvConfig) -> usize {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    config.copy_threads.unwrap_or_else(|| (cores() / 2).clamp(1, 8))
+}
 
 /// A connected path, and the better ones that could not be.
 pub struct Selected {
@@ -53,7 +123,7 @@ fn names(paths: impl Iterator<Item = Path>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::net::Ipv4Addr;
 
     use super::super::LoopbackHub;
     use super::*;
@@ -80,5 +150,24 @@ mod tests {
         assert_eq!((chosen.path, chosen.passed_over.len()), (Path::Shm, 0));
         let refused = connect_best(&ours, &foreign, deadline).err().unwrap().to_string();
         assert!(refused.contains("this side offers shm, tcp, the peer nccl"), "{refused}");
+    }
+
+    #[test]
+    fn only_allowed_paths_that_move_the_memory_are_offered_in_the_order_given() {
+        let regions = [Region::shared(4096).unwrap()];
+        let secret = Secret::generate().unwrap();
+        let offered = |paths: Option<&[Path]>| {
+            let config = KvConfig { paths: paths.map(<[Path]>::to_vec), ..KvConfig::default() };
+            let (bind, advertise_host) = (Ipv4Addr::LOCALHOST.into(), "127.0.0.1");
+            let setup = Setup { config: &config, regions: &regions, secret: &secret, bind, advertise_host };
+            offers(&setup).map(|offers| offers.iter().map(|offer| offer.path()).collect::<Vec<_>>())
+        };
+        assert_eq!(offered(None).unwrap(), [Path::Shm, Path::Tcp]);
+        assert_eq!(offered(Some(&[Path::Tcp])).unwrap(), [Path::Tcp]);
+        assert_eq!(offered(Some(&[Path::Nixl, Path::Tcp, Path::Shm])).unwrap(), [Path::Tcp, Path::Shm]);
+        assert_eq!(
+            offered(Some(&[Path::CudaIpc])).unwrap_err().to_string(),
+            "no path moves host memory here: allowed are cuda-ipc; allow one of shm, tcp in kv.paths"
+        );
     }
 }

@@ -19,8 +19,8 @@ use self::peer::Peer;
 use super::copy_pool::CopyPool;
 use super::flight::{Inflight, locked};
 use super::{
-    Completion, Direction, Export, Grant, GrantToken, Link, RunList, TransferRequest, TransferTicket, Transport,
-    TransportError,
+    CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, GrantToken, Link, RunList, TransferRequest, TransferTicket,
+    Transport, TransportError,
 };
 use crate::config::Path;
 use crate::memory::{Backing, Region, to_u64};
@@ -176,7 +176,7 @@ impl Link for ShmLink {
         for flight in self.inflight.close(self.closed()) {
             flight.fail(TransportError::Cancelled);
         }
-        self.inflight.wait_empty();
+        self.inflight.wait_empty(CLOSE_WAIT_MAX);
         drop(locked(&self.peer).take());
     }
 }
