@@ -1,6 +1,10 @@
 //! pdlink, in layer order. Each module may use the rows above it in `docs/architecture.md`'s table only; `tests/tidy.rs`
 //! holds that.
 
+// Test support is written against the public names, and shared with `tests/`.
+#[cfg(test)]
+extern crate self as pdlink;
+
 // Layer 0: plain data and words that everything shares.
 pub mod config;
 pub mod openai;

@@ -1,6 +1,9 @@
 //! Where the bytes of a KV cache lie.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 /// A block of a paged KV cache, by its number in the engine's own table. The same number names the block in every layer
 /// and on every rank.
@@ -73,6 +76,31 @@ impl Geometry {
     /// Bytes of the KV of one token over all layers and heads, each head counted once.
     pub fn token_bytes(&self) -> u64 {
         u64::from(self.layers) * u64::from(self.halves()) * u64::from(self.kv_heads) * self.content_bytes()
+    }
+
+    /// Bytes of one opaque plane: K and V of one head in one block.
+    pub fn plane_bytes(&self) -> u64 {
+        u64::from(self.halves()) * u64::from(self.block_size) * self.content_bytes()
+    }
+
+    /// A digest of every field: workers that agree on it agree on all of them.
+    pub fn digest(&self) -> u64 {
+        let bytes = postcard::to_stdvec(self).expect("plain data always encodes");
+        let hash = Sha256::digest(&bytes);
+        u64::from_le_bytes(*hash.first_chunk().expect("SHA-256 gives 32 bytes"))
+    }
+
+    /// The ranks that hold `head`.
+    pub fn holders_of(&self, head: u32) -> Range<u32> {
+        if self.mla {
+            0..self.tp_size
+        } else if self.kv_heads >= self.tp_size {
+            let rank = head / (self.kv_heads / self.tp_size);
+            rank..rank + 1
+        } else {
+            let copies = self.tp_size / self.kv_heads;
+            head * copies..(head + 1) * copies
+        }
     }
 
     /// The heads that `rank` holds.

@@ -1,0 +1,333 @@
+//! KV caches for tests: every arrangement of strides, filled so that each byte depends on its place, and a naive oracle.
+//! Shared by unit tests of `kv` and by `tests/kv_*.rs`.
+#![allow(dead_code, reason = "each test crate uses its part")]
+
+use std::sync::Arc;
+
+use pdlink::kv::{BlockId, Extent, Geometry, LayerPlacement, Layout, MemoryMap, RankMemory};
+use pdlink::memory::Region;
+
+/// Orders of the dimensions in memory, widest stride first; content innermost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrangement {
+    /// `[B, 2, N, H, D]`, one allocation for each layer.
+    SplitKv,
+    /// `[B, 2, H, N, D]`, one allocation for each layer.
+    SplitKvHeadMajor,
+    /// `[2, B, N, H, D]`, one allocation for each layer.
+    HalvesFirst,
+    /// `LBHNC`
+    HeadMajor,
+    /// `LBNHC`
+    TokenMajor,
+    /// `BLNHC`
+    LayersInBlock,
+    /// `BHLNC`
+    LayersInHead,
+    /// `LHBNC`
+    BlocksInHead,
+}
+
+impl Arrangement {
+    pub const ALL: [Self; 8] = [
+        Self::SplitKv,
+        Self::SplitKvHeadMajor,
+        Self::HalvesFirst,
+        Self::HeadMajor,
+        Self::TokenMajor,
+        Self::LayersInBlock,
+        Self::LayersInHead,
+        Self::BlocksInHead,
+    ];
+
+    fn dims(self) -> (&'static str, bool) {
+        match self {
+            Self::SplitKv => ("BKNH", true),
+            Self::SplitKvHeadMajor => ("BKHN", true),
+            Self::HalvesFirst => ("KBNH", true),
+            Self::HeadMajor => ("LBHNK", false),
+            Self::TokenMajor => ("LBNHK", false),
+            Self::LayersInBlock => ("BLNHK", false),
+            Self::LayersInHead => ("BHLNK", false),
+            Self::BlocksInHead => ("LHBNK", false),
+        }
+    }
+}
+
+/// The numbers of a cache.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    pub layers: u32,
+    pub kv_heads: u32,
+    pub head_size: u32,
+    pub element_bytes: u32,
+    pub block_size: u32,
+    pub tp_size: u32,
+    pub num_blocks: u32,
+    pub mla: bool,
+    pub opaque: bool,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            layers: 2,
+            kv_heads: 2,
+            head_size: 4,
+            element_bytes: 2,
+            block_size: 4,
+            tp_size: 1,
+            num_blocks: 8,
+            mla: false,
+            opaque: false,
+        }
+    }
+}
+
+/// Bytes before and after everything, to see writes that go astray.
+pub const GUARD: u64 = 24;
+
+impl Shape {
+    pub fn geometry(&self) -> Geometry {
+        Geometry {
+            model: "test".to_owned(),
+            layers: self.layers,
+            kv_heads: self.kv_heads,
+            head_size: self.head_size,
+            element_bytes: self.element_bytes,
+            dtype: format!("u{}", self.element_bytes * 8),
+            block_size: self.block_size,
+            tp_size: self.tp_size,
+            mla: self.mla,
+            opaque_planes: self.opaque.then(|| "test".to_owned()),
+        }
+    }
+
+    pub fn describe(&self, arrangement: Arrangement) -> (Geometry, MemoryMap) {
+        let geometry = self.geometry();
+        let (dims, per_layer) = arrangement.dims();
+        let mut region_lens = Vec::new();
+        let mut ranks = Vec::new();
+        for rank in 0..self.tp_size {
+            let count = |dim: char| match dim {
+                'L' => u64::from(self.layers),
+                'B' => u64::from(self.num_blocks),
+                'K' => u64::from(geometry.halves()),
+                'N' => u64::from(self.block_size),
+                _ => u64::from(geometry.heads_of(rank).count),
+            };
+            let (mut size, mut strides) = (geometry.content_bytes(), std::collections::HashMap::new());
+            for dim in dims.chars().rev() {
+                strides.insert(dim, size);
+                size *= count(dim);
+            }
+            let stride = |dim| strides.get(&dim).copied().unwrap_or(0);
+            let first = region_lens.len();
+            region_lens.extend(vec![size + 2 * GUARD; if per_layer { self.layers as usize } else { 1 }]);
+            let layers = (0..self.layers).map(|layer| LayerPlacement {
+                region: u16::try_from(first + if per_layer { layer as usize } else { 0 }).unwrap(),
+                base: GUARD + u64::from(layer) * stride('L'),
+                block_stride: stride('B'),
+                half_stride: stride('K'),
+                token_stride: stride('N'),
+                head_stride: stride('H'),
+            });
+            ranks.push(layers.collect());
+        }
+        (geometry, MemoryMap { num_blocks: self.num_blocks, region_lens, ranks })
+    }
+
+    pub fn layout(&self, arrangement: Arrangement) -> Layout {
+        let (geometry, map) = self.describe(arrangement);
+        Layout::new(geometry, map).unwrap()
+    }
+
+    /// Distinct blocks that cover `tokens` tokens, adjacent or scattered as `seed` has it.
+    pub fn scattered_blocks(&self, tokens: u32, seed: u64) -> Vec<BlockId> {
+        let step = [1, 5, 7][usize::try_from(seed % 3).unwrap()];
+        let start = u32::try_from(seed / 3 % u64::from(self.num_blocks)).unwrap();
+        (0..tokens.div_ceil(self.block_size)).map(|i| BlockId((start + i * step) % self.num_blocks)).collect()
+    }
+}
+
+/// A cache with memory.
+pub struct Cache {
+    pub shape: Shape,
+    pub layout: Layout,
+    pub regions: Vec<Arc<Region>>,
+}
+
+impl Cache {
+    pub fn new(shape: &Shape, arrangement: Arrangement) -> Self {
+        let layout = shape.layout(arrangement);
+        let regions =
+            layout.map().region_lens.iter().map(|len| Region::shared(usize::try_from(*len).unwrap()).unwrap());
+        Self { shape: shape.clone(), regions: regions.collect(), layout }
+    }
+
+    /// Every byte set by its place: elements by their logical place (replicas agree), all else by its offset.
+    pub fn patterned(shape: &Shape, arrangement: Arrangement, seed: u64) -> Self {
+        let cache = Self::new(shape, arrangement);
+        cache.scribble(seed);
+        for block in 0..shape.num_blocks {
+            for token in 0..shape.block_size {
+                cache.write(BlockId(block), token, u64::from(block) << 32 | u64::from(token), seed);
+            }
+        }
+        cache
+    }
+
+    /// The KV of tokens `0..tokens` of one request in `blocks`, the same for every arrangement; all else scribbled.
+    pub fn of_tokens(shape: &Shape, arrangement: Arrangement, blocks: &[BlockId], tokens: u32, seed: u64) -> Self {
+        let cache = Self::new(shape, arrangement);
+        cache.scribble(seed ^ u64::from(shape.block_size));
+        cache.put_tokens(blocks, 0, tokens, seed);
+        cache
+    }
+
+    /// Writes the KV of tokens `first..tokens` into `blocks`, which start at `first`.
+    pub fn put_tokens(&self, blocks: &[BlockId], first: u32, tokens: u32, seed: u64) {
+        for token in first..tokens {
+            let block = blocks[((token - first) / self.shape.block_size) as usize];
+            self.write(block, token % self.shape.block_size, token.into(), seed);
+        }
+    }
+
+    /// Whether `blocks` hold the KV that [`Cache::put_tokens`] writes.
+    pub fn holds_tokens(&self, blocks: &[BlockId], first: u32, tokens: u32, seed: u64) -> bool {
+        let mut equal = true;
+        for token in first..tokens {
+            let block = blocks[((token - first) / self.shape.block_size) as usize];
+            self.each_row(block, token % self.shape.block_size, |cache, region, offset, place| {
+                let want = row_bytes(place, token.into(), seed, cache.layout.geometry().content_bytes());
+                equal &= cache.regions[region].to_vec(offset, want.len() as u64).unwrap() == want;
+            });
+        }
+        equal
+    }
+
+    pub fn rank_memory(&self) -> Vec<RankMemory> {
+        let map = self.layout.map();
+        let per_rank = self.regions.len() / map.ranks.len();
+        let ranks = map.ranks.iter().zip(0..).map(|(layers, rank)| {
+            let first = rank as usize * per_rank;
+            let own = |placement: &LayerPlacement| LayerPlacement {
+                region: placement.region - u16::try_from(first).unwrap(),
+                ..*placement
+            };
+            RankMemory {
+                rank,
+                regions: self.regions[first..first + per_rank].to_vec(),
+                layers: layers.iter().map(own).collect(),
+                num_blocks: map.num_blocks,
+            }
+        });
+        ranks.collect()
+    }
+
+    pub fn bytes(&self) -> Vec<Vec<u8>> {
+        self.regions.iter().map(|region| region.to_vec(0, region.len()).unwrap()).collect()
+    }
+
+    pub fn scribble(&self, seed: u64) {
+        for (number, region) in self.regions.iter().enumerate() {
+            let bytes: Vec<u8> = (0..region.len()).map(|at| byte(seed ^ (number as u64) << 40, at)).collect();
+            region.copy_in(0, &bytes).unwrap();
+        }
+    }
+
+    /// Calls back with every byte of the KV of `blocks`.
+    pub fn each_byte_of(&self, blocks: &[BlockId], tokens: u32, mut visit: impl FnMut(&Region, u64)) {
+        for token in 0..tokens {
+            let block = blocks[(token / self.shape.block_size) as usize];
+            self.each_row(block, token % self.shape.block_size, |cache, region, offset, _| {
+                let content = cache.layout.geometry().content_bytes();
+                (offset..offset + content).for_each(|offset| visit(&cache.regions[region], offset));
+            });
+        }
+    }
+
+    fn write(&self, block: BlockId, token: u32, name: u64, seed: u64) {
+        self.each_row(block, token, |cache, region, offset, place| {
+            let bytes = row_bytes(place, name, seed, cache.layout.geometry().content_bytes());
+            cache.regions[region].copy_in(offset, &bytes).unwrap();
+        });
+    }
+
+    /// Every (rank, layer, half, head) of one token: its region, its offset, and a number for its logical place.
+    fn each_row(&self, block: BlockId, token: u32, mut visit: impl FnMut(&Self, usize, u64, u64)) {
+        let geometry = self.layout.geometry();
+        for rank in 0..geometry.tp_size {
+            let heads = geometry.heads_of(rank);
+            for layer in 0..geometry.layers {
+                for half in 0..geometry.halves() {
+                    for head in 0..heads.count {
+                        let (region, offset) = address(&self.layout, rank, layer, block, half, token, head);
+                        let place = u64::from(layer) << 40 | u64::from(half) << 32 | u64::from(heads.first + head);
+                        visit(self, region, offset, place);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn address(layout: &Layout, rank: u32, layer: u32, block: BlockId, half: u32, token: u32, head: u32) -> (usize, u64) {
+    let placement = &layout.map().ranks[rank as usize][layer as usize];
+    let offset = placement.base
+        + u64::from(block.0) * placement.block_stride
+        + u64::from(half) * placement.half_stride
+        + u64::from(token) * placement.token_stride
+        + u64::from(head) * placement.head_stride;
+    (usize::from(placement.region), offset)
+}
+
+fn byte(seed: u64, at: u64) -> u8 {
+    let mut x = seed ^ at.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    x = (x ^ (x >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    (x >> 56).to_le_bytes()[0]
+}
+
+fn row_bytes(place: u64, name: u64, seed: u64, content: u64) -> Vec<u8> {
+    let row = seed ^ place.wrapping_mul(0xD6E8_FEB8_6659_FD93) ^ name.wrapping_mul(0xA076_1D64_78BD_642F);
+    (0..content).map(|at| byte(row, at)).collect()
+}
+
+/// What `dst` must hold after the transfer: every element found and placed by itself. Whole granules of the smaller block
+/// size are moved, so the last one may reach beyond the last token.
+pub fn oracle_copy(src: &Cache, dst: &Cache, extent: Extent<'_>) -> Vec<Vec<u8>> {
+    let (a, b) = (src.layout.geometry(), dst.layout.geometry());
+    let granule = a.block_size.min(b.block_size);
+    let end = extent.tokens.next_multiple_of(granule);
+    let (from, mut to) = (src.bytes(), dst.bytes());
+    let content = usize::try_from(a.content_bytes()).unwrap();
+    for token in extent.first_token..end {
+        let src_block = extent.src_blocks[(token / a.block_size) as usize];
+        let relative = token - extent.first_token;
+        let dst_block = extent.dst_blocks[(relative / b.block_size) as usize];
+        for rank in 0..b.tp_size {
+            let heads = b.heads_of(rank);
+            for head in 0..heads.count {
+                let wanted = heads.first + head;
+                let holds = |rank: &u32| {
+                    let held = a.heads_of(*rank);
+                    (held.first..held.first + held.count).contains(&wanted)
+                };
+                let src_rank = (0..a.tp_size).find(holds).unwrap();
+                let src_head = wanted - a.heads_of(src_rank).first;
+                for layer in 0..a.layers {
+                    for half in 0..a.halves() {
+                        let (src_region, src_at) =
+                            address(&src.layout, src_rank, layer, src_block, half, token % a.block_size, src_head);
+                        let (dst_region, dst_at) =
+                            address(&dst.layout, rank, layer, dst_block, half, relative % b.block_size, head);
+                        let (src_at, dst_at) = (usize::try_from(src_at).unwrap(), usize::try_from(dst_at).unwrap());
+                        let bytes = &from[src_region][src_at..src_at + content];
+                        to[dst_region][dst_at..dst_at + content].copy_from_slice(bytes);
+                    }
+                }
+            }
+        }
+    }
+    to
+}
