@@ -8,6 +8,7 @@
 
 mod argv;
 mod config;
+mod engine;
 mod report;
 
 use std::ffi::OsString;
@@ -39,11 +40,15 @@ enum Command {
     /// Show, check or describe the configuration.
     #[command(after_help = SOURCES_HELP)]
     Config(config::Args),
+    /// Run the reference engine: one worker with no model and no GPU.
+    #[command(after_help = SOURCES_HELP)]
+    Engine(engine::Args),
 }
 
 fn dispatch(command: Command, sources: Sources) -> anyhow::Result<ExitCode> {
     match command {
         Command::Config(args) => config::run(args, sources),
+        Command::Engine(args) => engine::run(args, sources),
     }
 }
 

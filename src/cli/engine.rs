@@ -1,0 +1,148 @@
+//! `pdlink engine`: one reference worker in the foreground.
+
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::ValueEnum;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::config::{Config, KvConfig, Override};
+use crate::engine::{Engine, EngineSetup};
+use crate::kv::Role;
+use crate::telemetry;
+
+use super::{Sources, load_config, print};
+
+/// How long a worker that was asked to end may take to answer what it has begun, before it ends it.
+const DRAIN_GRACE: Duration = Duration::from_secs(30);
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 1024;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// What the worker does with KV: hand it over, take it over, or neither
+    #[arg(long, value_enum, default_value = "both")]
+    role: RoleName,
+    /// Port of the OpenAI server; 0 takes a free one
+    #[arg(long)]
+    port: u16,
+    /// Host that both listeners bind to [default: `inference.server.host`, else 127.0.0.1]
+    #[arg(long)]
+    host: Option<String>,
+    /// The model's name, as clients must give it [default: `inference.model.name`]
+    #[arg(long)]
+    model: Option<String>,
+    /// Tensor-parallel ranks, each with memory of its own [default: `inference.parallel.tp`]
+    #[arg(long)]
+    tp: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum RoleName {
+    Prefill,
+    Decode,
+    Both,
+}
+
+impl From<RoleName> for Role {
+    fn from(name: RoleName) -> Self {
+        match name {
+            RoleName::Prefill => Self::Prefill,
+            RoleName::Decode => Self::Decode,
+            RoleName::Both => Self::Both,
+        }
+    }
+}
+
+pub(super) fn run(args: Args, mut sources: Sources) -> anyhow::Result<ExitCode> {
+    // This command is the reference engine, whatever the file's workers run.
+    sources.overrides.push(Override::new("inference.engine", "reference"));
+    let config = load_config(&sources)?.config;
+    telemetry::log::init(config.telemetry.log_format, &config.telemetry.log_level);
+    let host = args.host.as_deref().unwrap_or_else(|| config.host()).to_owned();
+    let http = listen(&host, args.port)?;
+    let engine = Engine::start(&setup(&args, &config))?;
+    tracing::info!("{}", engine.memory());
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let drained = runtime.block_on(serve(&engine, http, &args))?;
+    let alive = engine.stop();
+    if !alive {
+        anyhow::bail!("the engine's scheduler died; its last words are above");
+    }
+    if !drained {
+        tracing::warn!("requests or held blocks were left after {} s and were ended", DRAIN_GRACE.as_secs());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn setup(args: &Args, config: &Config) -> EngineSetup {
+    let mut reference = config.inference.reference.clone();
+    if let Some(max_model_len) = config.inference.model.max_model_len {
+        reference.max_model_len = max_model_len as usize;
+    }
+    EngineSetup {
+        role: args.role.into(),
+        model: args.model.clone().unwrap_or_else(|| config.model_name().to_owned()),
+        tp: args.tp.unwrap_or(config.inference.parallel.tp),
+        reference,
+        kv: KvConfig { paths: Some(config.kv_paths()), ..config.kv.clone() },
+        prefix_caching: config.inference.enable_prefix_caching.unwrap_or(true),
+        weight_version: 0,
+    }
+}
+
+async fn serve(engine: &Engine, http: TcpListener, args: &Args) -> anyhow::Result<bool> {
+    let address = http.local_addr()?;
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let listener = tokio::net::TcpListener::from_std(http)?;
+    let role = Role::from(args.role).name();
+    print(&format!("ready: http://{address}/v1 ({role})\n"))?;
+    let (stopped, mut again) = tokio::sync::oneshot::channel();
+    let stop = async move {
+        asked(&mut interrupt, &mut terminate).await;
+        tracing::info!("asked to end: finishing what was begun");
+        let _ = stopped.send((interrupt, terminate));
+    };
+    // Asked twice, it ends at once.
+    let hurry = async {
+        match (&mut again).await {
+            Ok((mut interrupt, mut terminate)) => asked(&mut interrupt, &mut terminate).await,
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        drained = engine.serve(listener, stop, DRAIN_GRACE) => Ok(drained?),
+        () = hurry => Ok(false),
+    }
+}
+
+async fn asked(interrupt: &mut Signal, terminate: &mut Signal) {
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+/// Listens beside whoever holds the port for us: a holder has bound it without listening, and both set the option.
+fn listen(host: &str, port: u16) -> anyhow::Result<TcpListener> {
+    let bind = |address: SocketAddr| -> std::io::Result<TcpListener> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)?;
+        Ok(socket.into())
+    };
+    let addresses = (host, port).to_socket_addrs().with_context(|| format!("cannot resolve the host `{host}`"))?;
+    let mut last = None;
+    for address in addresses {
+        match bind(address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => last = Some(anyhow::Error::new(error).context(format!("cannot listen on {address}"))),
+        }
+    }
+    Err(last.unwrap_or_else(|| anyhow::anyhow!("the host `{host}` has no address")))
+}

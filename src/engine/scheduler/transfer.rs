@@ -1,0 +1,170 @@
+//! What the scheduler asks of the link, and what it does with the link's reports.
+
+use super::super::request::Source;
+use super::super::sequence::{Load, Sequence, claimed_params};
+use super::{Filling, Key, Scheduler};
+use crate::config::LoadFailurePolicy;
+use crate::kv::{BlockId, End, KvError, Offer, Report, TransferHandle, TransferId, TransferParams};
+use crate::openai::ApiError;
+use crate::telemetry::Side;
+
+impl Scheduler {
+    /// Claims the transfer that a new sequence names, if it names one.
+    pub(super) fn claim(&mut self, source: &Source, sequence: &Sequence) -> Result<Load, ApiError> {
+        let Some(params) = claimed_params(source) else { return Ok(Load::Local) };
+        let Some(link) = &self.parts.link else {
+            return Err(ApiError::bad_param("kv_transfer_params", "this worker moves no KV"));
+        };
+        let handle = link.expect(params).map_err(|error| refused(&error))?;
+        let tokens = params.remote_num_tokens as usize;
+        if tokens != sequence.prompt_len() {
+            link.abort(handle.transfer_id);
+            let prompt = sequence.prompt_len();
+            let message = format!("the KV to load is of {tokens} tokens, the prompt has {prompt}: not the same prompt");
+            return Err(ApiError::bad_param("kv_transfer_params", message));
+        }
+        Ok(Load::Claimed(handle))
+    }
+
+    /// Tells prefill that nobody will come.
+    pub(super) fn decline(&mut self, params: &TransferParams) {
+        let Some(link) = &self.parts.link else { return };
+        if let Ok(handle) = link.expect(params) {
+            link.abort(handle.transfer_id);
+        }
+    }
+
+    /// A waiting sequence goes: its claim goes with it.
+    pub(super) fn let_go(&mut self, sequence: &Sequence) {
+        if let Load::Claimed(handle) = sequence.load {
+            self.abort_transfer(handle.transfer_id);
+        }
+    }
+
+    pub(super) fn abort_transfer(&mut self, id: TransferId) {
+        if let Some(link) = &self.parts.link {
+            link.abort(id);
+        }
+    }
+
+    pub(super) fn release(&mut self, handle: TransferHandle) {
+        if let Some(link) = &self.parts.link {
+            link.release(handle);
+        }
+    }
+
+    pub(super) fn fetch(&mut self, handle: TransferHandle, blocks: Vec<BlockId>, first_token: u32) {
+        let link = self.parts.link.as_ref().expect("a claim came from a link");
+        link.fetch(handle, blocks, first_token);
+    }
+
+    pub(super) fn offer(&mut self, offer: Offer) -> Result<TransferParams, KvError> {
+        self.parts.link.as_ref().ok_or(KvError::ShutDown)?.offer(offer)
+    }
+
+    /// The link's one report on a transfer (KV-1).
+    pub(super) fn report(&mut self, report: Report) {
+        let id = report.transfer_id;
+        match report.side {
+            Side::Prefill => {
+                if let Some(held) = self.held.remove(&id) {
+                    self.parts.blocks.give_back(held.blocks);
+                }
+            }
+            Side::Decode => {
+                if let Some((key, sequence)) = self.loading.remove(&id) {
+                    self.loaded(key, sequence, report.end);
+                } else if let Some(filling) = self.leaving.remove(&id) {
+                    self.put_away(filling, &report.end);
+                } else {
+                    self.failed_while_waiting(id, &report.end);
+                }
+            }
+        }
+    }
+
+    fn loaded(&mut self, key: Key, mut sequence: Sequence, end: End) {
+        sequence.load = Load::Local;
+        let first = sequence.computed;
+        if end == End::Received {
+            let last = sequence.prompt_len() - 1;
+            self.parts.metrics.prompt_loaded.inc_by((last + 1 - first) as u64);
+            // The last token is computed here, to know what comes after it.
+            sequence.computed = last;
+            sequence.cached_tokens.get_or_insert(last);
+            self.publish(&mut sequence);
+            self.running.insert(key, sequence);
+            return;
+        }
+        let filling = self.filling(&mut sequence);
+        self.put_away(filling, &end);
+        self.not_loaded(key, sequence, &end);
+    }
+
+    /// Computes the prompt here after all, or ends the request, as `kv.load_failure_policy` says. An abort is somebody's
+    /// wish, not a failure: it always ends the request.
+    fn not_loaded(&mut self, key: Key, mut sequence: Sequence, end: &End) {
+        let cause = cause(end);
+        if self.parts.policy == LoadFailurePolicy::Recompute && *end != End::Aborted {
+            tracing::warn!(request_id = sequence.request_id, %cause, "KV was not loaded, the prompt is computed here");
+            self.parts.metrics.recomputed.inc();
+            sequence.load = Load::Local;
+            self.waiting.insert(key, sequence);
+        } else {
+            tracing::warn!(request_id = sequence.request_id, %cause, "KV was not loaded, the request fails");
+            self.parts.metrics.load_failed.inc();
+            sequence.fail(ApiError::internal(format!("the prompt's KV could not be loaded: {cause}")));
+        }
+    }
+
+    /// A claim that prefill refused, or that ended before there were blocks.
+    fn failed_while_waiting(&mut self, id: TransferId, end: &End) {
+        let claimed = |sequence: &Sequence| matches!(sequence.load, Load::Claimed(handle) if handle.transfer_id == id);
+        let Some(key) = self.waiting.iter().find(|(_, sequence)| claimed(sequence)).map(|(key, _)| *key) else {
+            return;
+        };
+        let Some(sequence) = self.waiting.remove(&key) else { return };
+        self.not_loaded(key, sequence, end);
+    }
+
+    /// Takes the blocks out of a loading sequence.
+    pub(super) fn filling(&self, sequence: &mut Sequence) -> Filling {
+        let kept = sequence.computed / self.parts.blocks.cache.block_size();
+        Filling { blocks: sequence.reset(), kept }
+    }
+
+    /// Frees blocks that a load was to fill, unless a peer may still write into them (KV-7).
+    fn put_away(&mut self, filling: Filling, end: &End) {
+        let Filling { mut blocks, kept } = filling;
+        if matches!(end, End::Failed { fenced: false, .. }) {
+            let lost = blocks.split_off(kept);
+            tracing::error!(blocks = lost.len(), "a lost peer may still write into blocks: they stay out of use");
+            self.parts.blocks.quarantine(lost.len());
+        }
+        self.parts.blocks.give_back(blocks);
+    }
+
+    fn publish(&mut self, sequence: &mut Sequence) {
+        for (hash, block) in sequence.newly_full(self.parts.blocks.cache.block_size()) {
+            self.parts.blocks.publish(hash, block);
+        }
+    }
+}
+
+/// Parameters that a client made are its own fault; anything else is this worker's.
+fn refused(error: &KvError) -> ApiError {
+    match error {
+        KvError::Params(_) | KvError::WrongRole { .. } | KvError::Duplicate { .. } => {
+            ApiError::bad_param("kv_transfer_params", error.to_string())
+        }
+        error => ApiError::internal(format!("the prompt's KV cannot be loaded: {error}")),
+    }
+}
+
+fn cause(end: &End) -> String {
+    match end {
+        End::Failed { failure, .. } => failure.to_string(),
+        End::Aborted => "the transfer was aborted".to_owned(),
+        other => format!("the transfer ended as {other:?}"),
+    }
+}

@@ -1,0 +1,231 @@
+//! One answer in the making: its tokens, the blocks that hold their KV, its text.
+
+use super::model::{Candidate, Context, Logits, Sampling};
+use super::output::OutputText;
+use super::prefix_cache::BlockHash;
+use super::request::{
+    Event, Finish, FinishReason, NewSequence, Params, Slot, Source, StopReason, TokenEvent, TokenOut,
+};
+use super::tokenizer::{EOS, Token, token_text};
+use crate::kv::{BlockId, TransferHandle, TransferId, TransferParams};
+use std::sync::Arc;
+use tokio::sync::mpsc::UnboundedSender;
+
+/// Where the prompt's KV comes from, once the link knows of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Load {
+    /// Computed here.
+    Local,
+    /// Claimed at prefill; its lease is being renewed.
+    Claimed(TransferHandle),
+}
+
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub group: u64,
+    pub external_id: Arc<str>,
+    pub index: usize,
+    pub request_id: String,
+    pub load: Load,
+    pub hand_over: Option<TransferId>,
+    pub params: Arc<Params>,
+    /// Blocks that cover `tokens`, as far as they were taken.
+    pub blocks: Vec<BlockId>,
+    /// Tokens whose KV is in `blocks`.
+    pub computed: usize,
+    /// Prompt tokens that did not have to be computed when it first ran.
+    pub cached_tokens: Option<usize>,
+    sampling: Sampling,
+    tokens: Vec<Token>,
+    prompt_len: usize,
+    /// After each token.
+    contexts: Vec<Context>,
+    /// Of each full block of `tokens`, as far as anyone asked.
+    hashes: Vec<BlockHash>,
+    root: BlockHash,
+    /// Blocks that were offered to the prefix cache.
+    published: usize,
+    text: OutputText,
+    events: UnboundedSender<Event>,
+    _slot: Slot,
+}
+
+impl Sequence {
+    pub(super) fn new(
+        new: NewSequence,
+        group: u64,
+        external_id: Arc<str>,
+        events: UnboundedSender<Event>,
+        weight_version: u64,
+    ) -> Self {
+        let mut context = Context::start(weight_version);
+        let contexts = new.prompt.iter().map(|&token| {
+            context = context.then(token);
+            context
+        });
+        Self {
+            group,
+            external_id,
+            index: new.index,
+            request_id: new.request_id,
+            load: Load::Local,
+            hand_over: new.hand_over,
+            blocks: Vec::new(),
+            computed: 0,
+            cached_tokens: None,
+            sampling: new.sampling,
+            tokens: new.prompt.to_vec(),
+            prompt_len: new.prompt.len(),
+            contexts: contexts.collect(),
+            hashes: Vec::new(),
+            root: BlockHash::root(weight_version, new.params.cache_salt.as_deref()),
+            published: 0,
+            text: OutputText::new(&new.params.stop, new.params.include_stop),
+            params: new.params,
+            events,
+            _slot: new.slot,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    pub(super) fn prompt_len(&self) -> usize {
+        self.prompt_len
+    }
+
+    pub(super) fn last(&self) -> Token {
+        self.tokens[self.tokens.len() - 1]
+    }
+
+    pub(super) fn context(&self, position: usize) -> Context {
+        self.contexts[position]
+    }
+
+    fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// Hashes of the blocks that a prefix hit may use: all full ones, but never all tokens, since the last token's KV is
+    /// computed again to know what comes next.
+    pub(super) fn reusable(&mut self, block_size: usize) -> &[BlockHash] {
+        self.hash_up_to((self.len() - 1) / block_size, block_size)
+    }
+
+    /// Full blocks that were computed since the last call, with the hashes others find them by.
+    pub(super) fn newly_full(&mut self, block_size: usize) -> Vec<(BlockHash, BlockId)> {
+        let full = self.computed / block_size;
+        let from = self.published;
+        self.published = full.max(from);
+        self.hash_up_to(full, block_size);
+        (from..full).map(|index| (self.hashes[index], self.blocks[index])).collect()
+    }
+
+    /// The first `blocks` blocks came from the prefix cache: they need not be offered to it.
+    pub(super) fn start_after(&mut self, blocks: usize) {
+        self.published = blocks;
+    }
+
+    /// Preempted: its blocks go, what it has said stays.
+    pub(super) fn reset(&mut self) -> Vec<BlockId> {
+        self.computed = 0;
+        self.published = 0;
+        self.load = Load::Local;
+        std::mem::take(&mut self.blocks)
+    }
+
+    fn hash_up_to(&mut self, blocks: usize, block_size: usize) -> &[BlockHash] {
+        while self.hashes.len() < blocks {
+            let at = self.hashes.len() * block_size;
+            let before = self.hashes.last().copied().unwrap_or(self.root);
+            self.hashes.push(before.then(&self.tokens[at..at + block_size]));
+        }
+        &self.hashes[..blocks]
+    }
+
+    /// Chooses the next token. Before `min_tokens` nothing that ends the answer is chosen.
+    pub(super) fn sample(&self, logits: Logits) -> TokenOut {
+        let early = self.generated() < self.params.min_tokens;
+        let wanted = self.params.logprobs.unwrap_or(0);
+        let count = if self.sampling.temperature > 0.0 { super::model::CANDIDATES } else { wanted.max(1) };
+        let spare = if early { self.params.stop_token_ids.len() } else { 0 };
+        let mut candidates = logits.candidates(count + spare, early || self.params.ignore_eos);
+        if early {
+            let ends = |candidate: &Candidate| self.params.stop_token_ids.contains(&candidate.token);
+            if !candidates.iter().all(ends) {
+                candidates.retain(|candidate| !ends(candidate));
+            }
+        }
+        let chosen = Logits::choose(&candidates, &self.sampling, self.generated());
+        candidates.truncate(wanted);
+        TokenOut { token: chosen.token, logprob: chosen.logprob, top: candidates }
+    }
+
+    /// Takes a token in. Returns its text and, if it ends the answer, why.
+    pub(super) fn push(
+        &mut self,
+        token: Token,
+        model_len_max: usize,
+    ) -> (String, Option<(FinishReason, Option<StopReason>)>) {
+        let context = self.contexts[self.contexts.len() - 1].then(token);
+        self.contexts.push(context);
+        self.tokens.push(token);
+        let check = self.generated() >= self.params.min_tokens;
+        if check && token == EOS && !self.params.ignore_eos {
+            return (self.text.finish(), Some((FinishReason::Stop, None)));
+        }
+        let pushed = self.text.push(&token_text(token), check);
+        if let Some(stop) = pushed.stopped {
+            return (pushed.text, Some((FinishReason::Stop, Some(StopReason::Text(stop)))));
+        }
+        let end = if check && self.params.stop_token_ids.contains(&token) {
+            Some((FinishReason::Stop, Some(StopReason::Token(token))))
+        } else if self.generated() >= self.params.max_tokens || self.len() >= model_len_max {
+            Some((FinishReason::Length, None))
+        } else {
+            None
+        };
+        let rest = if end.is_some() { self.text.finish() } else { String::new() };
+        (pushed.text + &rest, end)
+    }
+
+    /// Tells the client of one more token. A client that has gone is noticed elsewhere.
+    pub(super) fn tell(&self, token: TokenOut, text: String) {
+        let event = TokenEvent { index: self.index, token: Some(token), text, finish: None };
+        let _ = self.events.send(Event::Token(event));
+    }
+
+    /// Tells the client that the answer is complete.
+    pub(super) fn end(
+        mut self,
+        token: Option<TokenOut>,
+        text: String,
+        end: (FinishReason, Option<StopReason>),
+        transfer: Option<Box<TransferParams>>,
+    ) {
+        let text = text + &self.text.finish();
+        let cached_tokens = self.cached_tokens.unwrap_or(0);
+        let finish = Finish { reason: end.0, stop_reason: end.1, transfer, cached_tokens };
+        let event = TokenEvent { index: self.index, token, text, finish: Some(finish) };
+        // The place is free before the client can ask whether it is.
+        let events = self.events.clone();
+        drop(self);
+        let _ = events.send(Event::Token(event));
+    }
+
+    /// Tells the client that there will be no answer.
+    pub(super) fn fail(self, error: crate::openai::ApiError) {
+        let events = self.events.clone();
+        drop(self);
+        let _ = events.send(Event::Failed(error));
+    }
+}
+
+/// The transfer that a source names.
+pub(super) fn claimed_params(source: &Source) -> Option<&TransferParams> {
+    match source {
+        Source::Local => None,
+        Source::Remote(params) => Some(params),
+    }
+}

@@ -1,0 +1,105 @@
+//! The OpenAI front of the engine: routes, and the form of every answer and refusal.
+//!
+//! A handler reads and checks the body (`body.rs`, `params.rs`, `prompt.rs`), submits a job (`job.rs`) and shapes what comes
+//! back (`shape.rs`, `respond.rs`). What a client does wrong is a 4xx that names the field; a client that leaves drops its
+//! handler, and with it its answers.
+
+mod body;
+mod generate;
+mod job;
+mod logprobs;
+mod params;
+mod plain;
+mod prompt;
+mod respond;
+mod shape;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::middleware::{Next, from_fn};
+use axum::response::Response;
+use axum::routing::{get, post};
+use http::{HeaderValue, StatusCode};
+use prometheus_client::registry::Registry;
+
+use super::front::Front;
+use crate::kv::Role;
+use crate::openai::{ApiError, headers};
+
+/// When to ask a worker again that cannot serve now.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// What every handler may see.
+pub(super) type State = Arc<ServerState>;
+
+pub(super) struct ServerState {
+    pub front: Front,
+    pub model: String,
+    pub model_len_max: usize,
+    pub role: Role,
+    /// Whether there is a link at all.
+    pub moves_kv: bool,
+    pub weight_version: u64,
+    pub registry: Registry,
+    pub started_s: u64,
+    /// Cleared when the scheduler ends.
+    pub alive: Arc<AtomicBool>,
+}
+
+impl ServerState {
+    fn is_alive(&self) -> bool {
+        self.alive.load(Ordering::Acquire)
+    }
+}
+
+/// All routes.
+pub(super) fn router(state: State) -> Router {
+    Router::new()
+        .route("/v1/completions", post(generate::completions))
+        .route("/v1/chat/completions", post(generate::chat))
+        .route("/v1/chat/completions/tokens", post(generate::chat_tokens))
+        .route("/chat/completions/tokens", post(generate::chat_tokens))
+        .route("/v1/models", get(plain::models))
+        .route("/tokenize", post(plain::tokenize))
+        .route("/detokenize", post(plain::detokenize))
+        .route("/health", get(plain::health))
+        .route("/ping", get(plain::ping).post(plain::ping))
+        .route("/version", get(plain::version))
+        .route("/load", get(plain::load))
+        .route("/metrics", get(plain::metrics))
+        .route("/reset_prefix_cache", post(plain::reset_prefix_cache))
+        .route("/abort_requests", post(plain::abort_requests))
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::disable())
+        .layer(from_fn(echo_request_id))
+        .with_state(state)
+}
+
+async fn unknown_route(request: Request) -> ApiError {
+    ApiError::not_found(format!("there is no route {}", request.uri().path()))
+}
+
+async fn wrong_method(request: Request) -> ApiError {
+    let message = format!("{} is not allowed on {}", request.method(), request.uri().path());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
+}
+
+/// Every response says which request it answers: by the client's name for it, or by one of ours.
+async fn echo_request_id(request: Request, next: Next) -> Response {
+    let fits = |id: &&HeaderValue| !id.is_empty() && id.len() <= headers::REQUEST_ID_BYTES_MAX && id.to_str().is_ok();
+    let id = request.headers().get(headers::X_REQUEST_ID).filter(fits).cloned();
+    let mut response = next.run(request).await;
+    let fresh = || HeaderValue::from_str(&job::random_id()).expect("hex digits");
+    response.headers_mut().entry(headers::X_REQUEST_ID).or_insert_with(|| id.unwrap_or_else(fresh));
+    response
+}
+
+/// Seconds since 1970.
+pub(super) fn unix_time_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,192 @@
+//! One worker, whole: its KV, its scheduler thread, its HTTP front, in the order they start and end.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use axum::Router;
+use axum::serve::ListenerExt;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::blocks::Blocks;
+use super::front::Front;
+use super::kv_cache::KvCache;
+use super::layout::LayoutError;
+use super::metrics::EngineMetrics;
+use super::scheduler::{Command, Pace, Scheduler, SchedulerParts, SchedulerThread};
+use super::server::{self, ServerState};
+use crate::config::{KvConfig, ReferenceConfig};
+use crate::kv::{KvLink, Role};
+
+/// How often a draining worker looks whether it is at rest.
+const REST_POLL: Duration = Duration::from_millis(5);
+
+/// What a worker is started with.
+#[derive(Debug)]
+pub struct EngineSetup {
+    pub role: Role,
+    /// The model's name, as clients must give it.
+    pub model: String,
+    pub tp: u32,
+    pub reference: ReferenceConfig,
+    pub kv: KvConfig,
+    pub prefix_caching: bool,
+    /// KV of one version is never used with another (KV-5).
+    pub weight_version: u64,
+}
+
+/// Why a worker does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("the KV cache cannot be made: {0}")]
+    Layout(#[from] LayoutError),
+    #[error("cannot start the scheduler's thread: {0}")]
+    Thread(io::Error),
+}
+
+/// A running worker. Dropping it stops it.
+pub struct Engine {
+    front: Front,
+    state: server::State,
+    metrics: Arc<EngineMetrics>,
+    memory: String,
+    thread: SchedulerThread,
+}
+
+impl Engine {
+    /// Allocates the KV and starts the scheduler.
+    pub fn start(setup: &EngineSetup) -> Result<Self, EngineError> {
+        let cache = KvCache::new(&setup.model, &setup.reference, setup.tp)?;
+        let memory = memory_line(&cache, setup);
+        let model_len_max = setup.reference.max_model_len.min(setup.reference.num_blocks * setup.reference.block_size);
+        let mut registry = Registry::default();
+        let metrics = Arc::new(EngineMetrics::new(&mut registry));
+        let (sender, commands) = channel();
+        let front = Front::new(sender, setup.reference.requests_max);
+        let link: Option<Arc<dyn KvLink>> = None;
+        let scheduler = Scheduler::new(SchedulerParts {
+            blocks: Blocks::new(cache, setup.prefix_caching),
+            link: link.clone(),
+            metrics: metrics.clone(),
+            policy: setup.kv.load_failure_policy,
+            model_len_max,
+            weight_version: setup.weight_version,
+        });
+        let alive = Arc::new(AtomicBool::new(true));
+        let pace = Pace {
+            prefill_us_per_token: setup.reference.prefill_us_per_token,
+            decode_us_per_token: setup.reference.decode_us_per_token,
+        };
+        let thread = SchedulerThread::start(scheduler, commands, pace, alive.clone()).map_err(EngineError::Thread)?;
+        let state = Arc::new(ServerState {
+            front: front.clone(),
+            model: setup.model.clone(),
+            model_len_max,
+            role: setup.role,
+            moves_kv: link.is_some(),
+            weight_version: setup.weight_version,
+            registry,
+            started_s: server::unix_time_s(),
+            alive,
+        });
+        Ok(Self { front, state, metrics, memory, thread })
+    }
+
+    /// How much memory the KV takes, and why, in one line.
+    pub fn memory(&self) -> &str {
+        &self.memory
+    }
+
+    /// The HTTP routes.
+    pub fn router(&self) -> Router {
+        server::router(self.state.clone())
+    }
+
+    /// Serves HTTP until `stop` resolves, then drains: takes no more requests, ends those in flight, and waits until no
+    /// block is held for decode. True if all of that was done within `grace`.
+    pub async fn serve(
+        &self,
+        listener: TcpListener,
+        stop: impl Future<Output = ()> + Send + 'static,
+        grace: Duration,
+    ) -> io::Result<bool> {
+        let front = self.front.clone();
+        let (stopped, mut deadline) = tokio::sync::watch::channel(None);
+        let signal = async move {
+            stop.await;
+            front.drain();
+            stopped.send_replace(Some(Instant::now() + grace));
+        };
+        // A token is a small packet: it must not wait for the next one.
+        let listener = listener.tap_io(|stream| {
+            let _ = stream.set_nodelay(true);
+        });
+        let serving = axum::serve(listener, self.router()).with_graceful_shutdown(signal);
+        let overdue = async {
+            let at = deadline.wait_for(Option::is_some).await.ok().and_then(|at| *at);
+            match at {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            served = serving.into_future() => served?,
+            () = overdue => return Ok(false),
+        }
+        let until = deadline.borrow().unwrap_or_else(Instant::now);
+        Ok(self.rest(until).await)
+    }
+
+    /// Waits until nothing runs or is held, but no longer than `until`.
+    async fn rest(&self, until: Instant) -> bool {
+        while !self.metrics.at_rest() {
+            if Instant::now() >= until {
+                return false;
+            }
+            sleep(REST_POLL).await;
+        }
+        true
+    }
+
+    /// Ends every request and the scheduler. False if the scheduler had died before.
+    pub fn stop(mut self) -> bool {
+        self.end()
+    }
+
+    fn end(&mut self) -> bool {
+        let was_alive = self.state.alive.load(Ordering::Acquire);
+        self.front.drain();
+        self.front.send(Command::Stop);
+        self.thread.join() && was_alive
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn memory_line(cache: &KvCache, setup: &EngineSetup) -> String {
+    let block = cache.block_bytes();
+    let total = block * u64::from(cache.num_blocks());
+    let (shape, geometry) = (&setup.reference, cache.geometry());
+    format!(
+        "KV cache: {} blocks × {block} bytes = {:.1} MiB ({} layers, {} KV heads × {} × {} bytes, {} tokens per block, {} ranks, {:?}); \
+         memory is taken as blocks are first used",
+        cache.num_blocks(),
+        total as f64 / f64::from(1 << 20),
+        shape.layers,
+        shape.kv_heads,
+        shape.head_size,
+        shape.dtype_bytes,
+        shape.block_size,
+        geometry.tp_size,
+        shape.layout,
+    )
+}
