@@ -44,7 +44,10 @@ impl CopyPool {
             let queue = pool.queue.clone();
             pool.threads.spawn(format!("pdlink-copy-{index}"), move || {
                 while let Some((flight, carrier, piece)) = queue.take() {
-                    carry(&flight, &*carrier, piece);
+                    let carried = carry(&flight, &*carrier, piece);
+                    // First: once the piece is accounted for, its link may be closed, and nothing of it held here.
+                    drop(carrier);
+                    flight.account(carried);
                 }
             })?;
         }
@@ -65,11 +68,16 @@ impl CopyPool {
     pub(super) fn carry(&self, flight: Arc<Flight>, carrier: Arc<dyn Carrier>) {
         if is_small(flight.totals) {
             while let Some(piece) = flight.claim() {
-                carry(&flight, &*carrier, piece);
+                flight.account(carry(&flight, &*carrier, piece));
             }
         } else if let Err(flight) = self.queue.push(flight, carrier) {
             flight.fail(TransportError::Cancelled);
         }
+    }
+
+    /// Lets go of flights that have ended while they waited, and of what came with them.
+    pub(super) fn forget_ended(&self) {
+        self.queue.forget_ended();
     }
 
     /// Fails what waits, ends the threads and waits for them.
@@ -91,8 +99,7 @@ fn is_small(totals: Totals) -> bool {
     totals.bytes <= INLINE_BYTES_MAX && totals.runs <= INLINE_RUNS_MAX
 }
 
-fn carry(flight: &Flight, carrier: &dyn Carrier, piece: Piece) {
-    // A late flight carries no more bytes, and the piece in hand is still accounted for.
-    let late = flight.fail_if_late(Instant::now());
-    flight.account(if late { Ok(()) } else { carrier.carry(flight, piece) });
+/// A late flight carries no more bytes, and the piece in hand is accounted for all the same.
+fn carry(flight: &Flight, carrier: &dyn Carrier, piece: Piece) -> Result<(), TransportError> {
+    if flight.fail_if_late(Instant::now()) { Ok(()) } else { carrier.carry(flight, piece) }
 }

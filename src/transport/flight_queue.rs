@@ -55,6 +55,11 @@ impl<T: Clone> FlightQueue<T> {
         if waiting.closed { None } else { waiting.claim() }
     }
 
+    /// Lets go of flights with no piece left to claim.
+    pub(super) fn forget_ended(&self) {
+        locked(&self.waiting).flights.retain(|(flight, _)| flight.has_more());
+    }
+
     /// Ends every `take`. Returns the flights that still waited, for the path to end.
     pub(super) fn close(&self) -> Vec<Arc<Flight>> {
         let flights = {

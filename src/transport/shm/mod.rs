@@ -177,6 +177,7 @@ impl Link for ShmLink {
             flight.fail(TransportError::Cancelled);
         }
         self.inflight.wait_empty(CLOSE_WAIT_MAX);
+        self.pool.forget_ended();
         drop(locked(&self.peer).take());
     }
 }

@@ -41,9 +41,9 @@ impl Peer {
         let name = format!("process {pid}");
         let unreachable = |reason: String| TransportError::Unreachable { path: "shm", peer: name.clone(), reason };
         // The descriptor first, then the question whether that process is the one meant: so it cannot change in between.
-        let pidfd = Pid::from_raw(pid)
-            .ok_or_else(|| unreachable("it names process 0".to_owned()))
-            .map(|pid| pidfd_open(pid, PidfdFlags::empty()))?;
+        let number = (pid > 0).then(|| Pid::from_raw(pid)).flatten();
+        let number = number.ok_or_else(|| unreachable("no process has that id".to_owned()))?;
+        let pidfd = pidfd_open(number, PidfdFlags::empty());
         match description.owner.reach().map_err(|error| unreachable(error.to_string()))? {
             Reach::Here => {}
             Reach::OtherHost => return Err(unreachable("it runs on another host; allow tcp in kv.paths".to_owned())),

@@ -1,0 +1,273 @@
+//! Two ends of a path, in one process or in two, with memory whose every byte depends on where it is.
+#![allow(dead_code, unreachable_pub, reason = "shared by test binaries, each of which uses its own part")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::Ipv4Addr;
+use std::process::{Child, Command, Stdio};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+
+use pdlink::config::Path;
+use pdlink::memory::{Region, to_u64, to_usize};
+use pdlink::security::Secret;
+use pdlink::transport::{
+    Completion, Copied, Direction, Export, FaultPlan, Faulty, Fence, GrantToken, Link, LoopbackHub, Run, RunList,
+    Segment, Shm, Tcp, TcpSetup, TransferRequest, Transport, TransportError,
+};
+
+/// Long enough for the slowest machine; every wait ends by it.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A path, and the memory it runs over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Loopback,
+    /// Memory files that the other side maps.
+    ShmFile,
+    /// Memory that only process_vm_readv and its twin reach.
+    ShmBorrowed,
+    Tcp,
+    /// A faulty path with nothing to do wrong.
+    Faultless,
+}
+
+pub type Outcome = Result<Copied, TransportError>;
+
+/// Two ends and a link from ours to theirs.
+pub struct Pair {
+    pub kind: Kind,
+    pub ours: Arc<dyn Transport>,
+    pub theirs: Arc<dyn Transport>,
+    pub our_regions: Vec<Arc<Region>>,
+    pub their_regions: Vec<Arc<Region>>,
+    pub link: Arc<dyn Link>,
+}
+
+/// Memory of the kind that makes the path take the way it is to be tested on.
+pub fn region(kind: Kind, len: usize) -> Arc<Region> {
+    if kind != Kind::ShmBorrowed {
+        return Region::shared(len).unwrap();
+    }
+    let mut memory = vec![0_u8; len].into_boxed_slice();
+    let ptr = NonNull::new(memory.as_mut_ptr()).unwrap();
+    // SAFETY: the boxed bytes stay where they are for as long as the region owns the box, and nobody else names them.
+    unsafe { Region::borrowed(ptr, len, Box::new(memory)) }
+}
+
+/// The byte at `offset` of region `region` as `salt` says. Neighbours, pages and regions all differ.
+pub fn pattern(salt: u64, region: usize, offset: u64) -> u8 {
+    let mixed = (offset ^ to_u64(region) << 40 ^ salt << 48).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    mixed.to_be_bytes()[0]
+}
+
+pub fn paint(regions: &[Arc<Region>], salt: u64) {
+    for (index, region) in regions.iter().enumerate() {
+        let bytes: Vec<u8> = (0..region.len()).map(|offset| pattern(salt, index, offset)).collect();
+        region.copy_in(0, &bytes).unwrap();
+    }
+}
+
+pub fn contents(regions: &[Arc<Region>]) -> Vec<Vec<u8>> {
+    regions.iter().map(|region| region.to_vec(0, region.len()).unwrap()).collect()
+}
+
+pub fn tcp_setup() -> TcpSetup {
+    TcpSetup {
+        bind: Ipv4Addr::LOCALHOST.into(),
+        advertise_host: "127.0.0.1".to_owned(),
+        streams: 2,
+        stall_max: Duration::from_secs(10),
+    }
+}
+
+pub fn soon() -> Instant {
+    Instant::now() + PATIENCE
+}
+
+impl Pair {
+    pub fn new(kind: Kind, our_lens: &[usize], their_lens: &[usize]) -> Self {
+        let make = |lens: &[usize]| lens.iter().map(|len| region(kind, *len)).collect::<Vec<_>>();
+        let (our_regions, their_regions) = (make(our_lens), make(their_lens));
+        paint(&our_regions, 1);
+        paint(&their_regions, 2);
+        let hub = LoopbackHub::new();
+        let secret = Secret::generate().unwrap();
+        let open = |regions: &[Arc<Region>]| -> Arc<dyn Transport> {
+            match kind {
+                Kind::Loopback => hub.transport(Path::Shm, regions),
+                Kind::Faultless => Faulty::around(hub.transport(Path::Shm, regions), FaultPlan::default()),
+                Kind::ShmFile | Kind::ShmBorrowed => Arc::new(Shm::new(regions, 2).unwrap()),
+                Kind::Tcp => Arc::new(Tcp::new(regions, &secret, &tcp_setup()).unwrap()),
+            }
+        };
+        let (ours, theirs) = (open(&our_regions), open(&their_regions));
+        let link = ours.connect(&theirs.export(), soon()).unwrap();
+        Self { kind, ours, theirs, our_regions, their_regions, link }
+    }
+
+    /// Regions that a transfer in this direction reads, and those that it writes.
+    pub fn ends(&self, direction: Direction) -> (&[Arc<Region>], &[Arc<Region>]) {
+        match direction {
+            Direction::Pull => (&self.their_regions, &self.our_regions),
+            Direction::Push => (&self.our_regions, &self.their_regions),
+        }
+    }
+
+    /// Starts a transfer, with a grant that lives as long as its completion does.
+    pub fn start(&self, direction: Direction, runs: RunList) -> (pdlink::transport::TransferTicket, Receiver<Outcome>) {
+        let grant = (direction == Direction::Push).then(|| self.theirs.grant(&runs)).and_then(Result::ok);
+        let token = grant.as_ref().map(pdlink::transport::Grant::token);
+        let (tell, told) = mpsc::channel();
+        let done: Completion = Box::new(move |outcome| {
+            drop(grant);
+            let _ = tell.send(outcome);
+        });
+        (self.link.submit(request(direction, runs, token), done), told)
+    }
+
+    pub fn transfer(&self, direction: Direction, runs: RunList) -> Outcome {
+        once(&self.start(direction, runs).1)
+    }
+
+    pub fn close(&self) {
+        self.ours.close();
+        self.theirs.close();
+    }
+
+    /// Whether dropping a grant alone keeps a peer out.
+    pub fn fences(&self) -> bool {
+        self.theirs.grant(&RunList::default()).unwrap().fence() == Fence::Fenced
+    }
+}
+
+pub fn request(direction: Direction, runs: RunList, grant: Option<GrantToken>) -> TransferRequest {
+    TransferRequest { direction, runs, grant, deadline: soon() }
+}
+
+/// The one completion of a transfer (TR-1).
+pub fn once(told: &Receiver<Outcome>) -> Outcome {
+    let outcome = told.recv_timeout(PATIENCE).expect("TR-1: a completion comes");
+    // The sender is gone with the completion, or about to be: either way nothing more can come.
+    assert!(told.recv_timeout(PATIENCE).is_err(), "TR-1: one completion, not two");
+    outcome
+}
+
+pub fn segment(src_region: u16, dst_region: u16, runs: &[(u64, u64, u64)]) -> Segment {
+    let runs = runs.iter().map(|&(src, dst, len)| Run { src, dst, len }).collect();
+    Segment { src_region, dst_region, runs }
+}
+
+pub fn list(segments: Vec<Segment>) -> RunList {
+    RunList { segments }
+}
+
+/// One run over all of region 0.
+pub fn whole(len: usize) -> RunList {
+    list(vec![segment(0, 0, &[(0, 0, to_u64(len))])])
+}
+
+/// What a transfer must leave behind, byte by byte.
+pub fn oracle(src: &[Arc<Region>], dst: &[Arc<Region>], runs: &RunList) -> Vec<Vec<u8>> {
+    let (from, mut to) = (contents(src), contents(dst));
+    for segment in &runs.segments {
+        for run in &segment.runs {
+            let (src, dst, len) = (to_usize(run.src), to_usize(run.dst), to_usize(run.len));
+            let bytes = &from[usize::from(segment.src_region)][src..src + len];
+            to[usize::from(segment.dst_region)][dst..dst + len].copy_from_slice(bytes);
+        }
+    }
+    to
+}
+
+/// Fails with the first byte that differs, rather than with megabytes.
+pub fn assert_same(got: &[Vec<u8>], want: &[Vec<u8>], what: &str) {
+    for (region, (got, want)) in got.iter().zip(want).enumerate() {
+        if got == want {
+            continue;
+        }
+        if let Some(at) = got.iter().zip(want).position(|(got, want)| got != want) {
+            panic!("{what}: region {region} differs first at byte {at}: {} instead of {}", got[at], want[at]);
+        }
+    }
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub fn unhex(text: &str) -> Vec<u8> {
+    let digits: Vec<u8> = text.chars().map(|c| u8::try_from(c.to_digit(16).unwrap()).unwrap()).collect();
+    digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect()
+}
+
+const PEER_ENV: &str = "PDLINK_TEST_PEER";
+
+/// Another process with one region, painted with salt 2, that offers one path and does nothing else.
+pub struct PeerProcess {
+    pub child: Child,
+    pub export: Export,
+}
+
+impl PeerProcess {
+    /// Runs this test binary again, as `peer_process`, an ignored test that must call [`be_peer`].
+    pub fn start(kind: Kind, len: usize, secret: &std::path::Path) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["peer_process", "--exact", "--ignored", "--nocapture"])
+            .env(PEER_ENV, format!("{kind:?} {len} {}", secret.display()))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let export = lines.map(Result::unwrap).find_map(|line| Some(unhex(line.split_once("export=")?.1)));
+        Self { child, export: Export::from_bytes(export.expect("the peer says what it exports")) }
+    }
+
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: the process is our child and not yet waited for, so its id is still its own.
+        assert_eq!(unsafe { libc::kill(i32::try_from(self.child.id()).unwrap(), signal) }, 0);
+    }
+}
+
+impl PeerProcess {
+    /// Stops it, and waits until every thread of it stands still.
+    pub fn stop(&self) {
+        self.signal(libc::SIGSTOP);
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let stopped = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(')').is_some_and(|(_, fields)| fields.trim_start().starts_with('T'))
+        };
+        let until = soon();
+        while !std::fs::read_dir(&tasks).unwrap().flatten().all(stopped) {
+            assert!(Instant::now() < until, "the peer does not stop");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for PeerProcess {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The life of a [`PeerProcess`]: until its standard input closes.
+pub fn be_peer() {
+    let Ok(orders) = std::env::var(PEER_ENV) else { return };
+    let orders: Vec<&str> = orders.split(' ').collect();
+    let kind = if orders[0] == "ShmBorrowed" { Kind::ShmBorrowed } else { Kind::ShmFile };
+    let regions = [region(kind, orders[1].parse().unwrap())];
+    paint(&regions, 2);
+    let secret = Secret::read_file(std::path::Path::new(orders[2])).unwrap();
+    let transport: Box<dyn Transport> = match orders[0] {
+        "Tcp" => Box::new(Tcp::new(&regions, &secret, &tcp_setup()).unwrap()),
+        _ => Box::new(Shm::new(&regions, 1).unwrap()),
+    };
+    println!("export={}", hex(transport.export().as_bytes()));
+    std::io::stdout().flush().unwrap();
+    let _ = std::io::stdin().lines().count();
+}
