@@ -1,14 +1,14 @@
 //! The KV itself: written row by row into paged blocks of real memory, and read back from there.
 //!
-//! The digest over a context's KV does not depend on layout, block size or tensor parallelism: each word counts at its
-//! logical place (layer, half, head, token). Replicas of a head count too, by their difference from the first copy, so a
-//! replica that went wrong is seen and equal ones change nothing.
+//! The digest over a context's KV is the link's own (KV-4): it does not depend on layout, block size or tensor
+//! parallelism, and every byte of every replica counts.
 
-use super::layout::RankMemory;
-use super::layout::{self, LayoutError};
-use super::model::{Context, Row, fill_row, mix};
+use super::layout::{self, CacheError};
+use super::model::{Context, Row, fill_row};
 use crate::config::ReferenceConfig;
-use crate::kv::{BlockId, Geometry, LayerPlacement};
+use crate::kv::{self, BlockId, Geometry, LayerPlacement, Layout, RankMemory, Span};
+use crate::memory::Region;
+use std::sync::Arc;
 
 /// What freed blocks are overwritten with, so that a stale read is seen.
 const POISON: u8 = 0xa5;
@@ -16,24 +16,27 @@ const POISON: u8 = 0xa5;
 /// The paged KV of all ranks of one worker.
 #[derive(Debug)]
 pub(super) struct KvCache {
-    geometry: Geometry,
     ranks: Vec<RankMemory>,
     num_blocks: u32,
+    layout: Layout,
+    /// Of all ranks, as `layout` counts them.
+    regions: Vec<Arc<Region>>,
 }
 
 impl KvCache {
     /// Allocates every rank's memory and poisons it.
-    pub(super) fn new(model: &str, config: &ReferenceConfig, tp: u32) -> Result<Self, LayoutError> {
+    pub(super) fn new(model: &str, config: &ReferenceConfig, tp: u32) -> Result<Self, CacheError> {
         let geometry = layout::geometry(model, config, tp)?;
         let num_blocks = u32::try_from(config.num_blocks).expect("checked with the geometry");
         let ranks: Vec<_> = (0..tp)
             .map(|rank| layout::allocate(&geometry, config.layout, num_blocks, rank))
             .collect::<Result<_, _>>()?;
-        Ok(Self { geometry, ranks, num_blocks })
+        let (layout, regions) = Layout::of_ranks(geometry, &ranks)?;
+        Ok(Self { ranks, num_blocks, layout, regions })
     }
 
     pub(super) fn geometry(&self) -> &Geometry {
-        &self.geometry
+        self.layout.geometry()
     }
 
     pub(super) fn num_blocks(&self) -> u32 {
@@ -42,7 +45,7 @@ impl KvCache {
 
     /// Tokens per block.
     pub(super) fn block_size(&self) -> usize {
-        self.geometry.block_size as usize
+        self.geometry().block_size as usize
     }
 
     /// Where each rank's memory is, for the KV runtime.
@@ -53,8 +56,8 @@ impl KvCache {
     /// Bytes of one block over all layers and ranks.
     pub(super) fn block_bytes(&self) -> u64 {
         let per_layer: u64 =
-            (0..self.geometry.tp_size).map(|rank| layout::layer_block_bytes(&self.geometry, rank)).sum();
-        per_layer * u64::from(self.geometry.layers)
+            (0..self.geometry().tp_size).map(|rank| layout::layer_block_bytes(self.geometry(), rank)).sum();
+        per_layer * u64::from(self.geometry().layers)
     }
 
     /// Writes the KV of one position into the block that covers it.
@@ -74,21 +77,8 @@ impl KvCache {
 
     /// Reads the KV of the first `tokens` positions back from memory and folds it into one word.
     pub(super) fn digest(&self, blocks: &[BlockId], tokens: usize) -> u64 {
-        let mut sums = vec![0_u64; self.geometry.kv_heads as usize];
-        let mut first_copy_of = vec![None; sums.len()];
-        let mut replicas = 0_u64;
-        for rank in 0..self.ranks.len() {
-            for (head, sum) in self.rank_digest(rank, blocks, tokens) {
-                match first_copy_of[head] {
-                    None => {
-                        first_copy_of[head] = Some(rank);
-                        sums[head] = sum;
-                    }
-                    Some(_) => replicas = replicas.wrapping_add(mix(sum.wrapping_sub(sums[head]), 0) ^ mix(0, 0)),
-                }
-            }
-        }
-        sums.iter().fold(replicas, |digest, sum| digest.wrapping_add(*sum))
+        let tokens = u32::try_from(tokens).expect("contexts are shorter than 2^32 tokens");
+        kv::digest(&self.layout, &self.regions, Span { blocks, first_token: 0, tokens }).expect("blocks of this cache")
     }
 
     /// Overwrites blocks that nobody may read any more.
@@ -100,38 +90,8 @@ impl KvCache {
         }
     }
 
-    /// The digest of each head that a rank holds.
-    fn rank_digest(&self, rank: usize, blocks: &[BlockId], tokens: usize) -> Vec<(usize, u64)> {
-        let memory = &self.ranks[rank];
-        let heads = self.geometry.heads_of(memory.rank);
-        let mut sums: Vec<(usize, u64)> =
-            (heads.first..heads.first + heads.count).map(|head| (head as usize, 0)).collect();
-        let first = heads.first as usize;
-        let mut bytes = Vec::new();
-        for (layer, place) in memory.layers.iter().enumerate() {
-            bytes.resize(usize::try_from(place.block_stride).expect("a block fits the address space"), 0);
-            for (index, block) in blocks.iter().enumerate().take(tokens.div_ceil(self.block_size())) {
-                let at = place.base + u64::from(block.0) * place.block_stride;
-                memory.regions[usize::from(place.region)].copy_out(at, &mut bytes).expect("a block of this cache");
-                let start = index * self.block_size();
-                let used = (tokens - start).min(self.block_size());
-                for (half, head, row_at) in self.rows(memory.rank, place) {
-                    let key = mix(mix(layer as u64, half as u64), head as u64);
-                    let sum = &mut sums[head - first].1;
-                    for token in 0..used {
-                        let at = row_at + token as u64 * place.token_stride;
-                        let at = usize::try_from(at).expect("inside a block");
-                        let row = &bytes[at..at + self.row_bytes()];
-                        *sum = sum.wrapping_add(row_digest(row, mix(key, (start + token) as u64)));
-                    }
-                }
-            }
-        }
-        sums
-    }
-
     fn row_bytes(&self) -> usize {
-        usize::try_from(self.geometry.content_bytes()).expect("checked with the geometry")
+        usize::try_from(self.geometry().content_bytes()).expect("checked with the geometry")
     }
 
     fn layers(&self) -> impl Iterator<Item = (&RankMemory, &LayerPlacement, usize)> {
@@ -142,29 +102,15 @@ impl KvCache {
 
     /// (half, head over all ranks, offset inside a block) of each row that a rank keeps for one token of one layer.
     fn rows(&self, rank: u32, place: &LayerPlacement) -> impl Iterator<Item = (usize, usize, u64)> + use<> {
-        let heads = self.geometry.heads_of(rank);
+        let heads = self.geometry().heads_of(rank);
         let (half_stride, head_stride) = (place.half_stride, place.head_stride);
-        (0..self.geometry.halves()).flat_map(move |half| {
+        (0..self.geometry().halves()).flat_map(move |half| {
             (0..heads.count).map(move |head| {
                 let at = u64::from(half) * half_stride + u64::from(head) * head_stride;
                 (half as usize, (heads.first + head) as usize, at)
             })
         })
     }
-}
-
-/// Depends on each byte of a row and on where the row belongs.
-fn row_digest(row: &[u8], key: u64) -> u64 {
-    let mut sum = 0_u64;
-    let mut place = key;
-    for chunk in row.chunks(8) {
-        let mut word = [0; 8];
-        word[..chunk.len()].copy_from_slice(chunk);
-        place = place.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (u64::from_le_bytes(word) ^ place).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        sum = sum.wrapping_add((x ^ (x >> 31)).wrapping_mul(0x94d0_49bb_1331_11eb));
-    }
-    sum
 }
 
 #[cfg(test)]

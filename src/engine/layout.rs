@@ -3,24 +3,18 @@
 use std::sync::Arc;
 
 use crate::config::{ReferenceConfig, ReferenceLayout};
-use crate::kv::{Geometry, LayerPlacement};
+use crate::kv::{self, Geometry, LayerPlacement, RankMemory};
 use crate::memory::Region;
-
-/// Where one rank's KV lies.
-#[derive(Debug, Clone)]
-pub(super) struct RankMemory {
-    pub rank: u32,
-    pub regions: Vec<Arc<Region>>,
-    pub layers: Vec<LayerPlacement>,
-}
 
 /// Why a KV cache cannot be made.
 #[derive(Debug, thiserror::Error)]
-pub enum LayoutError {
+pub enum CacheError {
     #[error("`{name}` is {is}, must be {must}")]
     Setting { name: &'static str, is: usize, must: String },
     #[error("{kv_heads} KV heads cannot be spread over {tp} ranks: one must be a multiple of the other")]
     Heads { kv_heads: u32, tp: u32 },
+    #[error(transparent)]
+    Layout(#[from] kv::LayoutError),
     #[error(
         "cannot get {bytes} bytes of memory for the KV of rank {rank}: {source}; lower `inference.reference.num_blocks`"
     )]
@@ -28,22 +22,22 @@ pub enum LayoutError {
 }
 
 /// The geometry that a worker shows to its peers.
-pub(super) fn geometry(model: &str, config: &ReferenceConfig, tp: u32) -> Result<Geometry, LayoutError> {
+pub(super) fn geometry(model: &str, config: &ReferenceConfig, tp: u32) -> Result<Geometry, CacheError> {
     let size = |name, is: usize, max: u32| match u32::try_from(is) {
         Ok(value) if (1..=max).contains(&value) => Ok(value),
-        _ => Err(LayoutError::Setting { name, is, must: format!("1 to {max}") }),
+        _ => Err(CacheError::Setting { name, is, must: format!("1 to {max}") }),
     };
     let kv_heads = size("kv_heads", config.kv_heads, 4096)?;
     size("num_blocks", config.num_blocks, 1 << 24)?;
     size("tp", tp as usize, 1024)?;
     if !kv_heads.is_multiple_of(tp) && !tp.is_multiple_of(kv_heads) {
-        return Err(LayoutError::Heads { kv_heads, tp });
+        return Err(CacheError::Heads { kv_heads, tp });
     }
     let dtype = match config.dtype_bytes {
         1 => "float8",
         2 => "bfloat16",
         4 => "float32",
-        is => return Err(LayoutError::Setting { name: "dtype_bytes", is, must: "1, 2 or 4".to_owned() }),
+        is => return Err(CacheError::Setting { name: "dtype_bytes", is, must: "1, 2 or 4".to_owned() }),
     };
     Ok(Geometry {
         model: model.to_owned(),
@@ -71,7 +65,7 @@ pub(super) fn allocate(
     layout: ReferenceLayout,
     num_blocks: u32,
     rank: u32,
-) -> Result<RankMemory, LayoutError> {
+) -> Result<RankMemory, CacheError> {
     let block = layer_block_bytes(geometry, rank);
     let layer = block * u64::from(num_blocks);
     let layers = u64::from(geometry.layers);
@@ -79,7 +73,7 @@ pub(super) fn allocate(
     let region_bytes = if own_regions { layer } else { layer * layers };
     let region = || {
         let len = usize::try_from(region_bytes).unwrap_or(usize::MAX);
-        Region::shared(len).map_err(|source| LayoutError::Memory { rank, bytes: region_bytes, source })
+        Region::shared(len).map_err(|source| CacheError::Memory { rank, bytes: region_bytes, source })
     };
     let regions: Vec<Arc<Region>> =
         (0..if own_regions { layers } else { 1 }).map(|_| region()).collect::<Result<_, _>>()?;
@@ -89,7 +83,7 @@ pub(super) fn allocate(
         base: if own_regions { 0 } else { index * layer },
         ..strides
     };
-    Ok(RankMemory { rank, regions, layers: (0..layers).map(place).collect() })
+    Ok(RankMemory { rank, regions, layers: (0..layers).map(place).collect(), num_blocks })
 }
 
 fn strides(geometry: &Geometry, layout: ReferenceLayout, rank: u32, block_stride: u64) -> LayerPlacement {

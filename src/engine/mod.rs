@@ -23,5 +23,5 @@ mod server;
 mod tokenizer;
 mod worker;
 
-pub use layout::LayoutError;
+pub use layout::CacheError;
 pub use worker::{Engine, EngineError, EngineSetup};

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::blocks::Blocks;
 use super::front::Front;
 use super::kv_cache::KvCache;
-use super::layout::LayoutError;
+use super::layout::CacheError;
 use super::metrics::EngineMetrics;
 use super::scheduler::{Command, Pace, Scheduler, SchedulerParts, SchedulerThread};
 use super::server::{self, ServerState};
@@ -44,7 +44,7 @@ pub struct EngineSetup {
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     #[error("the KV cache cannot be made: {0}")]
-    Layout(#[from] LayoutError),
+    Cache(#[from] CacheError),
     #[error("cannot start the scheduler's thread: {0}")]
     Thread(io::Error),
 }
