@@ -3,5 +3,7 @@
 
 mod error;
 pub mod headers;
+pub mod scan;
+pub mod splice;
 
 pub use error::{ApiError, ErrorBody, ErrorInfo};
