@@ -29,3 +29,41 @@ pub const ENGINE_REQUESTS_ABORTED: &str = "pdlink_engine_requests_aborted";
 pub const ENGINE_LOAD_FAILURES: &str = "pdlink_engine_load_failures";
 /// Counter: answers whose prompt was computed here because its KV could not be loaded.
 pub const ENGINE_LOAD_RECOMPUTES: &str = "pdlink_engine_load_recomputes";
+
+// The proxy.
+
+/// Requests answered, by `route` and `code`.
+pub const PROXY_REQUESTS: &str = "pdlink_proxy_requests";
+/// Requests being served now.
+pub const PROXY_REQUESTS_INFLIGHT: &str = "pdlink_proxy_requests_inflight";
+/// From a request's head to the end of its answer, in seconds.
+pub const PROXY_REQUEST_SECONDS: &str = "pdlink_proxy_request_seconds";
+/// From sending the prefill leg to its whole answer, in seconds.
+pub const PROXY_PREFILL_SECONDS: &str = "pdlink_proxy_prefill_seconds";
+/// From sending the decode leg to the first byte of its answer's body, in seconds.
+pub const PROXY_FIRST_BYTE_SECONDS: &str = "pdlink_proxy_first_byte_seconds";
+/// Legs that failed and were tried on another pair, by `leg`.
+pub const PROXY_RETRIES: &str = "pdlink_proxy_retries";
+/// Requests that one worker served alone, prefill included, by `reason`.
+pub const PROXY_ALONE: &str = "pdlink_proxy_alone";
+/// Prefill legs that were answered without transfer parameters: the worker held no KV.
+pub const PROXY_PREFILL_WITHOUT_PARAMS: &str = "pdlink_proxy_prefill_without_params";
+/// Transfers given up after prefill was asked, by `outcome` of telling its runtime.
+pub const PROXY_ABORTS: &str = "pdlink_proxy_aborts";
+/// Answers that broke off after they had begun.
+pub const PROXY_STREAMS_BROKEN: &str = "pdlink_proxy_streams_broken";
+/// Clients that left before their answer was complete.
+pub const PROXY_CLIENTS_LEFT: &str = "pdlink_proxy_clients_left";
+/// Requests refused because the bound on requests in flight was reached.
+pub const PROXY_REFUSED_FULL: &str = "pdlink_proxy_refused_full";
+/// 1 while a worker may be given requests, by `worker` and `role`.
+pub const PROXY_WORKER_UP: &str = "pdlink_proxy_worker_up";
+/// Requests that a worker carries now.
+pub const PROXY_WORKER_INFLIGHT: &str = "pdlink_proxy_worker_inflight";
+/// Requests that a worker answered.
+pub const PROXY_WORKER_SERVED: &str = "pdlink_proxy_worker_served";
+/// Requests that failed by a worker's fault.
+pub const PROXY_WORKER_FAILED: &str = "pdlink_proxy_worker_failed";
+/// Times a worker was quarantined.
+pub const PROXY_WORKER_QUARANTINES: &str = "pdlink_proxy_worker_quarantines";
+

@@ -50,7 +50,7 @@ impl BodyReader {
     }
 
     /// Whether the body's end is the connection's end, so that a broken one looks like a finished one.
-    pub(crate) fn ends_with_connection(&self) -> bool {
+    fn ends_with_connection(&self) -> bool {
         matches!(self.left, Left::Close)
     }
 

@@ -27,16 +27,8 @@ pub(crate) struct Head {
     pub(crate) keep_alive: bool,
 }
 
-impl Head {
-    /// Whether the body is a stream of server-sent events.
-    pub(crate) fn is_event_stream(&self) -> bool {
-        let kind = self.headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
-        kind.is_some_and(|kind| kind.len() >= 17 && kind[..17].eq_ignore_ascii_case(b"text/event-stream"))
-    }
-}
-
 /// Headers that belong to one connection and are never passed on (RFC 9110, 7.6.1).
-pub(crate) fn is_hop_by_hop(name: &HeaderName) -> bool {
+fn is_hop_by_hop(name: &HeaderName) -> bool {
     // A match on the standard names is an integer comparison each; `keep-alive` is not among them.
     [
         header::CONNECTION,
@@ -214,7 +206,9 @@ mod tests {
         let names: Vec<_> = head.headers.keys().map(HeaderName::as_str).collect();
         assert_eq!(names, ["x-kept", "content-length"]);
         let mut sent = HeaderMap::new();
-        for (name, value) in [("connection", "close, x-one"), ("x-one", "1"), ("te", "trailers"), ("authorization", "B")] {
+        for (name, value) in
+            [("connection", "close, x-one"), ("x-one", "1"), ("te", "trailers"), ("authorization", "B")]
+        {
             sent.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
         assert_eq!(write_headers(&sent, |_| false), b"authorization: B\r\n");

@@ -7,7 +7,7 @@
 
 mod body;
 mod head;
-mod pool;
+mod sockets;
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
@@ -21,8 +21,8 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
 pub(crate) use body::BodyReader;
-pub(crate) use head::{Head, is_hop_by_hop, write_headers};
-pub(crate) use pool::Pool;
+pub(crate) use head::{Framing, Head, write_headers};
+pub(crate) use sockets::Sockets;
 
 /// Bodies up to this size are copied behind the head and written as one buffer: cheaper than a vectored write.
 const FLATTEN_BYTES_MAX: usize = 8 << 10;
@@ -233,10 +233,12 @@ pub(crate) struct Outgoing<'a> {
 }
 
 impl Outgoing<'_> {
-    fn head(&self, host: &str) -> Vec<u8> {
+    fn head(&self, origin: &Origin) -> Vec<u8> {
         let bytes: usize = self.body.iter().map(|piece| piece.len()).sum();
-        let mut head = Vec::with_capacity(self.headers.len() + self.path.len() + host.len() + 96 + bytes.min(FLATTEN_BYTES_MAX));
-        for part in [self.method.as_str(), " ", self.path, " HTTP/1.1\r\nhost: ", host, "\r\n"] {
+        let body = if bytes <= FLATTEN_BYTES_MAX { bytes } else { 0 };
+        let host = origin.authority.as_str();
+        let mut head = Vec::with_capacity(self.headers.len() + self.path.len() + host.len() + 96 + body);
+        for part in [self.method.as_str(), " ", &origin.base, self.path, " HTTP/1.1\r\nhost: ", host, "\r\n"] {
             head.extend_from_slice(part.as_bytes());
         }
         head.extend_from_slice(self.headers);
@@ -264,14 +266,14 @@ pub(crate) struct Origin {
 
 /// Sends `request` on an idle connection or a new one and waits for the head of the answer.
 pub(crate) async fn exchange(
-    pool: &Pool,
+    sockets: &Sockets,
     worker: usize,
     origin: &Origin,
     request: Outgoing<'_>,
     connect_timeout: Duration,
     deadline: Deadline,
 ) -> Result<Exchange, UpstreamError> {
-    if let Some(conn) = pool.take(worker) {
+    if let Some(conn) = sockets.take(worker) {
         match deadline.bound("answer", converse(conn, origin, &request)).await {
             Err(error) if error.is_stale() => {}
             done => return done,
@@ -299,7 +301,7 @@ async fn connect(origin: &Origin) -> io::Result<TcpStream> {
 }
 
 async fn converse(mut conn: Conn, origin: &Origin, request: &Outgoing<'_>) -> Result<Exchange, UpstreamError> {
-    let mut head = request.head(&origin.authority);
+    let mut head = request.head(origin);
     let sent = conn.send(&mut head, request.body).await?;
     drop(head);
     let head = conn.head(request.method != http::Method::HEAD).await?;
@@ -307,7 +309,7 @@ async fn converse(mut conn: Conn, origin: &Origin, request: &Outgoing<'_>) -> Re
     Ok(Exchange { conn, head, body, reusable: sent == Sent::Whole })
 }
 
-impl Pool {
+impl Sockets {
     /// Gives the connection of a finished exchange back for the next one.
     pub(crate) fn finish(&self, worker: usize, exchange: Exchange) {
         if let Some(conn) = exchange.into_conn() {

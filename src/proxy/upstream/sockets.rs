@@ -21,11 +21,11 @@ struct Idle {
 
 /// Idle connections by worker number. The locks are never contended: one thread uses them.
 #[derive(Debug)]
-pub(crate) struct Pool {
+pub(crate) struct Sockets {
     workers: Box<[Mutex<Vec<Idle>>]>,
 }
 
-impl Pool {
+impl Sockets {
     pub(crate) fn new(workers: usize) -> Self {
         Self { workers: (0..workers).map(|_| Mutex::default()).collect() }
     }

@@ -1,0 +1,316 @@
+//! Starting and ending the proxy.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::abort::{self, Abandoned};
+use super::dialect::Connector;
+use super::health::Rules;
+use super::metrics::Metrics;
+use super::pool::Pool;
+use super::server::{self, ARRIVALS_MAX, Door, Stop};
+use super::shared::{Gate, Lane, Limits, Shared};
+use super::worker::{Worker, WorkerAddress};
+use super::{probe, routes};
+use crate::config::ProxyConfig;
+use crate::control::{AdminClient, Role};
+use crate::security::Secret;
+
+/// Most server threads that are taken without being asked for.
+const THREADS_DEFAULT_MAX: usize = 4;
+
+/// Whether prefill and decode are apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    #[default]
+    Disaggregated,
+    /// Plain workers, given as decode workers: each serves whole requests.
+    Plain,
+}
+
+/// Everything the proxy is started with.
+#[derive(Debug)]
+pub struct ProxySetup {
+    /// Where clients come. Listening already.
+    pub listener: TcpListener,
+    /// Where admin calls come, if not there.
+    pub admin_listener: Option<TcpListener>,
+    pub config: ProxyConfig,
+    pub prefill: Vec<WorkerAddress>,
+    pub decode: Vec<WorkerAddress>,
+    pub connector: Connector,
+    pub mode: Mode,
+    /// The run's secret, for the workers' runtimes.
+    pub secret: Secret,
+    /// Health questions that may fail in a row before a worker counts as down. PRIME-RL's default is 2.
+    pub health_failures_max: u32,
+}
+
+/// Why the proxy cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum ProxyError {
+    #[error("the worker URL `{url}` cannot be used: {why}; write http://HOST:PORT")]
+    WorkerUrl { url: String, why: &'static str },
+    #[error("no {role} worker was given")]
+    NoWorkers { role: &'static str },
+    #[error(
+        "worker {url} needs a KV address: vLLM's P2pNcclConnector finds its peers by it (--prefill-kv-addrs, --decode-kv-addrs)"
+    )]
+    NoKvAddress { url: String },
+    #[error("`[proxy] {key}` {why}")]
+    Setting { key: &'static str, why: String },
+    #[error("cannot start the proxy's threads: {0}")]
+    Threads(io::Error),
+    #[error("cannot use the proxy's listener: {0}")]
+    Listener(io::Error),
+}
+
+/// How a shutdown went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drained {
+    /// Every request ended by itself.
+    Clean,
+    /// The grace period ended first; this many requests were cut off.
+    Cut { requests: usize },
+}
+
+/// A running proxy. Dropping it ends it without grace.
+#[derive(Debug)]
+pub struct ProxyHandle {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    admin_address: Option<SocketAddr>,
+    stop: Stop,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Starts the proxy's threads. They serve until the handle is shut down or dropped.
+pub fn serve(setup: ProxySetup) -> Result<ProxyHandle, ProxyError> {
+    let address = setup.listener.local_addr().map_err(ProxyError::Listener)?;
+    let admin = setup.admin_listener.as_ref().map(TcpListener::local_addr).transpose();
+    let admin_address = admin.map_err(ProxyError::Listener)?;
+    for listener in std::iter::once(&setup.listener).chain(&setup.admin_listener) {
+        listener.set_nonblocking(true).map_err(ProxyError::Listener)?;
+    }
+    let threads = setup.config.threads.unwrap_or_else(default_threads).max(1);
+    let (abandon, abandoned) = mpsc::channel(abort::QUEUE_MAX);
+    let shared = share(&setup, abandon)?;
+    let stop = Stop { drain: CancellationToken::new(), kill: CancellationToken::new() };
+    let mut handle = ProxyHandle {
+        shared: Arc::clone(&shared),
+        address,
+        admin_address,
+        stop: stop.clone(),
+        threads: Vec::with_capacity(threads + 1),
+    };
+    let mut doors = Vec::with_capacity(threads);
+    for number in 0..threads {
+        let (door, thread) = start_lane(number, &shared, &stop).map_err(ProxyError::Threads)?;
+        doors.push(door);
+        handle.threads.push(thread);
+    }
+    let keeper = Keeper {
+        shared,
+        listener: setup.listener,
+        admin_listener: setup.admin_listener,
+        doors,
+        abandoned,
+        secret: setup.secret,
+        stop,
+    };
+    handle.threads.push(keeper.start().map_err(ProxyError::Threads)?);
+    Ok(handle)
+}
+
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_DEFAULT_MAX)
+}
+
+fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>) -> Result<Arc<Shared>, ProxyError> {
+    let config = &setup.config;
+    let limits = Limits::of(config)?;
+    let quarantine = Duration::try_from_secs_f64(config.quarantine_s)
+        .map_err(|error| ProxyError::Setting { key: "quarantine_s", why: error.to_string() })?;
+    let rules = Rules {
+        quarantine_after_failures: config.quarantine_after_failures.max(1),
+        quarantine,
+        down_after_probes: setup.health_failures_max.max(1),
+    };
+    let mut workers = Vec::new();
+    for (role, addresses) in [(Role::Prefill, &setup.prefill), (Role::Decode, &setup.decode)] {
+        let needed = role == Role::Decode || setup.mode == Mode::Disaggregated;
+        if needed && addresses.is_empty() {
+            return Err(ProxyError::NoWorkers { role: role.name() });
+        }
+        for address in addresses {
+            if setup.connector == Connector::P2pNccl && setup.mode == Mode::Disaggregated && address.kv_addr.is_none() {
+                return Err(ProxyError::NoKvAddress { url: address.url.clone() });
+            }
+            workers.push(Arc::new(Worker::new(workers.len(), role, address.clone(), rules)?));
+        }
+    }
+    let of = |role| workers.iter().filter(|worker| worker.role == role).cloned().collect();
+    // Only pdlink's own runtime listens at a worker's KV address for such questions.
+    let runtime = |worker: &Arc<Worker>| match (setup.connector, &worker.address.kv_addr) {
+        (Connector::Native, Some(addr)) => {
+            Some(AdminClient::new(addr.clone(), setup.secret.clone(), abort::TELL_TIMEOUT))
+        }
+        _ => None,
+    };
+    Ok(Arc::new(Shared {
+        limits,
+        mode: setup.mode,
+        connector: setup.connector,
+        policy: config.policy,
+        prefill: Pool::new(of(Role::Prefill), config.policy),
+        decode: Pool::new(of(Role::Decode), config.policy),
+        runtimes: workers.iter().map(runtime).collect(),
+        workers: workers.into_boxed_slice(),
+        gate: Gate { token: config.admin_token.clone(), apart: setup.admin_listener.is_some() },
+        metrics: Metrics::new(),
+        abandoned,
+        inflight: AtomicUsize::new(0),
+        draining: AtomicBool::new(false),
+    }))
+}
+
+fn runtime() -> io::Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
+fn start_lane(number: usize, shared: &Arc<Shared>, stop: &Stop) -> io::Result<(Door, JoinHandle<()>)> {
+    let (sender, arrivals) = mpsc::channel(ARRIVALS_MAX);
+    let connections = Arc::new(AtomicUsize::new(0));
+    let door = Door { arrivals: sender, connections: Arc::clone(&connections) };
+    let lane = Arc::new(Lane::new(Arc::clone(shared)));
+    // A child token per lane: its connections then share no lock with other lanes.
+    let stop = Stop { drain: stop.drain.child_token(), kill: stop.kill.child_token() };
+    let runtime = runtime()?;
+    let thread = std::thread::Builder::new().name(format!("proxy-{number}")).spawn(move || {
+        let router = routes::main(&lane);
+        runtime.block_on(server::serve(lane, router, arrivals, connections, stop));
+    })?;
+    Ok((door, thread))
+}
+
+/// The thread for what is not on a request's way: accepting, health, aborts, admin on its own port.
+struct Keeper {
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    admin_listener: Option<TcpListener>,
+    doors: Vec<Door>,
+    abandoned: mpsc::Receiver<Abandoned>,
+    secret: Secret,
+    stop: Stop,
+}
+
+impl Keeper {
+    fn start(self) -> io::Result<JoinHandle<()>> {
+        let runtime = runtime()?;
+        std::thread::Builder::new().name("proxy-keeper".to_owned()).spawn(move || {
+            if let Err(error) = runtime.block_on(self.run()) {
+                tracing::error!(%error, "the proxy cannot use its listener");
+            }
+        })
+    }
+
+    async fn run(self) -> io::Result<()> {
+        let lane = Arc::new(Lane::new(Arc::clone(&self.shared)));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(probe::watch_all(Arc::clone(&lane)));
+        tasks.spawn(abort::tell(self.shared, self.secret, self.abandoned));
+        let listener = tokio::net::TcpListener::from_std(self.listener)?;
+        let accept = server::accept(listener, self.doors, self.stop.drain.clone());
+        let admin = async {
+            let Some(listener) = self.admin_listener else { return Ok(()) };
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            let (sender, arrivals) = mpsc::channel(ARRIVALS_MAX);
+            let connections = Arc::new(AtomicUsize::new(0));
+            let door = Door { arrivals: sender, connections: Arc::clone(&connections) };
+            let router = routes::admin_only(&lane);
+            let serve = server::serve(Arc::clone(&lane), router, arrivals, connections, self.stop.clone());
+            tokio::join!(server::accept(listener, vec![door], self.stop.drain.clone()), serve);
+            Ok(())
+        };
+        let ((), admin) = tokio::join!(accept, admin);
+        // Requests that are still in flight may leave transfers behind, so aborts are told until the end.
+        self.stop.kill.cancelled().await;
+        admin
+    }
+}
+
+impl ProxyHandle {
+    /// Where clients come.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where admin calls come, if apart.
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin_address
+    }
+
+    /// Requests being served now.
+    pub fn inflight(&self) -> usize {
+        self.shared.inflight.load(Ordering::Relaxed)
+    }
+
+    /// Says at once that a worker has ended. False: there is none of that URL.
+    pub fn worker_went_down(&self, url: &str) -> bool {
+        self.tell(url, |worker| worker.health.went_down())
+    }
+
+    /// Says at once that a worker serves (again).
+    pub fn worker_came_up(&self, url: &str) -> bool {
+        self.tell(url, |worker| worker.health.came_up())
+    }
+
+    fn tell(&self, url: &str, what: impl Fn(&Worker)) -> bool {
+        let found = self.shared.workers.iter().filter(|worker| worker.address.url == url);
+        found.inspect(|worker| what(worker)).count() > 0
+    }
+
+    /// Takes no more requests, lets those in flight end within `grace`, then ends the threads. Blocks.
+    pub fn shutdown(mut self, grace: Duration) -> Drained {
+        self.shared.draining.store(true, Ordering::Relaxed);
+        self.stop.drain.cancel();
+        let deadline = Instant::now() + grace;
+        // Lanes end by themselves when their last connection has; the keeper waits for them.
+        while Instant::now() < deadline && !self.lanes_ended() {
+            std::thread::sleep(Duration::from_millis(5).min(grace));
+        }
+        let requests = self.inflight();
+        self.end();
+        if requests == 0 { Drained::Clean } else { Drained::Cut { requests } }
+    }
+
+    fn lanes_ended(&self) -> bool {
+        let lanes = self.threads.len().saturating_sub(1);
+        self.threads.iter().take(lanes).all(JoinHandle::is_finished)
+    }
+
+    fn end(&mut self) {
+        self.stop.drain.cancel();
+        self.stop.kill.cancel();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the proxy panicked");
+            }
+        }
+    }
+}
+
+impl Drop for ProxyHandle {
+    fn drop(&mut self) {
+        self.end();
+    }
+}

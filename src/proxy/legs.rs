@@ -1,0 +1,360 @@
+//! The legs of a request: prefill, then decode, on one pair after another until one answers (PX-2).
+//!
+//! ```text
+//! pick decode, pick prefill ──► prefill leg ──► decode leg ──► first byte ──► the client
+//!        ▲                          │ refused (4xx): the client's answer   │
+//!        └── failed: another pair ◄─┴──────────────────────────────────────┘
+//! ```
+//!
+//! Everything that must be undone when this is left half-way (by a failure, or by the client, whose leaving drops this
+//! future) undoes itself: a leg's socket closes, a worker's load is given back, an open transfer is aborted.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
+use tokio::time::Instant;
+
+use super::abort::Transfer;
+use super::dialect::{self, pair_headers};
+use super::flight::{Flight, RETRY_AFTER};
+use super::merge;
+use super::metrics::Leg;
+use super::plan::{Alone, Plan, expects_params};
+use super::pool::Hints;
+use super::shared::Lane;
+use super::upstream::{Deadline, Exchange, Outgoing, UpstreamError, exchange};
+use super::worker::Load;
+use crate::control::{Role, TransferId};
+use crate::openai::scan::Kind;
+use crate::openai::splice::{Field, RequestBody};
+use crate::openai::{ApiError, splice};
+
+/// Most of a refusal or failure that is read and passed on.
+const REFUSAL_BYTES_MAX: usize = 1 << 20;
+
+/// What the client is to get.
+#[derive(Debug)]
+pub(crate) enum Answer {
+    /// A worker's answer, its first part read already.
+    Flowing { exchange: Exchange, first: Option<Bytes> },
+    /// A worker's answer that was read whole.
+    Held { status: StatusCode, headers: HeaderMap, body: Bytes },
+}
+
+/// Why one attempt did not come to an answer.
+struct Failure {
+    leg: Leg,
+    worker: Option<usize>,
+    retry: bool,
+    /// The worker's own words, if it said any.
+    answer: Option<Answer>,
+    error: ApiError,
+}
+
+/// One request on its way through the legs.
+pub(crate) struct Job<'a> {
+    pub(crate) lane: &'a Arc<Lane>,
+    pub(crate) flight: &'a mut Flight,
+    pub(crate) method: &'a http::Method,
+    /// Path and query at the worker.
+    pub(crate) path: &'a str,
+    /// The client's header lines, as both legs have them.
+    pub(crate) common: &'a [u8],
+    pub(crate) session: Option<&'a [u8]>,
+    pub(crate) prefixes: &'a [u64],
+    /// The request as a whole ends here.
+    pub(crate) whole: Deadline,
+}
+
+/// What prefill gave.
+struct Prefilled {
+    params: Option<Bytes>,
+    prompt_logprobs: Option<Bytes>,
+}
+
+impl Failure {
+    /// No worker of a role can serve.
+    fn nobody(leg: Leg, hint: &str) -> Self {
+        let role = match leg {
+            Leg::prefill => "prefill",
+            Leg::decode => "decode",
+        };
+        let message = format!("no {role} worker can serve now{hint}");
+        let error = ApiError::unavailable(message, RETRY_AFTER);
+        Self { leg, worker: None, retry: false, answer: None, error }
+    }
+
+    fn of(leg: Leg, load: &mut Load, error: &UpstreamError) -> Self {
+        load.failed(std::time::Instant::now());
+        let worker = load.worker();
+        let role = worker.role.name();
+        let message = format!("{role} worker {}: {error}", worker.name());
+        tracing::warn!("{message}");
+        let (status, retry) = match error {
+            // Another worker would take as long, and the client has waited.
+            UpstreamError::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, false),
+            UpstreamError::TooLong { .. } => (StatusCode::BAD_GATEWAY, false),
+            _ => (StatusCode::BAD_GATEWAY, true),
+        };
+        Self { leg, worker: Some(worker.number), retry, answer: None, error: ApiError::new(status, message) }
+    }
+
+    /// What the client gets of it: the worker's own words if there are any.
+    fn end(self) -> Result<Answer, ApiError> {
+        self.answer.map_or(Err(self.error), Ok)
+    }
+}
+
+impl Job<'_> {
+    /// Serves a generation request through both legs, or alone where `plan` says so.
+    pub(crate) async fn generate(&mut self, plan: Plan, body: &RequestBody) -> Result<Answer, ApiError> {
+        let mut avoid = Vec::new();
+        let mut left = self.lane.shared.limits.attempts_max;
+        loop {
+            left -= 1;
+            match self.attempt(plan, body, &avoid).await {
+                Ok(answer) => return Ok(answer),
+                Err(failure) if failure.retry && left > 0 => self.again(&failure, &mut avoid),
+                Err(failure) => return failure.end(),
+            }
+        }
+    }
+
+    /// Serves any other request by one decode worker.
+    pub(crate) async fn forward(&mut self, body: &[u8]) -> Result<Answer, ApiError> {
+        let mut avoid = Vec::new();
+        let mut left = self.lane.shared.limits.attempts_max;
+        loop {
+            left -= 1;
+            let headers = pair_headers(self.lane.shared.connector, self.common, &self.flight.request_id, None);
+            let answer = match self.pick(Role::Decode, &avoid) {
+                Some(decode) => self.decode_leg(decode, &headers, &[body]).await,
+                None => Err(Failure::nobody(Leg::decode, "")),
+            };
+            match answer {
+                Ok(answer) => return Ok(answer),
+                Err(failure) if failure.retry && left > 0 => self.again(&failure, &mut avoid),
+                Err(failure) => return failure.end(),
+            }
+        }
+    }
+
+    fn again(&mut self, failure: &Failure, avoid: &mut Vec<usize>) {
+        avoid.extend(failure.worker);
+        // Dropped while open: prefill is told to free what it holds for the attempt that failed.
+        self.flight.transfer = None;
+        self.flight.load = None;
+        self.lane.shared.metrics.retried(failure.leg);
+    }
+
+    fn pick(&self, role: Role, avoid: &[usize]) -> Option<Load> {
+        let hints = Hints { session: self.session, prefixes: self.prefixes, avoid };
+        self.lane.shared.pool(role).pick(hints, std::time::Instant::now())
+    }
+
+    async fn attempt(&mut self, plan: Plan, body: &RequestBody, avoid: &[usize]) -> Result<Answer, Failure> {
+        let Some(decode) = self.pick(Role::Decode, avoid) else { return Err(Failure::nobody(Leg::decode, "")) };
+        if let Some(reason) = plan.alone {
+            return self.alone(reason, plan, body, decode).await;
+        }
+        let local_prefill = self.lane.shared.limits.local_prefill;
+        let Some(prefill) = self.pick(Role::Prefill, avoid) else {
+            if local_prefill {
+                return self.alone(Alone::PrefillDown, plan, body, decode).await;
+            }
+            return Err(Failure::nobody(Leg::prefill, "; `[proxy] local_prefill` would let decode prefill by itself"));
+        };
+        self.pair(plan, body, prefill, decode).await
+    }
+
+    /// One decode worker does everything.
+    async fn alone(&mut self, reason: Alone, plan: Plan, body: &RequestBody, decode: Load) -> Result<Answer, Failure> {
+        self.lane.shared.metrics.alone(reason);
+        let plan = Plan { merge_logprobs: false, ..plan };
+        let headers = pair_headers(self.lane.shared.connector, self.common, &self.flight.request_id, None);
+        let spliced = dialect::decode_body(plan, body, None);
+        self.decode_leg(decode, &headers, &pieces(&spliced)).await
+    }
+
+    async fn pair(&mut self, plan: Plan, body: &RequestBody, prefill: Load, decode: Load) -> Result<Answer, Failure> {
+        let connector = self.lane.shared.connector;
+        let id = TransferId::random();
+        let pair = Some((&**prefill.worker(), &**decode.worker(), id));
+        let headers = pair_headers(connector, self.common, &self.flight.request_id, pair);
+        self.flight.transfer_id = Some(id);
+        self.flight.prefill = Some(prefill.worker().number);
+        self.flight.transfer = Some(Transfer::open(&self.lane.shared, id, prefill.worker()));
+
+        let prefilled = self.prefill_leg(plan, body, id, prefill, &headers).await?;
+        if prefilled.params.is_none() && expects_params(connector) {
+            if let Some(transfer) = &mut self.flight.transfer {
+                transfer.close();
+            }
+            return self.alone(Alone::NothingHeld, plan, body, decode).await;
+        }
+        let spliced = dialect::decode_body(plan, body, prefilled.params.as_deref());
+        let answer = self.decode_leg(decode, &headers, &pieces(&spliced)).await?;
+        match prefilled.prompt_logprobs {
+            Some(logprobs) => self.merge(answer, &logprobs).await,
+            None => Ok(answer),
+        }
+    }
+
+    async fn prefill_leg(
+        &mut self,
+        plan: Plan,
+        body: &RequestBody,
+        id: TransferId,
+        mut prefill: Load,
+        headers: &[u8],
+    ) -> Result<Prefilled, Failure> {
+        let shared = &self.lane.shared;
+        let spliced = dialect::prefill_body(shared.connector, plan, body, id);
+        let spliced = spliced.map_err(|error| unreadable(&error))?;
+        let started = Instant::now();
+        let deadline = Deadline::after(started, shared.limits.prefill).or(self.whole);
+        let pieces = pieces(&spliced);
+        let request = Outgoing { method: self.method, path: self.path, headers, body: &pieces };
+        let worker = Arc::clone(prefill.worker());
+        let asked =
+            exchange(&self.lane.sockets, worker.number, &worker.origin, request, shared.limits.connect, deadline);
+        let mut answer = asked.await.map_err(|error| Failure::of(Leg::prefill, &mut prefill, &error))?;
+        if !answer.head.status.is_success() {
+            return Err(self.refused(Leg::prefill, &mut prefill, answer, deadline).await);
+        }
+        let read = answer.whole(shared.limits.body_bytes_max);
+        let text = deadline.bound("whole answer", read).await;
+        let text = text.map_err(|error| Failure::of(Leg::prefill, &mut prefill, &error))?;
+        self.lane.sockets.finish(worker.number, answer);
+        prefill.succeeded();
+        shared.metrics.prefill_seconds.observe(started.elapsed().as_secs_f64());
+        self.read_prefill(plan, text, &worker)
+    }
+
+    /// Takes what decode and the client need out of prefill's answer.
+    fn read_prefill(&mut self, plan: Plan, text: Bytes, worker: &super::worker::Worker) -> Result<Prefilled, Failure> {
+        let shared = &self.lane.shared;
+        let failed = |why: String| Failure {
+            leg: Leg::prefill,
+            worker: Some(worker.number),
+            retry: true,
+            answer: None,
+            error: ApiError::new(StatusCode::BAD_GATEWAY, format!("prefill worker {}: {why}", worker.name())),
+        };
+        let answer = RequestBody::scan(text).map_err(|error| failed(format!("its answer cannot be read: {error}")))?;
+        let params = match answer.raw_bytes(Field::KvTransferParams) {
+            Some((params, Kind::Object)) => Some(params),
+            _ => None,
+        };
+        if params.is_none() && expects_params(shared.connector) {
+            shared.metrics.prefill_without_params.inc();
+            tracing::warn!(worker = worker.name(), "prefill answered without kv_transfer_params: it holds no KV");
+            if !shared.limits.local_prefill {
+                let why = "it answered without kv_transfer_params, so it holds no KV; check its --kv-transfer-config, \
+                           or set `[proxy] local_prefill`";
+                return Err(failed(why.to_owned()));
+            }
+        }
+        if let Some(transfer) = &mut self.flight.transfer {
+            transfer.params.clone_from(&params);
+        }
+        let prompt_logprobs = if plan.merge_logprobs { merge::logprobs_of(&answer) } else { None };
+        Ok(Prefilled { params, prompt_logprobs })
+    }
+
+    /// Sends the leg whose answer the client gets, and waits for the first byte of its body.
+    async fn decode_leg(&mut self, mut decode: Load, headers: &[u8], body: &[&[u8]]) -> Result<Answer, Failure> {
+        let shared = &self.lane.shared;
+        let started = Instant::now();
+        let deadline = Deadline::after(started, shared.limits.first_byte).or(self.whole);
+        let request = Outgoing { method: self.method, path: self.path, headers, body };
+        let worker = Arc::clone(decode.worker());
+        let asked =
+            exchange(&self.lane.sockets, worker.number, &worker.origin, request, shared.limits.connect, deadline);
+        let mut answer = asked.await.map_err(|error| Failure::of(Leg::decode, &mut decode, &error))?;
+        if answer.head.status.is_server_error() {
+            return Err(self.refused(Leg::decode, &mut decode, answer, deadline).await);
+        }
+        let first = deadline.bound("first byte", answer.data()).await;
+        let first = first.map_err(|error| Failure::of(Leg::decode, &mut decode, &error))?;
+        shared.metrics.first_byte_seconds.observe(started.elapsed().as_secs_f64());
+        if let (Some(transfer), true) = (&mut self.flight.transfer, answer.head.status.is_success()) {
+            // From here decode's runtime answers for the KV, and tells prefill's if the client leaves.
+            transfer.close();
+        }
+        self.flight.load = Some(decode);
+        Ok(Answer::Flowing { exchange: answer, first })
+    }
+
+    /// A worker's refusal or failure. 4xx is the client's business and passed on as it is.
+    async fn refused(&self, leg: Leg, load: &mut Load, mut answer: Exchange, deadline: Deadline) -> Failure {
+        let status = answer.head.status;
+        let body = match deadline.bound("whole answer", answer.whole(REFUSAL_BYTES_MAX)).await {
+            Ok(body) => body,
+            Err(error) => return Failure::of(leg, load, &error),
+        };
+        let worker = Arc::clone(load.worker());
+        let failed = !status.is_client_error();
+        // A paused server says 503 to everybody; that is no fault of its own.
+        if failed && status != StatusCode::SERVICE_UNAVAILABLE {
+            load.failed(std::time::Instant::now());
+            tracing::warn!(worker = worker.name(), status = status.as_u16(), "worker failed a request");
+        } else if !failed {
+            load.succeeded();
+        }
+        let headers = std::mem::take(&mut answer.head.headers);
+        self.lane.sockets.finish(worker.number, answer);
+        let message = format!("{} worker {} answered {status}", worker.role.name(), worker.name());
+        Failure {
+            leg,
+            worker: Some(worker.number),
+            retry: failed,
+            answer: Some(Answer::Held { status, headers, body }),
+            error: ApiError::new(StatusCode::BAD_GATEWAY, message),
+        }
+    }
+
+    /// Puts prefill's `prompt_logprobs` into decode's answer.
+    async fn merge(&mut self, answer: Answer, logprobs: &[u8]) -> Result<Answer, Failure> {
+        let Answer::Flowing { mut exchange, first } = answer else { return Ok(answer) };
+        if !exchange.head.status.is_success() {
+            return Ok(Answer::Flowing { exchange, first });
+        }
+        let bytes_max = self.lane.shared.limits.body_bytes_max;
+        let rest = Deadline::after(Instant::now(), self.lane.shared.limits.idle).or(self.whole);
+        let rest = rest.bound("whole answer", exchange.whole(bytes_max)).await;
+        let mut load = self.flight.load.take();
+        let rest = match (rest, &mut load) {
+            (Ok(rest), _) => rest,
+            (Err(error), Some(load)) => return Err(Failure::of(Leg::decode, load, &error)),
+            (Err(_), None) => return Err(Failure::nobody(Leg::decode, "")),
+        };
+        let text = Bytes::from([first.unwrap_or_default(), rest].concat());
+        let (status, mut headers) = (exchange.head.status, std::mem::take(&mut exchange.head.headers));
+        if let Some(load) = &mut load {
+            load.succeeded();
+            self.lane.sockets.finish(load.worker().number, exchange);
+        }
+        self.flight.load = load;
+        headers.remove(http::header::CONTENT_LENGTH);
+        let body = merge::put_logprobs(&text, logprobs).map_or(text, Bytes::from);
+        Ok(Answer::Held { status, headers, body })
+    }
+}
+
+/// Only a body that was scanned before comes here, so this is about its inner object.
+fn unreadable(error: &splice::BodyError) -> Failure {
+    let error = ApiError { param: error.param().map(str::to_owned), ..ApiError::bad_request(error.to_string()) };
+    Failure { leg: Leg::prefill, worker: None, retry: false, answer: None, error }
+}
+
+/// The parts of a body as they are written.
+fn pieces<'a>(spliced: &'a splice::Spliced<'a>) -> Vec<&'a [u8]> {
+    let mut pieces = Vec::with_capacity(spliced.kept.len() + 1);
+    if !spliced.head.is_empty() {
+        pieces.push(spliced.head.as_slice());
+    }
+    pieces.extend_from_slice(&spliced.kept);
+    pieces
+}

@@ -1,0 +1,167 @@
+//! What the proxy counts, and the page that shows it.
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+use super::health::Standing;
+use super::plan::Alone;
+use super::worker::Worker;
+use crate::telemetry::names;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    route: &'static str,
+    code: u16,
+}
+
+/// A leg of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub(crate) enum Leg {
+    #[expect(non_camel_case_types, reason = "label values are lower case")]
+    prefill,
+    #[expect(non_camel_case_types, reason = "label values are lower case")]
+    decode,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LegLabels {
+    leg: Leg,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OutcomeLabels {
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WorkerLabels {
+    worker: String,
+    role: &'static str,
+}
+
+/// All counters of the proxy.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    registry: Registry,
+    requests: Family<RequestLabels, Counter>,
+    inflight: Gauge,
+    pub(crate) request_seconds: Histogram,
+    pub(crate) prefill_seconds: Histogram,
+    pub(crate) first_byte_seconds: Histogram,
+    retries: Family<LegLabels, Counter>,
+    alone: Family<ReasonLabels, Counter>,
+    pub(crate) prefill_without_params: Counter,
+    aborts: Family<OutcomeLabels, Counter>,
+    pub(crate) streams_broken: Counter,
+    pub(crate) clients_left: Counter,
+    pub(crate) refused_full: Counter,
+    workers: WorkerMetrics,
+}
+
+/// Read off the workers when the page is asked for.
+#[derive(Debug, Default)]
+struct WorkerMetrics {
+    up: Family<WorkerLabels, Gauge>,
+    inflight: Family<WorkerLabels, Gauge>,
+    served: Family<WorkerLabels, Gauge>,
+    failed: Family<WorkerLabels, Gauge>,
+    quarantines: Family<WorkerLabels, Gauge>,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        // 250 µs to about 16 minutes.
+        let seconds = || Histogram::new(exponential_buckets(0.000_25, 4.0, 12));
+        let mut metrics = Self {
+            registry: Registry::default(),
+            requests: Family::default(),
+            inflight: Gauge::default(),
+            request_seconds: seconds(),
+            prefill_seconds: seconds(),
+            first_byte_seconds: seconds(),
+            retries: Family::default(),
+            alone: Family::default(),
+            prefill_without_params: Counter::default(),
+            aborts: Family::default(),
+            streams_broken: Counter::default(),
+            clients_left: Counter::default(),
+            refused_full: Counter::default(),
+            workers: WorkerMetrics::default(),
+        };
+        metrics.register();
+        metrics
+    }
+
+    fn register(&mut self) {
+        let registry = &mut self.registry;
+        registry.register(names::PROXY_REQUESTS, "Requests answered", self.requests.clone());
+        registry.register(names::PROXY_REQUESTS_INFLIGHT, "Requests being served", self.inflight.clone());
+        registry.register(names::PROXY_REQUEST_SECONDS, "Whole requests", self.request_seconds.clone());
+        registry.register(names::PROXY_PREFILL_SECONDS, "Prefill legs", self.prefill_seconds.clone());
+        registry.register(names::PROXY_FIRST_BYTE_SECONDS, "Decode to first byte", self.first_byte_seconds.clone());
+        registry.register(names::PROXY_RETRIES, "Legs tried on another pair", self.retries.clone());
+        registry.register(names::PROXY_ALONE, "Requests one worker served alone", self.alone.clone());
+        let without = self.prefill_without_params.clone();
+        registry.register(names::PROXY_PREFILL_WITHOUT_PARAMS, "Prefill answers that held no KV", without);
+        registry.register(names::PROXY_ABORTS, "Transfers given up", self.aborts.clone());
+        registry.register(names::PROXY_STREAMS_BROKEN, "Answers that broke off", self.streams_broken.clone());
+        registry.register(names::PROXY_CLIENTS_LEFT, "Clients that left early", self.clients_left.clone());
+        registry.register(names::PROXY_REFUSED_FULL, "Requests refused at the bound", self.refused_full.clone());
+        registry.register(names::PROXY_WORKER_UP, "Whether a worker serves", self.workers.up.clone());
+        registry.register(names::PROXY_WORKER_INFLIGHT, "Requests on a worker", self.workers.inflight.clone());
+        registry.register(names::PROXY_WORKER_SERVED, "Requests a worker answered", self.workers.served.clone());
+        registry.register(names::PROXY_WORKER_FAILED, "Requests a worker failed", self.workers.failed.clone());
+        registry.register(names::PROXY_WORKER_QUARANTINES, "Quarantines", self.workers.quarantines.clone());
+    }
+
+    pub(crate) fn answered(&self, route: &'static str, code: u16) {
+        self.requests.get_or_create(&RequestLabels { route, code }).inc();
+    }
+
+    pub(crate) fn retried(&self, leg: Leg) {
+        self.retries.get_or_create(&LegLabels { leg }).inc();
+    }
+
+    pub(crate) fn alone(&self, reason: Alone) {
+        self.alone.get_or_create(&ReasonLabels { reason: reason.name() }).inc();
+    }
+
+    pub(crate) fn aborted(&self, outcome: &'static str) {
+        self.aborts.get_or_create(&OutcomeLabels { outcome }).inc();
+    }
+
+    /// The page in OpenMetrics text.
+    pub(crate) fn page(&self, inflight: usize, workers: &[std::sync::Arc<Worker>]) -> String {
+        self.inflight.set(signed(inflight as u64));
+        let now = std::time::Instant::now();
+        for worker in workers {
+            let labels = WorkerLabels { worker: worker.name().to_owned(), role: worker.role.name() };
+            let count =
+                |counter: &std::sync::atomic::AtomicU64| signed(counter.load(std::sync::atomic::Ordering::Relaxed));
+            let up = worker.health.standing(now) >= Standing::OnTrial;
+            self.workers.up.get_or_create(&labels).set(i64::from(up));
+            self.workers.inflight.get_or_create(&labels).set(signed(worker.inflight() as u64));
+            self.workers.served.get_or_create(&labels).set(count(&worker.served));
+            self.workers.failed.get_or_create(&labels).set(count(&worker.failed));
+            self.workers.quarantines.get_or_create(&labels).set(count(&worker.quarantines));
+        }
+        let mut page = String::new();
+        // Writing into a String cannot fail.
+        let _ = encode(&mut page, &self.registry);
+        page
+    }
+}
+
+fn signed(count: u64) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
