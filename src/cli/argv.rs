@@ -33,7 +33,7 @@ pub(super) fn split(args: impl IntoIterator<Item = OsString>) -> Result<(Vec<OsS
             break;
         }
         if text == "@" {
-            let file = args.next().filter(|next| next != "--");
+            let file = args.next().filter(|next| next.to_str().is_none_or(is_value));
             let file =
                 file.ok_or_else(|| Usage::new("`@` needs a file behind it, as in `@ configs/debug/local.toml`"))?;
             sources.files.push(file.into());
@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     fn an_at_sign_with_nothing_behind_it_is_an_error() {
-        for words in ["pdlink up @", "pdlink up @ --"] {
+        for words in ["pdlink up @", "pdlink up @ --", "pdlink up @ --dry-run", "pdlink up @ @ a.toml"] {
             let error = split(words.split(' ').map(OsString::from)).expect_err("must be refused");
             assert!(error.to_string().contains("needs a file"), "{words}: {error}");
         }

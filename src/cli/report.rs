@@ -27,6 +27,8 @@ pub fn remarks(warnings: &[Finding], notes: &[Finding]) {
 }
 
 fn line(style: &Style, label: &str, text: &str) {
+    // A name or a value from a file must not steer the terminal.
+    let text = text.replace(|letter: char| letter.is_control() && letter != '\n', " ");
     // A closed stderr must not turn a report into a panic.
     let _ = console::Term::stderr().write_line(&format!("{} {text}", style.apply_to(format!("{label}:"))));
 }

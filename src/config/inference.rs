@@ -246,11 +246,11 @@ impl Default for InferenceModelConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct ParallelConfig {
     /// Tensor-parallel ranks of one worker. Default 1. `[pd_disagg] prefill_tp` and `decode_tp` win for their role.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1024))]
     pub tp: u32,
     /// Plain workers when PD is off and no `inference_gpu_ids` are given. Default 1. Every worker itself runs with 1: the
     /// proxy spreads requests, and a worker that fails takes only itself down.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1024))]
     pub dp: u32,
 }
 

@@ -84,10 +84,10 @@ pub struct PdDisaggConfig {
     /// GPUs of the decode workers; as `prefill_gpu_ids`. The two lists may not share an id.
     pub decode_gpu_ids: Vec<u32>,
     /// Tensor-parallel ranks of one prefill worker. Default: `[inference.parallel] tp`. The roles may differ.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1024))]
     pub prefill_tp: Option<u32>,
     /// Tensor-parallel ranks of one decode worker. Default: `[inference.parallel] tp`.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1024))]
     pub decode_tp: Option<u32>,
     /// Host that listeners bind to, and the host of every worker's address. Default: `[inference.server] host`, else
     /// `127.0.0.1`. Beyond loopback, everybody who reaches the port may send requests.

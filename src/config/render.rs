@@ -4,15 +4,12 @@ use std::fmt::Write as _;
 
 use serde_json::{Map, Value as Json};
 
+use super::load::names::is_secret;
 use super::load::tree::join;
 use super::{Config, Origins};
 
 /// Shown in the place of a secret.
 const HIDDEN: &str = "(hidden)";
-/// Parts of a name that mark its value as a secret. Environment variables of workers carry such names too.
-const SECRET_NAMES: &[&str] = &["token", "secret", "password", "api_key"];
-/// Settings whose names look secret and whose values are none.
-const NOT_SECRET: &[&str] = &["security.secret_file", "orchestrator.client.api_key_var"];
 
 /// The whole configuration as TOML, defaults too; settings without a value are left out and secrets are hidden. With
 /// `origins`, each line says where its value came from.
@@ -49,14 +46,13 @@ impl Page<'_> {
     }
 
     fn line(&mut self, key: &str, name: &str, value: &Json) {
-        let shown = if value.is_string() && is_secret(key, name) { Json::from(HIDDEN) } else { value.clone() };
+        let shown = if value.is_string() && is_secret(name) { Json::from(HIDDEN) } else { value.clone() };
         let line = format!("{} = {}", written(name), inline(&shown));
         let _ = match self.origins.map(|origins| origins.get(key)) {
             None => writeln!(self.text, "{line}"),
             Some(None) => writeln!(self.text, "{line:<48} # default"),
-            Some(Some(origin)) => {
-                writeln!(self.text, "{line:<48} # {}", origin.to_string().replace(char::is_control, " "))
-            }
+            // A comment ends with its line.
+            Some(Some(origin)) => writeln!(self.text, "{line:<48} # {}", one_line(&origin.to_string())),
         };
     }
 
@@ -65,9 +61,8 @@ impl Page<'_> {
     }
 }
 
-fn is_secret(key: &str, name: &str) -> bool {
-    let name = name.to_lowercase();
-    !NOT_SECRET.contains(&key) && SECRET_NAMES.iter().any(|secret| name.contains(secret))
+fn one_line(text: &str) -> String {
+    text.replace(char::is_control, " ")
 }
 
 /// A key as TOML writes it: bare where it can be.
@@ -114,5 +109,6 @@ mod tests {
         let text = to_toml(&config, None);
         assert!(!text.contains("open-sesame"), "{text}");
         assert!(text.contains("/run/secret"), "{text}");
+        assert!(text.contains("tool_call_parser = \"hermes\""), "{text}");
     }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::Value as Json;
 
-use super::names::{is_slip, nearest};
+use super::names::{is_secret, is_slip, nearest};
 use super::schema::{Kind, Others, Shape};
 use super::tree::{Node, Value, join};
 use super::{Finding, prime_rl};
@@ -51,8 +51,9 @@ impl Walk {
             #[expect(clippy::cast_precision_loss, reason = "bounds are far below 2^53, or the whole range of the type")]
             (Value::Whole(number), Kind::Whole(bounds) | Kind::Number(bounds)) if bounds.allow(*number as f64) => {}
             (Value::Number(number), Kind::Number(bounds)) if bounds.allow(*number) => {}
-            (value, kind) => {
-                let (message, mend) = mismatch(value, &kind);
+            (_, kind) => {
+                let (expected, mend) = (expected(&kind), mend(node, &kind));
+                let message = format!("must be {expected}, and here is {}", self.shown(node));
                 self.refuse(node, message, mend);
             }
         }
@@ -118,53 +119,64 @@ impl Walk {
         self.found.errors.push(Finding { key, origin: Some(node.origin.clone()), message, mend: Some(mend) });
     }
 
+    /// A wrong value, as messages show it.
+    fn shown(&self, node: &Node) -> String {
+        if node.is_lone_flag() {
+            "no value".to_owned()
+        } else if self.path.last().is_some_and(|name| is_secret(name)) {
+            node.value.kind().to_owned()
+        } else {
+            node.value.to_string()
+        }
+    }
+
     fn key(&self) -> String {
         self.path.join(".").replace(".[", "[")
     }
 }
 
-/// On the command line text needs no quotes: `--model.name 123` is a name, and a word for `true` is not a bool.
+/// On the command line text needs no quotes: `--model.name 123` is a name.
 fn read_as_typed(node: &mut Node, kind: &Kind<'_>) {
-    if let (Kind::Text | Kind::Word(_), Some(typed), false) = (kind, &node.typed, matches!(node.value, Value::Text(_)))
-    {
+    if !matches!(kind, Kind::Text | Kind::Word(_)) || matches!(node.value, Value::Text(_)) || node.is_lone_flag() {
+        return;
+    }
+    if let Some(typed) = &node.typed {
         node.value = Value::Text(typed.clone());
     }
 }
 
-/// What is wrong with a value, and what would be right.
-fn mismatch(value: &Value, kind: &Kind<'_>) -> (String, String) {
-    let message = |expected: &str| format!("must be {expected}, and here is {value}");
+/// What a value must be.
+fn expected(kind: &Kind<'_>) -> String {
     match kind {
-        Kind::Any => (message("anything"), String::new()),
-        Kind::Table => (message("a table"), "write its keys below a [section] head, or { key = value }".to_owned()),
-        Kind::List(_) => (message("a list"), "write [a, b]".to_owned()),
-        Kind::Text => (message("text"), format!("write it in quotes: \"{}\"", plain(value))),
-        Kind::Bool => (message("true or false"), "write true or false, without quotes".to_owned()),
-        Kind::Whole(bounds) => (message(&format!("a whole number{bounds}")), number_mend(value, "a whole number")),
-        Kind::Number(bounds) => (message(&format!("a number{bounds}")), number_mend(value, "a number")),
+        Kind::Any => "anything".to_owned(),
+        Kind::Table => "a table".to_owned(),
+        Kind::List(_) => "a list".to_owned(),
+        Kind::Text => "text".to_owned(),
+        Kind::Bool => "true or false".to_owned(),
+        Kind::Whole(bounds) => format!("a whole number{bounds}"),
+        Kind::Number(bounds) => format!("a number{bounds}"),
         Kind::Word(words) => {
-            let list = words.iter().map(|word| format!("\"{word}\"")).collect::<Vec<_>>().join(", ");
-            let given = if let Value::Text(text) = value { nearest(text, words.iter().copied()) } else { None };
-            let mend = match given {
-                Some(word) => format!("did you mean \"{word}\"?"),
-                None => "choose one of them".to_owned(),
-            };
-            (message(&format!("one of {list}")), mend)
+            format!("one of {}", words.iter().map(|word| format!("\"{word}\"")).collect::<Vec<_>>().join(", "))
         }
     }
 }
 
-fn number_mend(value: &Value, kind: &str) -> String {
-    match value {
-        Value::Text(text) if text.trim().parse::<f64>().is_ok() => format!("write {} without quotes", text.trim()),
-        Value::Whole(_) | Value::Number(_) => "choose a number in that range".to_owned(),
-        _ => format!("write {kind}"),
-    }
-}
-
-fn plain(value: &Value) -> String {
-    match value {
-        Value::Table(_) | Value::List(_) => "…".to_owned(),
-        other => other.to_string(),
+/// What to write instead of a wrong value.
+fn mend(node: &Node, kind: &Kind<'_>) -> String {
+    match (kind, &node.value) {
+        _ if node.is_lone_flag() => "write the value behind it".to_owned(),
+        (Kind::Table, _) => "write its keys below a [section] head, or { key = value }".to_owned(),
+        (Kind::List(_), _) => "write a list, as in [1, 2] or [\"a\", \"b\"]".to_owned(),
+        (Kind::Bool, _) => "write true or false, without quotes".to_owned(),
+        (Kind::Text, Value::Table(_) | Value::List(_)) => "write text in quotes".to_owned(),
+        (Kind::Text, value) => format!("write it in quotes: \"{value}\""),
+        (Kind::Word(words), Value::Text(text)) => match nearest(text, words.iter().copied()) {
+            Some(word) => format!("did you mean \"{word}\"?"),
+            None => "choose one of them".to_owned(),
+        },
+        (Kind::Word(_), _) => "choose one of them".to_owned(),
+        (_, Value::Text(text)) if text.trim().parse::<f64>().is_ok() => format!("write {} without quotes", text.trim()),
+        (_, Value::Whole(_) | Value::Number(_)) => "choose a number that fits".to_owned(),
+        _ => "write a number".to_owned(),
     }
 }

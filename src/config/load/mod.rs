@@ -52,6 +52,9 @@ pub struct Loaded {
     pub origins: Origins,
 }
 
+/// Most errors told at once: a file that is no configuration at all has one on every line.
+const FINDINGS_MAX: usize = 50;
+
 /// Settings that may come from the environment: secrets do not belong into argv, and hardly into files.
 const FROM_ENVIRONMENT: &[(&str, &str, &str)] =
     &[("PDLINK_ADMIN_TOKEN", "proxy", "admin_token"), ("PDLINK_SECRET_FILE", "security", "secret_file")];
@@ -59,10 +62,10 @@ const FROM_ENVIRONMENT: &[(&str, &str, &str)] =
 /// Loads a configuration, or tells everything that is wrong with it.
 pub fn load(request: &LoadRequest<'_>) -> Result<Loaded, LoadError> {
     let document = schema::document();
-    let mut tree = read(request, &document)?;
+    let mut tree = read(request, document)?;
     let mut origins = Origins::default();
     tree.collect_origins("", &mut origins);
-    let checked = check(&mut tree, &document);
+    let checked = check(&mut tree, document);
     let mut clean = tree.clone();
     for path in &checked.drop {
         clean.remove(&path.iter().map(String::as_str).collect::<Vec<_>>());
@@ -136,6 +139,12 @@ fn with(mut findings: Vec<Finding>, finding: Finding) -> Vec<Finding> {
 fn refused(mut findings: Vec<Finding>) -> LoadError {
     findings.sort_by(|a, b| order(a).cmp(&order(b)));
     findings.dedup();
+    let further = findings.len().saturating_sub(FINDINGS_MAX);
+    if further > 0 {
+        findings.truncate(FINDINGS_MAX);
+        let message = format!("{further} more things are wrong");
+        findings.push(Finding { key: String::new(), origin: None, message, mend: None });
+    }
     LoadError { findings }
 }
 

@@ -1,4 +1,16 @@
-//! The nearest valid name.
+//! What names tell: the nearest valid one, and whether a value is secret.
+
+/// Words between underscores that mark a value as secret. Environment variables of workers carry such names too.
+const SECRET_WORDS: &[&str] = &["token", "secret", "password", "passwd", "key", "credentials", "apikey"];
+/// Last words that say that the value only leads to a secret: the name of a file or of a variable.
+const LEADS_TO_SECRET: &[&str] = &["file", "path", "dir", "var"];
+
+/// Whether a setting or variable of this name holds a secret, which is shown nowhere.
+pub(in crate::config) fn is_secret(name: &str) -> bool {
+    let name = name.to_lowercase().replace('-', "_");
+    let last = name.rsplit('_').next().unwrap_or_default();
+    !LEADS_TO_SECRET.contains(&last) && name.split('_').any(|word| SECRET_WORDS.contains(&word))
+}
 
 /// Whether `given` is so close to `name` that it must be a slip: one letter in a short name, up to three in a long one.
 pub(in crate::config) fn is_slip(given: &str, name: &str) -> bool {
@@ -18,7 +30,7 @@ pub(in crate::config) fn nearest<'n>(given: &str, names: impl IntoIterator<Item 
         .into_iter()
         .map(|name| (likeness(&given, &name.to_lowercase()), name))
         .max_by(|(a, _), (b, _)| a.total_cmp(b))
-        .filter(|(likeness, _)| *likeness > 0.5)
+        .filter(|(likeness, _)| *likeness >= 0.5)
         .map(|(_, name)| name)
 }
 
@@ -49,6 +61,16 @@ mod tests {
         ];
         for (given, name, want) in cases {
             assert_eq!(is_slip(given, name), want, "{given} for {name}");
+        }
+    }
+
+    #[test]
+    fn names_tell_secrets() {
+        for name in ["admin_token", "HF_TOKEN", "VLLM_API_KEY", "api-key", "AWS_SECRET_ACCESS_KEY", "db_password"] {
+            assert!(is_secret(name), "{name}");
+        }
+        for name in ["TOKENIZERS_PARALLELISM", "secret_file", "api_key_var", "tokenizer", "max_model_len"] {
+            assert!(!is_secret(name), "{name}");
         }
     }
 

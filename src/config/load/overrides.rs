@@ -4,12 +4,15 @@ use std::sync::Arc;
 
 use serde_json::Value as Json;
 
+use super::names::is_secret;
 use super::schema::{Others, Shape};
 use super::tree::{Node, Value};
 use super::{Finding, Origin, parse};
 
 /// Longest dotted name: far deeper than any setting, and shallow enough to walk without a thought for the stack.
 const SEGMENTS_MAX: usize = 16;
+/// Letters of a value that messages show.
+const SHOWN_MAX: usize = 60;
 
 /// One override, taken apart but not yet parsed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,12 +34,13 @@ impl Override {
         Self { name: name.into(), value: None }
     }
 
-    /// The override as it was typed, for messages.
+    /// The override as it was typed, for messages; not a secret, and nothing endless.
     pub(super) fn typed(&self) -> Arc<str> {
-        match &self.value {
-            Some(value) => format!("--{} {value}", self.name).into(),
-            None => format!("--{}", self.name).into(),
-        }
+        let Some(value) = &self.value else { return format!("--{}", self.name).into() };
+        let name = self.name.rsplit('.').next().unwrap_or_default();
+        let cut = value.char_indices().nth(SHOWN_MAX).map_or(value.len(), |(end, _)| end);
+        let shown = if is_secret(name) { "…" } else { &value[..cut] };
+        format!("--{} {shown}{}", self.name, if cut < value.len() { "…" } else { "" }).into()
     }
 
     /// The value at its place in an otherwise empty tree.
@@ -53,7 +57,7 @@ impl Override {
         }
         let value = match &self.value {
             Some(text) => parse::parse_value(text, &origin),
-            None => Node::new(Value::Bool(true), origin.clone()),
+            None => Node { typed: Some(String::new()), ..Node::new(Value::Bool(true), origin.clone()) },
         };
         let names = canonical(&segments, Shape::root(document));
         let mut root = names.into_iter().rev().fold(value, |node, name| {

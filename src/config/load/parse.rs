@@ -30,7 +30,8 @@ impl Lines {
 /// Reads a file's text. Every syntax error is told, not the first alone.
 pub(super) fn parse(path: &Arc<Path>, text: &str) -> Result<Node, Vec<Finding>> {
     let lines = Lines::new(path, text);
-    let (table, errors) = DeTable::parse_recoverable(text);
+    let (table, mut errors) = DeTable::parse_recoverable(text);
+    errors.sort_by_key(|error| error.span().map_or(0, |span| span.start));
     let mut findings: Vec<_> = errors.iter().map(|error| syntax_error(&lines, error)).collect();
     findings.dedup();
     if !findings.is_empty() {

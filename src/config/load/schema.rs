@@ -3,13 +3,16 @@
 //! The types are the one place where a setting is described. Checking against their schema, before serde builds them,
 //! tells everything that is wrong at once, and where.
 
+use std::sync::LazyLock;
+
 use serde_json::{Map, Value as Json};
 
 use crate::config::Config;
 
 /// The JSON Schema of the whole configuration.
-pub fn document() -> Json {
-    schemars::schema_for!(Config).to_value()
+pub fn document() -> &'static Json {
+    static DOCUMENT: LazyLock<Json> = LazyLock::new(|| schemars::schema_for!(Config).to_value());
+    &DOCUMENT
 }
 
 /// What one value must be.
@@ -47,12 +50,14 @@ pub(super) enum Kind<'s> {
     Bool,
 }
 
-/// Limits of a number; the upper ones of integer types are among them.
+/// Limits of a number.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Bounds {
     pub(super) min: Option<f64>,
     pub(super) above: Option<f64>,
     pub(super) max: Option<f64>,
+    /// The largest number of the type: allowed, but nothing to tell people.
+    type_max: Option<f64>,
 }
 
 impl<'s> Shape<'s> {
@@ -139,7 +144,8 @@ impl<'s> Shape<'s> {
         Bounds {
             min: self.node["minimum"].as_f64(),
             above: self.node["exclusiveMinimum"].as_f64(),
-            max: self.node["maximum"].as_f64().or(type_max),
+            max: self.node["maximum"].as_f64(),
+            type_max,
         }
     }
 }
@@ -149,7 +155,7 @@ impl Bounds {
         number.is_finite()
             && self.min.is_none_or(|min| number >= min)
             && self.above.is_none_or(|above| number > above)
-            && self.max.is_none_or(|max| number <= max)
+            && self.max.or(self.type_max).is_none_or(|max| number <= max)
     }
 }
 

@@ -12,7 +12,7 @@ use super::{Origin, Origins};
 pub(in crate::config) struct Node {
     pub(in crate::config) value: Value,
     pub(in crate::config) origin: Origin,
-    /// What was typed for it on the command line, before it was read as TOML.
+    /// What was typed for it on the command line, before it was read as TOML; empty for a flag that stood alone.
     pub(in crate::config) typed: Option<String>,
 }
 
@@ -38,6 +38,11 @@ impl Node {
 
     pub(in crate::config) fn table(origin: Origin) -> Self {
         Self::new(Value::Table(Table::new()), origin)
+    }
+
+    /// Whether it is a flag of the command line that stood alone.
+    pub(super) fn is_lone_flag(&self) -> bool {
+        matches!(self.value, Value::Bool(true)) && self.typed.as_deref() == Some("")
     }
 
     pub(in crate::config) fn as_table(&self) -> Option<&Table> {

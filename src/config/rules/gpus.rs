@@ -1,6 +1,8 @@
 //! The lists of GPU ids: each run of `tp` ids is one worker. With the reference engine the ids are only slots, under the same
 //! rules, so that a file can change its engine and nothing else.
 
+use std::collections::BTreeSet;
+
 use crate::config::Role;
 
 use super::Bench;
@@ -33,12 +35,10 @@ fn list(bench: &mut Bench<'_>, role: Role, key: &str, tp_key: &str) {
         bench.refuse(&[key], message, format!("list its GPUs, as in `{key} = {example}`"));
         return;
     }
-    for (index, id) in ids.iter().enumerate() {
-        if ids[..index].contains(id) {
-            let message = format!("has GPU {id} more than once");
-            bench.refuse(&[key], message, "list each GPU once: two ranks on one GPU run out of its memory");
-            break;
-        }
+    let mut seen = BTreeSet::new();
+    if let Some(id) = ids.iter().find(|id| !seen.insert(**id)) {
+        let message = format!("has GPU {id} more than once");
+        bench.refuse(&[key], message, "list each GPU once: two ranks on one GPU run out of its memory");
     }
     multiple(bench, key, tp_key, ids.len(), bench.config.tp(role), name);
 }
@@ -61,9 +61,9 @@ fn multiple(bench: &mut Bench<'_>, key: &str, tp_key: &str, count: usize, tp: u3
 }
 
 fn overlap(bench: &mut Bench<'_>, prefill: &str, decode: &str) {
-    let (ours, theirs) = (&bench.config.pd_disagg.prefill_gpu_ids, &bench.config.pd_disagg.decode_gpu_ids);
-    let mut shared: Vec<String> = theirs.iter().filter(|id| ours.contains(id)).map(ToString::to_string).collect();
-    shared.dedup();
+    let set = |ids: &[u32]| ids.iter().copied().collect::<BTreeSet<u32>>();
+    let (ours, theirs) = (set(&bench.config.pd_disagg.prefill_gpu_ids), set(&bench.config.pd_disagg.decode_gpu_ids));
+    let shared: Vec<String> = ours.intersection(&theirs).map(ToString::to_string).collect();
     if !shared.is_empty() {
         bench.refuse(
             &[decode, prefill],

@@ -1,10 +1,10 @@
 //! Ports that collide. With `auto_ports` the launcher moves out of the way; without, the file must be right.
 
-use crate::config::Role;
+use crate::config::{ConnectorImpl, EngineKind, KvConnector, Role};
 
 use super::Bench;
 
-/// The ports that one key takes: its value and the next, one for each worker.
+/// The ports that one key takes: its value and those that follow, for all workers.
 struct Range {
     key: &'static str,
     whose: String,
@@ -34,6 +34,9 @@ pub(super) fn judge(bench: &mut Bench<'_>) {
     if bench.config.pd_disagg.auto_ports {
         return;
     }
+    if bench.config.pd_disagg.enabled {
+        neighbours(bench);
+    }
     let ranges = ranges(bench);
     for (index, range) in ranges.iter().enumerate() {
         if range.last() > u32::from(u16::MAX) {
@@ -56,28 +59,57 @@ fn ranges(bench: &Bench<'_>) -> Vec<Range> {
     let range =
         |key, whose: &str, first: u16, count| Range { key, whose: whose.to_owned(), first: first.into(), count };
     if !pd.enabled {
-        return vec![
+        let plain = workers(Role::Both);
+        let mut ranges = vec![
             range("inference.server.port", "the proxy", config.proxy_port(), 1),
-            range("pd_disagg.decode_port", "the workers' HTTP", pd.decode_port, workers(Role::Both)),
+            range("pd_disagg.decode_port", "HTTP of the workers", pd.decode_port, plain),
         ];
+        if config.inference.engine == EngineKind::Reference {
+            ranges.push(range("pd_disagg.decode_kv_port", "control of the workers", pd.decode_kv_port, plain));
+        }
+        return ranges;
     }
     let (prefill, decode) = (workers(Role::Prefill), workers(Role::Decode));
+    // The last worker's further KV ports; those of two workers of one role are looked at below.
+    let kv = |role, count: u32| if count == 0 { 0 } else { count + kv_ports_per_worker(bench, role) - 1 };
     vec![
         range("pd_disagg.proxy_port", "the proxy", pd.proxy_port, 1),
         range("pd_disagg.prefill_port", "HTTP of the prefill workers", pd.prefill_port, prefill),
         range("pd_disagg.decode_port", "HTTP of the decode workers", pd.decode_port, decode),
-        range("pd_disagg.prefill_kv_port", "KV of the prefill workers", pd.prefill_kv_port, prefill),
-        range("pd_disagg.decode_kv_port", "KV of the decode workers", pd.decode_kv_port, decode),
+        range("pd_disagg.prefill_kv_port", "KV of the prefill workers", pd.prefill_kv_port, kv(Role::Prefill, prefill)),
+        range("pd_disagg.decode_kv_port", "KV of the decode workers", pd.decode_kv_port, kv(Role::Decode, decode)),
     ]
+}
+
+/// KV ports in a row that one worker takes: vLLM's own `P2pNcclConnector` listens on `kv_port` plus its rank.
+fn kv_ports_per_worker(bench: &Bench<'_>, role: Role) -> u32 {
+    let pd = &bench.config.pd_disagg;
+    match (bench.config.inference.engine, pd.connector_impl, pd.kv_connector) {
+        (EngineKind::Vllm, ConnectorImpl::Vllm, KvConnector::P2pNcclConnector) => bench.config.tp(role).max(1),
+        _ => 1,
+    }
+}
+
+/// Worker `i` starts at its role's port plus `i`, so workers with several KV ports in a row cannot stand side by side.
+fn neighbours(bench: &mut Bench<'_>) {
+    for (role, key) in [(Role::Prefill, "pd_disagg.prefill_kv_port"), (Role::Decode, "pd_disagg.decode_kv_port")] {
+        let ranks = kv_ports_per_worker(bench, role);
+        let ids = bench.config.gpu_ids(role).len();
+        if ranks > 1 && usize::try_from(ranks).is_ok_and(|ranks| ids > ranks) {
+            let message =
+                format!("gives each {} worker the next port, but vLLM's P2pNcclConnector takes {ranks}", role.name());
+            bench.refuse(&[key, "pd_disagg.auto_ports"], message, "set pd_disagg.auto_ports = true");
+        }
+    }
 }
 
 fn collision(bench: &mut Bench<'_>, earlier: &Range, later: &Range) {
     let message = format!(
-        "{} for {} collides with {} for {} ({}), and auto_ports is false",
-        later.shown(),
+        "{} ({}) and {} ({}, {}) collide, and auto_ports is false",
         later.whose,
-        earlier.shown(),
+        later.shown(),
         earlier.whose,
+        earlier.shown(),
         earlier.key,
     );
     let free = earlier.last() + 1;

@@ -12,7 +12,9 @@ const LORA_PLACES: &[&str] = &["", "model", "trainer", "orchestrator"];
 /// Keys that switch LoRA on, in those tables or one below.
 const LORA_KEYS: &[&str] = &["lora", "enable_lora", "lora_name"];
 /// Where the number of steps that inference may lag behind is kept.
-const ASYNC_KEYS: &[&str] = &["max_async_level", "trainer.max_async_level", "orchestrator.max_async_level"];
+const ASYNC_PLACES: &[&str] = &["", "trainer", "orchestrator"];
+/// The names it has had.
+const ASYNC_KEYS: &[&str] = &["max_async_level", "async_level"];
 /// Tables within tables, at most, that are searched for LoRA: `trainer.model.experimental.lora` is the deepest known.
 const DEPTH_MAX: usize = 3;
 
@@ -81,7 +83,8 @@ fn find_lora(node: &Node, path: &str, depth: usize, on: &mut Vec<String>) {
 }
 
 fn in_step(bench: &mut Bench<'_>, by: &str) {
-    for key in ASYNC_KEYS {
+    for (place, name) in ASYNC_PLACES.iter().flat_map(|place| ASYNC_KEYS.iter().map(move |name| (place, name))) {
+        let key = &join(place, name);
         let Some(node) = bench.given.at(key) else { continue };
         if !matches!(node.value, Value::Whole(1)) {
             let message =
