@@ -9,7 +9,9 @@
 mod argv;
 mod config;
 mod engine;
+mod guard;
 mod report;
+mod up;
 
 use std::ffi::OsString;
 use std::io::Write as _;
@@ -43,12 +45,19 @@ enum Command {
     /// Run the reference engine: one worker with no model and no GPU.
     #[command(after_help = SOURCES_HELP)]
     Engine(engine::Args),
+    /// Start what a configuration describes: workers and the proxy before them.
+    #[command(after_help = SOURCES_HELP)]
+    Up(up::Args),
+    #[command(hide = true)]
+    Guard(guard::Args),
 }
 
 fn dispatch(command: Command, sources: Sources) -> anyhow::Result<ExitCode> {
     match command {
         Command::Config(args) => config::run(args, sources),
         Command::Engine(args) => engine::run(args, sources),
+        Command::Up(args) => up::run(args, sources),
+        Command::Guard(args) => guard::run(args, sources),
     }
 }
 

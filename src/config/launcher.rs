@@ -43,6 +43,8 @@ pub struct LauncherConfig {
     pub grace_s: f64,
     /// Folder for one log file per worker, made if it is not there. Default `logs`.
     pub log_dir: PathBuf,
+    /// The `vllm` program that workers run, with `engine = "vllm"`. Default: the first one on the `PATH`.
+    pub vllm_program: Option<PathBuf>,
 }
 
 impl Default for LauncherConfig {
@@ -55,6 +57,7 @@ impl Default for LauncherConfig {
             drain_s: 30.0,
             grace_s: 10.0,
             log_dir: PathBuf::from("logs"),
+            vllm_program: None,
         }
     }
 }

@@ -121,9 +121,23 @@ impl HeldPorts {
         Ok(Self { host: host.to_owned(), ip: resolve(host)?, held: BTreeMap::new() })
     }
 
-    /// Gives a held port away, to be listened on.
-    pub fn release(&mut self, port: u16) -> Option<HeldPort> {
-        self.held.remove(&port)
+    /// Holds the one port of `proxy.admin_listen`, a `host:port`.
+    pub fn for_admin(listen: &str) -> Result<(Self, u16), PortError> {
+        let (host, port) = listen.rsplit_once(':').unwrap_or((listen, ""));
+        let base = port.parse().map_err(|_| {
+            let source = io::Error::new(ErrorKind::InvalidInput, "proxy.admin_listen is HOST:PORT");
+            PortError::Host { host: listen.to_owned(), source }
+        })?;
+        let mut ports = Self::on(host)?;
+        let purpose = "admin port of the proxy";
+        let port = ports.take(PortWish { purpose, key: "proxy.admin_listen", base, count: 1, search: false })?;
+        Ok((ports, port))
+    }
+
+    /// Starts to listen on a held port ourselves.
+    pub fn listen(&mut self, port: u16) -> io::Result<TcpListener> {
+        let held = self.held.remove(&port);
+        held.ok_or_else(|| io::Error::other(format!("port {port} is not held")))?.listen()
     }
 
     fn try_row(&self, base: u16, count: u16) -> io::Result<Vec<HeldPort>> {
@@ -274,7 +288,7 @@ mod tests {
         let second = ports.take(wish(base, 2, true)).expect("two more");
         assert!(second >= first + 3);
         for port in [first, first + 1, first + 2, second, second + 1] {
-            assert!(ports.release(port).is_some(), "{port} is held");
+            assert!(ports.listen(port).is_ok(), "{port} is held");
         }
     }
 

@@ -23,9 +23,9 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// Makes the folder under `parent` and writes the secret into it: a fresh one, or the one given.
-    pub fn create(parent: &Path, secret: Option<Secret>) -> Result<Self, RunDirError> {
-        let secret = secret.map_or_else(Secret::generate, Ok)?;
+    /// Makes the folder under `parent` and writes a fresh secret into it.
+    pub fn create(parent: &Path) -> Result<Self, RunDirError> {
+        let secret = Secret::generate()?;
         let path = parent.join(format!("pdlink-{}-{:08x}", std::process::id(), rand::random::<u32>()));
         // Fails if it exists: a folder that somebody else made first is never used.
         let made = DirBuilder::new().mode(0o700).create(&path);
@@ -63,7 +63,7 @@ mod tests {
     #[test]
     fn only_the_owner_enters_and_it_goes_with_the_run() {
         let parent = tempfile::tempdir().expect("folder");
-        let run_dir = RunDir::create(parent.path(), None).expect("create");
+        let run_dir = RunDir::create(parent.path()).expect("create");
         let mode = |path: &Path| std::fs::metadata(path).expect("metadata").permissions().mode() & 0o777;
         assert_eq!((mode(run_dir.path()), mode(&run_dir.secret_file())), (0o700, 0o600));
         assert_eq!(&Secret::read_file(&run_dir.secret_file()).expect("read"), run_dir.secret());

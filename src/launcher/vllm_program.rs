@@ -20,10 +20,12 @@ const OUTPUT_LINES: usize = 3;
 #[derive(Debug, thiserror::Error)]
 pub enum VllmError {
     #[error(
-        "`vllm` is not on the PATH; install it (`uv pip install vllm`), activate its environment, or set \
-         `[inference] engine = \"reference\"` to run without a model"
+        "`vllm` is not on the PATH; install it (`uv pip install vllm`), activate its environment, set \
+         `launcher.vllm_program`, or set `inference.engine = \"reference\"` to run without a model"
     )]
     NotFound,
+    #[error("`launcher.vllm_program` is {program}, which is not an executable file; name the `vllm` program itself")]
+    NotExecutable { program: PathBuf },
     #[error("cannot run {program} --version: {source}")]
     Run { program: PathBuf, source: std::io::Error },
     #[error("{program} --version did not answer within {} s", VERSION_TIMEOUT.as_secs())]
@@ -32,9 +34,13 @@ pub enum VllmError {
     NoVersion { program: PathBuf, status: std::process::ExitStatus, output: String },
 }
 
-/// Looks for `vllm` in the folders of `path` (the `PATH` variable) and asks its version.
-pub async fn find(path: Option<&OsStr>) -> Result<VllmProgram, VllmError> {
-    let program = path.and_then(on_path).ok_or(VllmError::NotFound)?;
+/// Takes the program given, or looks for `vllm` in the folders of `path` (the `PATH` variable), and asks its version.
+pub async fn find(given: Option<&Path>, path: Option<&OsStr>) -> Result<VllmProgram, VllmError> {
+    let program = match given {
+        Some(program) if is_executable(program) => std::path::absolute(program).unwrap_or_else(|_| program.to_owned()),
+        Some(program) => return Err(VllmError::NotExecutable { program: program.to_owned() }),
+        None => path.and_then(on_path).ok_or(VllmError::NotFound)?,
+    };
     let version = ask_version(&program).await?;
     Ok(VllmProgram { program: program.to_string_lossy().into_owned(), version })
 }

@@ -66,4 +66,3 @@ pub const PROXY_WORKER_SERVED: &str = "pdlink_proxy_worker_served";
 pub const PROXY_WORKER_FAILED: &str = "pdlink_proxy_worker_failed";
 /// Times a worker was quarantined.
 pub const PROXY_WORKER_QUARANTINES: &str = "pdlink_proxy_worker_quarantines";
-

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::plan::{LinkPlan, Plan, ProxyPlan, WorkerPlan, reach};
 use super::ports::{PortError, PortWish, Ports};
-use super::vllm::{P2P_NCCL_GONE, TESTED, VERSION_FLOOR, VllmProgram, VllmVersion};
+use super::vllm::{P2P_NCCL_LAST, TESTED, VERSION_FLOOR, VllmProgram, VllmVersion};
 use super::{kv_transfer, reference, vllm_args};
 use crate::config::{Config, ConnectorImpl, EngineKind, KvConnector, Role, WeightBroadcastType};
 use crate::security::SECRET_FILE_ENV;
@@ -33,7 +33,7 @@ pub enum PlanError {
     #[error("vLLM {version} is too old: pdlink knows {VERSION_FLOOR} and later, and is tested with {} to {}", TESTED.0, TESTED.1)]
     TooOld { version: VllmVersion },
     #[error(
-        "vLLM {version} ships no P2pNcclConnector any more (removed in {P2P_NCCL_GONE}); set `pd_disagg.connector_impl = \
+        "vLLM {version} ships no P2pNcclConnector any more (the last that did was {P2P_NCCL_LAST}); set `pd_disagg.connector_impl = \
          \"native\"`, or `pd_disagg.kv_connector = \"NixlConnector\"`"
     )]
     P2pGone { version: VllmVersion },
@@ -73,7 +73,6 @@ pub fn plan(config: &Config, around: &Surroundings<'_>, ports: &mut dyn Ports) -
         let slot = Slot { role, index: count(index), gpus, kv_rank: count(rank), kv_parallel_size };
         workers.push(worker(config, around, ports, slot)?);
     }
-    warn_of_env(config, &mut warnings);
     Ok(Plan {
         model: config.model_name().to_owned(),
         world_size: world_size(config, &workers),
@@ -90,6 +89,13 @@ fn count(number: usize) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }
 
+/// Whether the run needs the `P2pNcclConnector` that vLLM itself used to ship.
+pub fn needs_p2p_nccl(config: &Config) -> bool {
+    let pd = &config.pd_disagg;
+    let is_p2p = pd.kv_connector == KvConnector::P2pNcclConnector;
+    pd.enabled && config.inference.engine == EngineKind::Vllm && pd.connector_impl == ConnectorImpl::Vllm && is_p2p
+}
+
 fn check_vllm(config: &Config, around: &Surroundings<'_>, warnings: &mut Vec<String>) -> Result<(), PlanError> {
     if config.inference.engine != EngineKind::Vllm {
         return Ok(());
@@ -98,10 +104,7 @@ fn check_vllm(config: &Config, around: &Surroundings<'_>, warnings: &mut Vec<Str
     if version < VERSION_FLOOR {
         return Err(PlanError::TooOld { version });
     }
-    let pd = &config.pd_disagg;
-    let ships_p2p =
-        pd.enabled && pd.connector_impl == ConnectorImpl::Vllm && pd.kv_connector == KvConnector::P2pNcclConnector;
-    if ships_p2p && version >= P2P_NCCL_GONE {
+    if needs_p2p_nccl(config) && version > P2P_NCCL_LAST {
         return Err(PlanError::P2pGone { version });
     }
     if version.is_untested() {
@@ -240,7 +243,7 @@ fn link(config: &Config) -> Option<LinkPlan> {
     } else {
         Vec::new()
     };
-    config.pd_disagg.enabled.then(|| LinkPlan {
+    config.pd_disagg.enabled.then_some(LinkPlan {
         connector: config.pd_disagg.kv_connector,
         connector_impl: config.pd_disagg.connector_impl,
         paths,
@@ -256,18 +259,4 @@ fn notes(config: &Config) -> Vec<String> {
         notes.push("pd_disagg.enabled = false: plain workers, each prefills and decodes by itself".to_owned());
     }
     notes
-}
-
-/// A variable that the plan sets too is the role's word against the plan's.
-fn warn_of_env(config: &Config, warnings: &mut Vec<String>) {
-    for role in config.roles() {
-        for name in ["CUDA_VISIBLE_DEVICES", SECRET_FILE_ENV] {
-            if config.pd_disagg.env(*role).is_some_and(|env| env.contains_key(name)) {
-                warnings.push(format!(
-                    "`pd_disagg.{}_env` replaces {name}, which the plan sets for each worker",
-                    role.name()
-                ));
-            }
-        }
-    }
 }

@@ -13,5 +13,5 @@ mod reference;
 pub mod vllm;
 mod vllm_args;
 
-pub use builder::{PlanError, Surroundings, plan};
+pub use builder::{PlanError, Surroundings, needs_p2p_nccl, plan};
 pub use plan::{Plan, ProxyPlan, WorkerPlan};

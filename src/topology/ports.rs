@@ -19,8 +19,8 @@ pub struct PortWish<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum PortError {
     #[error(
-        "port {port} ({purpose}) is taken on {host}; end what uses it, set `{key}` to a free port, or set \
-         `pd_disagg.auto_ports = true`"
+        "port {port} ({purpose}) is taken on {host}; end what uses it, or set `{key}` to a free port{}",
+        if key.starts_with("proxy.") { "" } else { ", or `pd_disagg.auto_ports = true`" }
     )]
     Taken { purpose: String, key: String, host: String, port: u16 },
     #[error(

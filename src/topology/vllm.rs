@@ -8,8 +8,8 @@ pub const VERSION_FLOOR: VllmVersion = VllmVersion::new(0, 20);
 /// The range pdlink is tested with, ends included.
 pub const TESTED: (VllmVersion, VllmVersion) = (VllmVersion::new(0, 24), VllmVersion::new(0, 33));
 
-/// `P2pNcclConnector` is gone from this version on.
-pub const P2P_NCCL_GONE: VllmVersion = VllmVersion::new(0, 24);
+/// The last version that ships `P2pNcclConnector`.
+pub const P2P_NCCL_LAST: VllmVersion = VllmVersion::new(0, 23);
 
 /// Release number of vLLM, patch level left out: settings change with the minor number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,0 +1,142 @@
+//! `pdlink up`: one configuration in, a serving fleet out, and everything ended again.
+
+mod front;
+mod pairs;
+mod run;
+mod show;
+mod stage;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use crate::config::{Config, EngineKind};
+use crate::launcher::ports::HeldPorts;
+use crate::launcher::run_dir::RunDir;
+use crate::launcher::vllm_program::{self, VllmError};
+use crate::security::Secret;
+use crate::topology::vllm::{P2P_NCCL_LAST, TESTED, VllmProgram};
+use crate::topology::{Plan, Surroundings, needs_p2p_nccl, plan};
+
+use super::{Sources, Usage, load_config, print};
+use run::Run;
+use stage::Stage;
+
+/// Threads for the launcher's own tasks. The proxy has its own.
+const THREADS: usize = 2;
+
+/// How long tasks that were left behind may hold up the exit.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Start nothing; print every command, variable, port and GPU list
+    #[arg(long)]
+    dry_run: bool,
+    /// Print for machines: one JSON object a line, or with --dry-run the plan as one object
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
+    let config = load_config(&sources)?.config;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let vllm = match find_vllm(&config).await {
+            Err(error @ VllmError::NotFound) if args.dry_run => Some(assumed_vllm(&config, &error)),
+            found => found?,
+        };
+        if args.dry_run {
+            dry_run(&config, vllm.as_ref(), args.json)
+        } else {
+            up(&config, vllm.as_ref(), args.json).await
+        }
+    });
+    runtime.shutdown_timeout(EXIT_TIMEOUT);
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+async fn find_vllm(config: &Config) -> Result<Option<VllmProgram>, VllmError> {
+    if config.inference.engine != EngineKind::Vllm {
+        return Ok(None);
+    }
+    let path = std::env::var_os("PATH");
+    vllm_program::find(config.launcher.vllm_program.as_deref(), path.as_deref()).await.map(Some)
+}
+
+/// What a dry run shows on a machine without vLLM: commands for the newest version known that has the connector.
+fn assumed_vllm(config: &Config, error: &VllmError) -> VllmProgram {
+    let version = if needs_p2p_nccl(config) { P2P_NCCL_LAST } else { TESTED.1 };
+    stage::warn_on_stderr(&format!("{error}; the commands shown are for vLLM {version}"));
+    VllmProgram { program: "vllm".to_owned(), version }
+}
+
+/// Every port that the run holds.
+struct Sockets {
+    /// Those of the workers and of the proxy.
+    run: HeldPorts,
+    /// The one for admin calls, if they come elsewhere.
+    admin: Option<(HeldPorts, u16)>,
+}
+
+/// Makes the plan and holds its ports; says on stderr what should be changed.
+fn planned(config: &Config, vllm: Option<&VllmProgram>, secret_file: &str) -> anyhow::Result<(Plan, Sockets)> {
+    let pdlink = std::env::current_exe()?.to_string_lossy().into_owned();
+    let around = Surroundings { pdlink: &pdlink, vllm, secret_file };
+    let mut run = HeldPorts::on(config.host())?;
+    let plan = plan(config, &around, &mut run).map_err(|error| {
+        if error.is_configuration() { Usage::new(error.to_string()).into() } else { anyhow::Error::new(error) }
+    })?;
+    for warning in &plan.warnings {
+        stage::warn_on_stderr(warning);
+    }
+    let admin = config.proxy.admin_listen.as_deref().map(HeldPorts::for_admin).transpose()?;
+    Ok((plan, Sockets { run, admin }))
+}
+
+fn dry_run(config: &Config, vllm: Option<&VllmProgram>, json: bool) -> anyhow::Result<()> {
+    let secret_file = match &config.security.secret_file {
+        Some(path) => path.to_string_lossy().into_owned(),
+        None => std::env::temp_dir().join("pdlink-RUN/secret").to_string_lossy().into_owned(),
+    };
+    let (plan, _sockets) = planned(config, vllm, &secret_file)?;
+    let text = if json {
+        format!("{:#}\n", plan.to_json())
+    } else {
+        format!("{}\n\n{}{}", show::table(&plan), show::commands(&plan), notes(&plan))
+    };
+    Ok(print(&text)?)
+}
+
+fn notes(plan: &Plan) -> String {
+    plan.notes.iter().map(|note| format!("\n{} {note}\n", console::style("note:").cyan())).collect()
+}
+
+/// The secret of this run, and the file that workers read it from.
+struct RunSecret {
+    secret: Secret,
+    file: PathBuf,
+    /// Made for this run, and removed with it; none with a secret that was given.
+    folder: Option<RunDir>,
+}
+
+impl RunSecret {
+    fn new(config: &Config) -> anyhow::Result<Self> {
+        if let Some(file) = &config.security.secret_file {
+            return Ok(Self { secret: Secret::read_file(file)?, file: std::path::absolute(file)?, folder: None });
+        }
+        let folder = RunDir::create(&std::env::temp_dir())?;
+        Ok(Self { secret: folder.secret().clone(), file: folder.secret_file(), folder: Some(folder) })
+    }
+}
+
+async fn up(config: &Config, vllm: Option<&VllmProgram>, json: bool) -> anyhow::Result<()> {
+    let secret = RunSecret::new(config)?;
+    let (plan, sockets) = planned(config, vllm, &secret.file.to_string_lossy())?;
+    let stage = Stage::new(&plan, json);
+    stage.announce(
+        &serde_json::json!({ "event": "plan", "plan": plan.to_json() }),
+        &format!("{}{}", show::table(&plan), notes(&plan)),
+    );
+    Run::start(config, plan, sockets, &secret, stage)?.live_and_end().await
+}

@@ -1,0 +1,294 @@
+//! A run from its first process to its last.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::time::Instant;
+
+use anyhow::Context;
+use console::style;
+use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinSet;
+
+use super::front::{Front, Listeners};
+use super::pairs::{PairError, meet};
+use super::stage::{Stage, seconds};
+use super::{RunSecret, Sockets};
+use crate::config::{Config, Path, Role};
+use crate::launcher::fleet::{Fleet, FleetEvent, FleetOptions, Happening, WorkerSpec};
+use crate::launcher::guarded::{GuardSetup, Guards};
+use crate::launcher::life::{Limits, seconds as duration};
+use crate::security::Secret;
+use crate::telemetry;
+use crate::topology::{Plan, WorkerPlan};
+
+/// Lines of a worker's log that are shown when it dies.
+const TAIL_LINES: usize = 20;
+
+type Met = Result<BTreeMap<Path, usize>, PairError>;
+
+/// A run: the workers, the front before them, and who is told.
+pub(super) struct Run<'a> {
+    config: &'a Config,
+    plan: Plan,
+    /// Holds the workers' ports to the end; the proxy's are taken out when it starts.
+    sockets: Sockets,
+    secret: Secret,
+    stage: Stage,
+    fleet: Fleet,
+    front: Option<Front>,
+    asked: Asked,
+    /// Meetings of restarted workers with their peers.
+    meetings: JoinSet<Met>,
+    began: Instant,
+}
+
+impl<'a> Run<'a> {
+    /// Starts every worker. Logs go to the log folder from here on: the terminal is for people.
+    pub(super) fn start(
+        config: &'a Config,
+        plan: Plan,
+        sockets: Sockets,
+        secret: &RunSecret,
+        stage: Stage,
+    ) -> anyhow::Result<Self> {
+        let launcher = &config.launcher;
+        let asked = Asked::new()?;
+        let options = FleetOptions {
+            guard: GuardSetup {
+                program: std::env::current_exe()?,
+                grace: duration(launcher.grace_s),
+                run_dir: secret.folder.as_ref().map(|folder| folder.path().to_owned()),
+            },
+            guards: Guards::adopting().context("cannot adopt orphaned processes")?,
+            limits: Limits::new(launcher),
+            log_dir: launcher.log_dir.clone(),
+            tail_lines: TAIL_LINES,
+        };
+        let fleet = Fleet::start(plan.workers.iter().map(spec).collect(), options)?;
+        let log = launcher.log_dir.join("proxy.log");
+        let log = File::create(&log).with_context(|| format!("cannot make the proxy's log {}", log.display()))?;
+        telemetry::log::init_to_file(config.telemetry.log_format, &config.telemetry.log_level, log);
+        Ok(Self {
+            config,
+            plan,
+            sockets,
+            secret: secret.secret.clone(),
+            stage,
+            fleet,
+            front: None,
+            asked,
+            meetings: JoinSet::new(),
+            began: Instant::now(),
+        })
+    }
+
+    /// Serves until somebody asks for the end or the run fails; then ends every process.
+    pub(super) async fn live_and_end(mut self) -> anyhow::Result<()> {
+        let outcome = self.live().await;
+        self.end().await;
+        outcome
+    }
+
+    /// `Ok` when asked to end.
+    async fn live(&mut self) -> anyhow::Result<()> {
+        if !self.until_ready().await? {
+            return Ok(());
+        }
+        let met = tokio::select! {
+            met = meet(&self.plan, &self.secret, |_, _| true) => met?,
+            by = self.asked.next() => return self.say_ending(by),
+        };
+        let listeners = self.listen().context("cannot listen for requests")?;
+        self.front = Some(Front::start(self.config, &self.plan, &self.secret, listeners)?);
+        self.announce_ready(&met);
+        self.watch().await
+    }
+
+    fn listen(&mut self) -> std::io::Result<Listeners> {
+        let Sockets { run, admin } = &mut self.sockets;
+        let admin = admin.as_mut().map(|(ports, port)| ports.listen(*port)).transpose()?;
+        Ok(Listeners { clients: run.listen(self.plan.proxy.port)?, admin })
+    }
+
+    /// True once every worker serves; false when asked to end before.
+    async fn until_ready(&mut self) -> anyhow::Result<bool> {
+        let mut starting: BTreeSet<usize> = (0..self.plan.workers.len()).collect();
+        while !starting.is_empty() {
+            tokio::select! {
+                event = self.fleet.event() => {
+                    let event = event.context("every worker is gone")?;
+                    if matches!(event.happening, Happening::Ready { .. }) {
+                        starting.remove(&event.worker);
+                    }
+                    self.show(&event)?;
+                }
+                by = self.asked.next() => {
+                    self.say_ending(by)?;
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    async fn watch(&mut self) -> anyhow::Result<()> {
+        loop {
+            tokio::select! {
+                event = self.fleet.event() => {
+                    let event = event.context("every worker is gone")?;
+                    self.show(&event)?;
+                    if matches!(event.happening, Happening::Ready { .. }) {
+                        self.meet_again(event.worker);
+                    }
+                }
+                Some(met) = self.meetings.join_next() => {
+                    if let Ok(Err(error)) = met {
+                        self.stage.warn(&error.to_string());
+                    }
+                }
+                by = self.asked.next() => return self.say_ending(by),
+            }
+        }
+    }
+
+    /// Shows what happened; an error when the run must end for it.
+    fn show(&mut self, event: &FleetEvent) -> anyhow::Result<()> {
+        // Before it is said: who reads that a worker serves may ask the proxy at once.
+        self.tell_front(event);
+        self.stage.happening(event.worker, &event.happening);
+        match &event.happening {
+            Happening::GivenUp { cause, tail, log } => {
+                Err(anyhow::anyhow!(self.stage.failure(event.worker, cause, tail, log)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn tell_front(&self, event: &FleetEvent) {
+        let (Some(front), Some(worker)) = (&self.front, self.plan.workers.get(event.worker)) else { return };
+        match event.happening {
+            Happening::Ready { .. } => front.tell(worker, true),
+            Happening::Restarts { .. } | Happening::GivenUp { .. } => front.tell(worker, false),
+            Happening::Started { .. } | Happening::Ended { .. } => {}
+        }
+    }
+
+    /// A restarted worker is a new peer: it meets the others again, in the background, while they serve.
+    fn meet_again(&mut self, worker: usize) {
+        let Some(worker) = self.plan.workers.get(worker) else { return };
+        let (plan, secret, port) = (self.plan.clone(), self.secret.clone(), worker.port);
+        self.meetings.spawn(async move {
+            meet(&plan, &secret, |prefill, decode| prefill.port == port || decode.port == port).await
+        });
+    }
+
+    fn announce_ready(&self, met: &BTreeMap<Path, usize>) {
+        let base_url = self.plan.proxy.base_url();
+        let paths: Vec<&str> = met.keys().map(|path| path.name()).collect();
+        let count = |role| self.plan.of_role(role).count();
+        let (prefill, decode, plain) = (count(Role::Prefill), count(Role::Decode), count(Role::Both));
+        let took = self.began.elapsed();
+        let mut event =
+            json!({ "event": "ready", "base_url": base_url, "took_ms": u64::try_from(took.as_millis()).ok() });
+        let what = match &self.plan.link {
+            Some(link) => {
+                event["prefill"] = json!(prefill);
+                event["decode"] = json!(decode);
+                event["kv_connector"] = json!(link.connector.name());
+                event["connector_impl"] = json!(link.connector_impl.name());
+                event["paths"] = json!(paths);
+                let by = if paths.is_empty() { link.connector_impl.name().to_owned() } else { paths.join(", ") };
+                format!("{prefill} prefill, {decode} decode, {}, {by}", link.connector.name())
+            }
+            None => {
+                event["workers"] = json!(plain);
+                format!("{plain} plain")
+            }
+        };
+        self.warn_of_slower_paths(met);
+        self.stage.announce(&event, &format!("{} {base_url} ({what})", style("ready:").green().bold()));
+    }
+
+    /// A path that is not the first choice is allowed, but it is said.
+    fn warn_of_slower_paths(&self, met: &BTreeMap<Path, usize>) {
+        let Some(best) = self.plan.link.as_ref().and_then(|link| link.paths.first()) else { return };
+        for (path, pairs) in met.iter().filter(|(path, _)| *path != best) {
+            let (path, best) = (path.name(), best.name());
+            self.stage
+                .warn(&format!("{pairs} pair(s) move KV by {path}: {best}, which comes first in the list, cannot"));
+        }
+    }
+
+    fn say_ending(&self, by: &'static str) -> anyhow::Result<()> {
+        let drain = seconds(duration(self.config.launcher.drain_s));
+        let text = format!("{by}: finishing what is in flight, for {drain} at most (once more ends at once)");
+        self.stage.announce(&json!({ "event": "ending", "by": by }), &text);
+        Ok(())
+    }
+
+    /// Stops taking requests, lets those in flight finish, ends the workers. Asked again, ends at once.
+    async fn end(&mut self) {
+        self.meetings.abort_all();
+        let mut hurry = false;
+        if let Some(front) = self.front.take() {
+            let drain = duration(self.config.launcher.drain_s);
+            tokio::select! {
+                left = front.drain(drain) => {
+                    if let Some(left) = left {
+                        self.stage.warn(&left);
+                    }
+                }
+                _ = self.asked.next() => hurry = true,
+            }
+        }
+        self.fleet.stop();
+        if hurry {
+            self.fleet.halt();
+        }
+        loop {
+            tokio::select! {
+                event = self.fleet.event() => match event {
+                    Some(event) => self.stage.happening(event.worker, &event.happening),
+                    None => break,
+                },
+                _ = self.asked.next() => self.fleet.halt(),
+            }
+        }
+    }
+}
+
+fn spec(worker: &WorkerPlan) -> WorkerSpec {
+    WorkerSpec {
+        name: worker.name(),
+        host: worker.reach.clone(),
+        port: worker.port,
+        command: worker.command.clone(),
+        env: worker.env.clone(),
+    }
+}
+
+/// The signals by which people and systems ask for the end.
+struct Asked {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Asked {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.interrupt.recv() => "Ctrl-C",
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.hangup.recv() => "SIGHUP",
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! `pdlink up` with real processes: a stand-in for vLLM is started, watched, killed and ended.
+
+#[path = "support/launch.rs"]
+mod launch;
+
+use std::collections::BTreeSet;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+
+use launch::{Place, Process, all_end, descendants, serve_as_stand_in, status, wait_for};
+use rustix::process::Signal;
+
+const PD: &str = "[pd_disagg]\nenabled = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [1]\n\
+                  kv_connector = \"NixlConnector\"\nconnector_impl = \"vllm\"\n";
+
+#[test]
+#[ignore = "is the program behind the stand-in for vllm; the tests start it themselves"]
+fn stand_in_for_vllm() {
+    serve_as_stand_in();
+}
+
+#[test]
+fn a_fleet_comes_up_and_ends_with_status_0_on_sigterm() {
+    let place = Place::new();
+    let mut up = place.up(&place.stand_in_config(PD), &[], &[]);
+    let ready = up.line_with("ready: http");
+    assert!(ready.ends_with("/v1 (1 prefill, 1 decode, NixlConnector, vllm)"), "{ready}");
+    let base_url = ready.split(' ').nth(1).expect("an address").to_owned();
+    assert_eq!(status(&base_url.replace("/v1", "/health")), Some(200), "the proxy serves");
+    let processes = descendants(up.pid());
+    assert!(processes.len() >= 4, "two guards and two workers: {processes:?}");
+
+    let plan = up.seen.join("\n");
+    let port = plan.split("http://127.0.0.1:").nth(1).and_then(|rest| rest.split_whitespace().next()).expect("a port");
+    let argv = place.record(&format!("{port}.argv"));
+    assert!(
+        argv.starts_with("serve\nM\n--host\n127.0.0.1\n") && argv.contains("\"kv_role\":\"kv_producer\""),
+        "{argv}"
+    );
+    let env = place.record(&format!("{port}.env"));
+    assert!(env.contains("CUDA_VISIBLE_DEVICES=0\n") && env.contains("VLLM_NIXL_SIDE_CHANNEL_PORT="), "{env}");
+
+    up.signal(Signal::TERM);
+    let (ended, said) = up.ended();
+    assert!(ended.success(), "{ended}: {said}");
+    assert!(!said.contains('\u{1b}'), "no colours where there is no terminal: {said}");
+    all_end(&processes);
+    assert_eq!(place.run_dirs(), Vec::<std::path::PathBuf>::new());
+}
+
+#[test]
+fn no_process_outlives_a_launcher_that_is_killed() {
+    let place = Place::new();
+    let config = place.stand_in_config(PD);
+    let mut up =
+        place.up(&config, &["--launcher.grace_s", "0.2"], &[("STAND_IN_CHILDREN", "1"), ("STAND_IN_STUBBORN", "1")]);
+    up.base_url();
+    let strays =
+        || place.record("strays").lines().filter_map(|pid| Process::of(pid.parse().ok()?)).collect::<BTreeSet<_>>();
+    // Two of them per worker left the session, one of those ignores SIGTERM and has lost its parent.
+    let strays = wait_for(|| Some(strays()).filter(|strays| strays.len() == 4)).expect("four strays");
+    let processes: BTreeSet<Process> = descendants(up.pid()).union(&strays).cloned().collect();
+    assert!(strays.is_subset(&descendants(up.pid())), "guards adopt what lost its parent");
+    assert_eq!(place.run_dirs().len(), 1);
+    up.signal(Signal::KILL);
+    all_end(&processes);
+    let gone = wait_for(|| place.run_dirs().is_empty().then_some(()));
+    assert!(gone.is_some(), "the guards remove the folder with the secret");
+}
+
+#[test]
+fn a_killed_guard_takes_its_worker_along_and_both_come_back() {
+    let place = Place::new();
+    let mut up = place.up(&place.stand_in_config(PD), &[], &[("STAND_IN_CHILDREN", "1")]);
+    up.base_url();
+    let before = descendants(up.pid());
+    let guard = before.iter().find(|process| process.command_line().contains("guard\0--grace-ms")).expect("a guard");
+    let own = descendants(rustix::process::Pid::from_raw(guard.pid).expect("a process id"));
+    assert!(own.len() >= 4, "a worker and its children: {own:?}");
+    guard.kill();
+    up.line_with("was ended together with its guard process");
+    all_end(&own);
+    up.line_with("ready after");
+    up.signal(Signal::INT);
+    assert!(up.ended().0.success());
+}
+
+#[test]
+fn a_worker_that_dies_is_named_and_started_again() {
+    let place = Place::new();
+    let mut up = place.up(&place.stand_in_config(PD), &[], &[]);
+    let base_url = up.base_url();
+    let worker = descendants(up.pid()).into_iter().find(|process| process.command_line().contains("stand_in_for_vllm"));
+    worker.expect("a worker").kill();
+    let line = up.line_with("was ended by signal 9 (SIGKILL)");
+    assert!(line.starts_with("warning: prefill_0") || line.starts_with("warning: decode_0"), "{line}");
+    up.line_with("starting it again in 0.05 s");
+    up.line_with("ready after");
+    assert_eq!(status(&base_url.replace("/v1", "/health")), Some(200));
+    up.signal(Signal::TERM);
+    assert!(up.ended().0.success());
+}
+
+#[test]
+fn with_restart_never_the_run_ends_with_the_reason() {
+    let place = Place::new();
+    let mut up = place.up(&place.stand_in_config(PD), &["--launcher.restart", "never"], &[]);
+    up.base_url();
+    let processes = descendants(up.pid());
+    let worker = processes.iter().find(|process| process.command_line().contains("stand_in_for_vllm"));
+    worker.expect("a worker").kill();
+    let (ended, said) = up.ended();
+    assert_eq!(ended.code(), Some(1), "{said}");
+    assert!(said.contains("was ended by signal 9 (SIGKILL)") && said.contains(".log"), "{said}");
+    all_end(&processes);
+}
+
+#[test]
+fn a_worker_that_never_serves_ends_the_run_with_its_last_lines() {
+    let place = Place::new();
+    let up = place.up(&place.stand_in_config(PD), &[], &[("STAND_IN_FAILS", "1")]);
+    let processes = descendants(up.pid());
+    let (ended, said) = up.ended();
+    assert_eq!(ended.code(), Some(1));
+    assert!(said.contains("ended with status 3 before it was ready"), "{said}");
+    assert!(
+        said.contains("ValueError: no such model") && said.contains("line 40") && !said.contains("line 7\n"),
+        "{said}"
+    );
+    all_end(&processes);
+}
+
+#[test]
+fn asked_twice_it_ends_at_once() {
+    let place = Place::new();
+    let config = place.stand_in_config(PD);
+    let mut up = place.up(&config, &["--launcher.grace_s", "600"], &[("STAND_IN_STUBBORN", "1")]);
+    up.base_url();
+    let processes = descendants(up.pid());
+    up.signal(Signal::INT);
+    up.line_with("once more ends at once");
+    up.signal(Signal::INT);
+    let (ended, said) = up.ended();
+    assert!(ended.success(), "{said}");
+    all_end(&processes);
+}
+
+#[test]
+fn the_secret_is_its_owners_alone_and_in_no_command_line() {
+    let place = Place::new();
+    // The native connector is given the secret; the stand-in has no runtime to meet, so the run is watched while it starts.
+    let config = place.stand_in_config("[pd_disagg]\nenabled = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [1]\n");
+    let mut up = place.up(&config, &["--inference.vllm.api_key", "sk-of-the-test"], &[]);
+    up.line_with("ready after");
+    let run_dirs = place.run_dirs();
+    let file = run_dirs.first().expect("a run folder").join("secret");
+    let mode = |path: &std::path::Path| std::fs::metadata(path).expect("metadata").permissions().mode() & 0o777;
+    assert_eq!((mode(&run_dirs[0]), mode(&file)), (0o700, 0o600));
+    let secret = std::fs::read_to_string(&file).expect("ours to read");
+    for process in descendants(up.pid()) {
+        let line = process.command_line();
+        assert!(!line.contains(secret.trim()) && !line.contains("sk-of-the-test"), "{line}");
+    }
+    let port = std::fs::read_dir(place.path("record")).expect("records").flatten();
+    let env = port.map(|entry| entry.file_name().to_string_lossy().into_owned()).find(|name| name.ends_with(".env"));
+    let env = place.record(&env.expect("a record"));
+    assert!(env.contains(&format!("PDLINK_SECRET_FILE={}\n", file.display())), "{env}");
+    assert!(env.contains("VLLM_API_KEY=sk-of-the-test\n"), "{env}");
+    up.signal(Signal::TERM);
+    let (_, said) = up.ended();
+    assert!(!said.contains(secret.trim()) && !said.contains("sk-of-the-test"), "{said}");
+    assert!(place.run_dirs().is_empty());
+}
+
+#[test]
+fn a_fixed_port_that_is_taken_is_named_with_the_mend() {
+    let place = Place::new();
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = taken.local_addr().expect("its address").port().to_string();
+    let config = place.stand_in_config(PD);
+    let up = place.up(&config, &["--pd_disagg.auto_ports", "false", "--pd_disagg.proxy_port", &port], &[]);
+    let (ended, said) = up.ended();
+    assert_eq!(ended.code(), Some(1));
+    for part in [port.as_str(), "proxy", "pd_disagg.proxy_port", "auto_ports"] {
+        assert!(said.contains(part), "{part} in: {said}");
+    }
+    assert!(!place.path("logs").exists(), "nothing was started");
+}
+
+#[test]
+fn a_vllm_that_cannot_serve_is_refused_by_name() {
+    let place = Place::new();
+    let config = place.stand_in_config(PD);
+    let cases: &[(&[(&str, &str)], &str)] = &[
+        (&[("STAND_IN_VERSION", "0.19.2")], "vLLM 0.19 is too old"),
+        (&[("STAND_IN_VERSION", "what")], "names no version"),
+        (&[("PATH", "/nowhere")], "`vllm` is not on the PATH"),
+    ];
+    for (env, want) in cases {
+        let (ended, said) = place.up(&config, &[], env).ended();
+        assert_eq!(ended.code(), Some(1), "{said}");
+        assert!(said.contains(want), "{want} in: {said}");
+    }
+    let mut untested = place.up(&config, &["--dry-run"], &[("STAND_IN_VERSION", "0.34.0")]);
+    untested.line_with("vLLM 0.34 is outside of the range pdlink is tested with (0.24 to 0.33)");
+}
+
+#[test]
+fn machines_get_one_object_a_line() {
+    let place = Place::new();
+    let mut up = place.up(&place.stand_in_config(PD), &["--json"], &[]);
+    let plan = up.event("plan");
+    assert_eq!(plan["plan"]["workers"].as_array().map(Vec::len), Some(2));
+    let ready = up.event("ready");
+    assert_eq!(ready["base_url"], plan["plan"]["proxy"]["base_url"]);
+    assert_eq!((&ready["prefill"], &ready["decode"]), (&1.into(), &1.into()));
+    up.signal(Signal::TERM);
+    up.event("ending");
+    assert!(up.ended().0.success());
+}
+
+#[test]
+fn a_dry_run_starts_nothing() {
+    let place = Place::new();
+    let config = place.stand_in_config(PD);
+    let (ended, said) = place.up(&config, &["--dry-run"], &[]).ended();
+    assert!(ended.success(), "{said}");
+    for part in ["prefill_0", "CUDA_VISIBLE_DEVICES=1", "serve M --host", "'{\"kv_connector\":\"NixlConnector\""] {
+        assert!(said.contains(part), "{part} in: {said}");
+    }
+    assert!(!place.path("logs").exists() && place.run_dirs().is_empty());
+
+    let wrong = ["--dry-run", "--inference.vllm.pipeline_parallel_size", "2"];
+    let (ended, said) = place.up(&config, &wrong, &[]).ended();
+    assert_eq!(ended.code(), Some(2), "{said}");
+    assert!(said.contains("pipeline_parallel_size"), "{said}");
+}
+
+#[test]
+fn plain_workers_stand_behind_the_same_proxy() {
+    let place = Place::new();
+    let mut up = place.up(&place.stand_in_config("inference_gpu_ids = [0, 1]\n"), &[], &[]);
+    let ready = up.line_with("ready: http");
+    assert!(ready.ends_with("(2 plain)"), "{ready}");
+    up.signal(Signal::TERM);
+    assert!(up.ended().0.success());
+}
+
+#[test]
+fn sixteen_launchers_at_once_all_come_up() {
+    let places: Vec<Place> = (0..16).map(|_| Place::new()).collect();
+    let mut ups: Vec<_> = places.iter().map(|place| place.up(&place.stand_in_config(PD), &[], &[])).collect();
+    let urls: BTreeSet<String> = ups.iter_mut().map(|up| up.base_url()).collect();
+    assert_eq!(urls.len(), 16, "each has its own port: {urls:?}");
+    for up in &ups {
+        up.signal(Signal::TERM);
+    }
+    for up in ups {
+        let (ended, said) = up.ended();
+        assert!(ended.success(), "{said}");
+    }
+}
