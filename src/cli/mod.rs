@@ -125,3 +125,28 @@ fn parse(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<Result<(Com
         ExitCode::from(if error.use_stderr() { EXIT_USAGE } else { 0 })
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_frame_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn own_flags_files_and_overrides_mix_in_any_order() {
+        let orders = [
+            "pdlink config show --origins @ a.toml --kv.lease_ms 5",
+            "pdlink @a.toml config --kv.lease_ms=5 show --origins",
+            "pdlink --kv.lease_ms 5 config show @ a.toml --origins",
+        ];
+        for order in orders {
+            let parsed = parse(order.split(' ').map(OsString::from)).expect("splits");
+            let (command, sources) = parsed.unwrap_or_else(|code| panic!("{order}: {code:?}"));
+            assert!(format!("{command:?}").contains("origins: true"), "{order}: {command:?}");
+            assert_eq!((sources.files.len(), sources.overrides.len()), (1, 1), "{order}");
+        }
+    }
+}
