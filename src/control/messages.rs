@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::TransferId;
-use crate::config::Path;
+use crate::config::{Path, Role};
 use crate::telemetry::TransferRecord;
 
 /// Which program is at the other end.
@@ -13,34 +13,6 @@ pub enum Part {
     Engine,
     /// The proxy or the launcher.
     Admin,
-}
-
-/// What a worker does with KV.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Role {
-    Prefill,
-    Decode,
-    /// Prefill and decode by itself.
-    Both,
-}
-
-impl Role {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Prefill => "prefill",
-            Self::Decode => "decode",
-            Self::Both => "both",
-        }
-    }
-
-    pub fn prefills(self) -> bool {
-        self != Self::Decode
-    }
-
-    pub fn decodes(self) -> bool {
-        self != Self::Prefill
-    }
 }
 
 /// What an abort found.

@@ -1,0 +1,185 @@
+//! What two runtimes say to each other, in the bodies of control notices.
+//!
+//! Decode opens the connection. Its hello and prefill's carry a [`PeerInfo`] each. Then, for one transfer:
+//!
+//! ```text
+//! pull (GET)                                   push (PUT, PUT_ASYNC)
+//!   decode: Claim ──►    ◄── Granted             decode: Claim ──►    ◄── Granted
+//!   decode copies (Copying ──►, if a digest       decode: Place ──►    prefill copies
+//!           is wanted: prefill begins its own)    ◄── Pushed           decode checks
+//!   decode: Landed ──►   ◄── Confirmed            decode: Accepted ──►
+//! ```
+//!
+//! `Renew` goes out for all claimed transfers at once. `Ended` may come from decode at any time, `Refused` and `Over` from
+//! prefill.
+
+use serde::{Deserialize, Serialize};
+
+use super::{BlockId, Geometry, Layout, LayoutError, MemoryMap, TransferFailure};
+use crate::config::{KvSendType, Path};
+use crate::control::{TransferId, WireError, from_body};
+use crate::transport::{GrantToken, Offer};
+
+/// What a runtime tells its peers of itself, in the hello.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PeerInfo {
+    pub geometry: Geometry,
+    pub map: MemoryMap,
+    /// The paths that reach its memory.
+    pub offers: Vec<Offer>,
+    pub send_type: KvSendType,
+}
+
+/// From decode to prefill.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToPrefill {
+    Claim(Claim),
+    /// Keeps the leases of these transfers up.
+    Renew(Vec<TransferId>),
+    /// Pull: the copy has begun, and a digest of the tokens from here on will be wanted.
+    Copying { transfer_id: TransferId, first_token: u32 },
+    /// Pull: the copy is done. Were the blocks held throughout? (KV-3)
+    Landed { transfer_id: TransferId, first_token: u32, digest: Option<u64> },
+    /// Push: write here.
+    Place(Place),
+    /// Push: what was pushed is right. Prefill may free its blocks.
+    Accepted(TransferId),
+    /// Decode wants no more of it.
+    Ended { transfer_id: TransferId, how: Ending },
+}
+
+/// Decode's claim: everything that its parameters say, to be held against what was offered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    pub transfer_id: TransferId,
+    pub incarnation: u64,
+    pub geometry_digest: u64,
+    /// Of the parameters, and of decode itself.
+    pub weight_version: u64,
+    pub decode_weight_version: u64,
+    pub tokens: u32,
+}
+
+/// Where prefill is to write.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    pub transfer_id: TransferId,
+    /// Decode's blocks, from `first_token` on.
+    pub blocks: Vec<BlockId>,
+    pub first_token: u32,
+    pub path: Path,
+    pub grant: GrantToken,
+    /// Whether prefill is to send a digest along (KV-4).
+    pub digest: bool,
+}
+
+/// Why decode wants no more of a transfer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// It has the KV already.
+    Released,
+    /// The client left.
+    Aborted,
+    Failed(TransferFailure),
+}
+
+/// From prefill to decode.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToDecode {
+    Granted(Granted),
+    /// The claim, or a later message, is refused; nothing is held for decode.
+    Refused { transfer_id: TransferId, failure: TransferFailure },
+    /// Pull: the blocks were held throughout.
+    Confirmed { transfer_id: TransferId, digest: Option<u64> },
+    /// Push: all is written, from blocks that were held throughout.
+    Pushed { transfer_id: TransferId, digest: Option<u64> },
+    /// Push: it failed or was stopped. Unless `fenced`, only decode's own grant keeps late writes out.
+    Over { transfer_id: TransferId, how: Ending, fenced: bool },
+    /// Prefill holds the blocks no more: its lease ended or its side was aborted.
+    Ended { transfer_id: TransferId, how: Ending },
+}
+
+/// What prefill grants: from here on decode believes this, and nothing of the parameters.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Granted {
+    pub transfer_id: TransferId,
+    /// Prefill's blocks, from token 0.
+    pub blocks: Vec<BlockId>,
+    pub tokens: u32,
+    pub weight_version: u64,
+    pub lease_ms: u64,
+}
+
+impl ToPrefill {
+    /// Which transfer it is about; `None` for renewals.
+    pub fn transfer_id(&self) -> Option<TransferId> {
+        match self {
+            Self::Claim(Claim { transfer_id, .. })
+            | Self::Place(Place { transfer_id, .. })
+            | Self::Copying { transfer_id, .. }
+            | Self::Landed { transfer_id, .. }
+            | Self::Accepted(transfer_id)
+            | Self::Ended { transfer_id, .. } => Some(*transfer_id),
+            Self::Renew(_) => None,
+        }
+    }
+}
+
+impl ToDecode {
+    pub fn transfer_id(&self) -> TransferId {
+        match self {
+            Self::Granted(Granted { transfer_id, .. })
+            | Self::Refused { transfer_id, .. }
+            | Self::Confirmed { transfer_id, .. }
+            | Self::Pushed { transfer_id, .. }
+            | Self::Over { transfer_id, .. }
+            | Self::Ended { transfer_id, .. } => *transfer_id,
+        }
+    }
+}
+
+/// Why a peer's description of itself was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InfoError {
+    #[error("its description cannot be read: {0}")]
+    Wire(#[from] WireError),
+    #[error("its KV cache is described wrongly: {0}")]
+    Layout(#[from] LayoutError),
+}
+
+impl PeerInfo {
+    /// Reads what a peer said of itself, and checks every number of it.
+    pub fn read(payload: &[u8]) -> Result<(Layout, Vec<Offer>, KvSendType), InfoError> {
+        let Self { geometry, map, offers, send_type } = from_body(payload)?;
+        Ok((Layout::new(geometry, map)?, offers, send_type))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testing::{Arrangement, Shape};
+    use super::*;
+    use crate::control::to_body;
+
+    proptest! {
+        #[test]
+        fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            let _ = from_body::<ToPrefill>(&bytes);
+            let _ = from_body::<ToDecode>(&bytes);
+            let _ = PeerInfo::read(&bytes);
+        }
+
+        #[test]
+        fn damaged_descriptions_never_panic(at in any::<prop::sample::Index>(), to in any::<u8>(), cut in any::<prop::sample::Index>()) {
+            let (geometry, map) = Shape::default().describe(Arrangement::SplitKv);
+            let info = PeerInfo { geometry, map, offers: Vec::new(), send_type: KvSendType::Get };
+            let mut bytes = to_body(&info).to_vec();
+            let at = at.index(bytes.len());
+            bytes[at] = to;
+            let _ = PeerInfo::read(&bytes);
+            let _ = PeerInfo::read(&bytes[..cut.index(bytes.len())]);
+        }
+    }
+}
