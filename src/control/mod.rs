@@ -14,12 +14,12 @@ mod messages;
 mod transfer_id;
 mod wire;
 
+pub use crate::config::Role;
 pub use admin::{AdminClient, AdminHandler, AdminReply, admin_sink, connect};
 pub use connection::{Answerer, Connection, Inbound, Liveness, Message, Sink, connection};
 pub use error::ControlError;
 pub use handshake::{Hello, Identity, VERSIONS, Versions, accept, open};
 pub use listener::{CONNECTIONS_MAX, STRANGERS_MAX, Welcome, serve};
 pub use messages::{AbortAnswer, AdminAnswer, AdminRequest, Paired, Part, RuntimeStatus};
-pub use crate::config::Role;
 pub use transfer_id::{BadTransferId, TransferId};
 pub use wire::{FRAME_BYTES_MAX, Frame, FrameBuffer, WireError, from_body, to_body};

@@ -15,6 +15,8 @@ pub enum KvError {
     Control(#[from] ControlError),
     #[error("transfer {transfer_id} is in progress here already")]
     Duplicate { transfer_id: TransferId },
+    #[error("the parameters name {count} runtimes; this build fetches from one runtime for each worker")]
+    Endpoints { count: usize },
     #[error("{what}: this worker only does {role}")]
     WrongRole { what: &'static str, role: &'static str },
     #[error("transfer {transfer_id}: {tokens} tokens need {needed} blocks, {given} were given")]

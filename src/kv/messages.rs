@@ -37,15 +37,25 @@ pub enum ToPrefill {
     /// Keeps the leases of these transfers up.
     Renew(Vec<TransferId>),
     /// Pull: the copy has begun, and a digest of the tokens from here on will be wanted.
-    Copying { transfer_id: TransferId, first_token: u32 },
+    Copying {
+        transfer_id: TransferId,
+        first_token: u32,
+    },
     /// Pull: the copy is done. Were the blocks held throughout? (KV-3)
-    Landed { transfer_id: TransferId, first_token: u32, digest: Option<u64> },
+    Landed {
+        transfer_id: TransferId,
+        first_token: u32,
+        digest: Option<u64>,
+    },
     /// Push: write here.
     Place(Place),
     /// Push: what was pushed is right. Prefill may free its blocks.
     Accepted(TransferId),
     /// Decode wants no more of it.
-    Ended { transfer_id: TransferId, how: Ending },
+    Ended {
+        transfer_id: TransferId,
+        how: Ending,
+    },
 }
 
 /// Decode's claim: everything that its parameters say, to be held against what was offered.
@@ -88,15 +98,31 @@ pub enum Ending {
 pub enum ToDecode {
     Granted(Granted),
     /// The claim, or a later message, is refused; nothing is held for decode.
-    Refused { transfer_id: TransferId, failure: TransferFailure },
+    Refused {
+        transfer_id: TransferId,
+        failure: TransferFailure,
+    },
     /// Pull: the blocks were held throughout.
-    Confirmed { transfer_id: TransferId, digest: Option<u64> },
+    Confirmed {
+        transfer_id: TransferId,
+        digest: Option<u64>,
+    },
     /// Push: all is written, from blocks that were held throughout.
-    Pushed { transfer_id: TransferId, digest: Option<u64> },
+    Pushed {
+        transfer_id: TransferId,
+        digest: Option<u64>,
+    },
     /// Push: it failed or was stopped. Unless `fenced`, only decode's own grant keeps late writes out.
-    Over { transfer_id: TransferId, how: Ending, fenced: bool },
+    Over {
+        transfer_id: TransferId,
+        how: Ending,
+        fenced: bool,
+    },
     /// Prefill holds the blocks no more: its lease ended or its side was aborted.
-    Ended { transfer_id: TransferId, how: Ending },
+    Ended {
+        transfer_id: TransferId,
+        how: Ending,
+    },
 }
 
 /// What prefill grants: from here on decode believes this, and nothing of the parameters.

@@ -1,14 +1,35 @@
-//! Prefill-to-decode channels.
+//! Prefill-to-decode channels: KV blocks from one worker's cache into another's.
+//!
+//! An engine holds a [`KvRuntime`] as a [`KvLink`]: prefill offers, decode expects and fetches, and each hears exactly one
+//! [`Report`] per transfer. What a transfer is made of:
+//!
+//! - *where bytes lie*: `geometry`, `layout` (checked), `run_list` (from blocks to runs), `digest`;
+//! - *what is said*: `params` (through the router), `messages` (between two runtimes);
+//! - *what may happen*: `channel`, one pure machine for each side;
+//! - *what is done*: `core`, the thread that owns all of it, with `producer` and `clients` on prefill, `consumer` and
+//!   `peers` on decode.
+//!
+//! Invariants KV-1 to KV-9 are stated in `docs/architecture.md`; the machines and the tests name those that they hold.
 #![forbid(unsafe_code)]
 
+mod channel;
+mod clients;
+mod consumer;
+mod core;
 mod digest;
 mod error;
 mod geometry;
 mod layout;
 mod link;
+mod messages;
+mod metrics;
 mod params;
+mod past;
+mod peers;
+mod producer;
 mod report;
 mod run_list;
+mod runtime;
 
 #[cfg(test)]
 #[path = "../../tests/support/kv_cache.rs"]
@@ -20,6 +41,9 @@ pub use error::KvError;
 pub use geometry::{BlockId, Geometry, HeadRange, LayerPlacement};
 pub use layout::{Layout, LayoutError, MemoryMap, RankMemory};
 pub use link::{KvLink, Offer, TransferHandle};
+pub use messages::{Claim, Ending, Granted, InfoError, PeerInfo, Place, ToDecode, ToPrefill};
+pub use metrics::KvMetrics;
 pub use params::{BLOCKS_MAX, KvRequest, PARAMS_VERSION, ParamsError, PdlinkParams, TransferParams};
 pub use report::{End, Report, TransferFailure};
 pub use run_list::{Extent, PairPlan};
+pub use runtime::{KvRuntime, ReportSink, RuntimeConfig};

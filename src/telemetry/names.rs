@@ -66,3 +66,21 @@ pub const PROXY_WORKER_SERVED: &str = "pdlink_proxy_worker_served";
 pub const PROXY_WORKER_FAILED: &str = "pdlink_proxy_worker_failed";
 /// Times a worker was quarantined.
 pub const PROXY_WORKER_QUARANTINES: &str = "pdlink_proxy_worker_quarantines";
+
+// The KV link. `side` is `prefill` or `decode`.
+/// Counter by `side`, `path` and `outcome` (`done`, `aborted`, `expired`, or what failed): transfers that ended.
+pub const KV_TRANSFERS: &str = "pdlink_kv_transfers";
+/// Counter by `side` and `path`: bytes of KV moved by transfers that ended well.
+pub const KV_TRANSFER_BYTES: &str = "pdlink_kv_transfer_bytes";
+/// Counter by `side`: transfers whose digest was compared (KV-4).
+pub const KV_DIGESTS_CHECKED: &str = "pdlink_kv_digests_checked";
+/// Histogram by `side` and `part` (`wait`, `copy`, `validate`), in seconds, of transfers that ended well.
+pub const KV_TRANSFER_SECONDS: &str = "pdlink_kv_transfer_seconds";
+/// Gauge: blocks that prefill holds under a lease. 0 at rest (KV-2).
+pub const KV_BLOCKS_HELD: &str = "pdlink_kv_blocks_held";
+/// Gauge: transfers of either side that have not ended.
+pub const KV_TRANSFERS_ACTIVE: &str = "pdlink_kv_transfers_active";
+/// Gauge by `side`: connected workers of the other role.
+pub const KV_PEERS: &str = "pdlink_kv_peers";
+/// Counter by `reason`: control connections between workers that were lost or could not be made.
+pub const KV_PEER_FAILURES: &str = "pdlink_kv_peer_failures";

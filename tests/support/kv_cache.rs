@@ -1,6 +1,6 @@
 //! KV caches for tests: every arrangement of strides, filled so that each byte depends on its place, and a naive oracle.
 //! Shared by unit tests of `kv` and by `tests/kv_*.rs`.
-#![allow(dead_code, reason = "each test crate uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "shared by crates of which each uses its part")]
 
 use std::sync::Arc;
 

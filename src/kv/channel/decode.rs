@@ -13,16 +13,25 @@ pub(in crate::kv) enum ReceiveEvent {
     Granted(Mode),
     Refused(TransferFailure),
     /// The engine has blocks for it.
-    Fetch { digest: bool },
+    Fetch {
+        digest: bool,
+    },
     /// Nothing to load.
     Release,
     /// Pull: our copy has ended; no write of it lands any more.
     CopyDone(Result<(), TransferFailure>),
     DigestReady(u64),
-    Confirmed { digest: Option<u64> },
-    Pushed { digest: Option<u64> },
+    Confirmed {
+        digest: Option<u64>,
+    },
+    Pushed {
+        digest: Option<u64>,
+    },
     /// Push: prefill stopped. Whether writes may still land is for the driver to find out.
-    Over { how: Ending, fenced: bool },
+    Over {
+        how: Ending,
+        fenced: bool,
+    },
     /// Push: no write of prefill's can land any more (`true`), or nobody can tell (`false`).
     Fenced(bool),
     PeerEnded(Ending),
@@ -36,11 +45,17 @@ pub(in crate::kv) enum ReceiveEvent {
 /// What the driver is to do.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::kv) enum ReceiveAction {
-    StartCopy { digest: bool },
+    StartCopy {
+        digest: bool,
+    },
     CancelCopy,
     StartDigest,
-    TellLanded { digest: Option<u64> },
-    TellPlace { digest: bool },
+    TellLanded {
+        digest: Option<u64>,
+    },
+    TellPlace {
+        digest: bool,
+    },
     TellAccepted,
     TellEnded(Ending),
     /// Push: make sure that no write of prefill's lands any more, and say so by [`ReceiveEvent::Fenced`].
@@ -52,16 +67,29 @@ pub(in crate::kv) enum ReceiveAction {
 #[derive(Debug, Clone, PartialEq)]
 enum State {
     /// `fetch`: the engine's blocks are there already, and whether a digest is wanted.
-    Claiming { fetch: Option<bool> },
+    Claiming {
+        fetch: Option<bool>,
+    },
     Ready(Mode),
-    Copying { digest: bool },
+    Copying {
+        digest: bool,
+    },
     Digesting,
-    Confirming { ours: Option<u64> },
-    Placed { digest: bool },
+    Confirming {
+        ours: Option<u64>,
+    },
+    Placed {
+        digest: bool,
+    },
     /// Push: written, waiting for our own digest.
-    Checking { theirs: u64 },
+    Checking {
+        theirs: u64,
+    },
     /// Something may still write into our blocks. `tell` decode's reason to prefill when it cannot any more.
-    Stopping { end: End, tell: Option<Ending> },
+    Stopping {
+        end: End,
+        tell: Option<Ending>,
+    },
     Ended,
 }
 
@@ -400,13 +428,7 @@ mod tests {
             ),
             (
                 "KV-4 digests differ",
-                vec![
-                    granted(),
-                    fetch(true),
-                    copied(),
-                    (3, E::DigestReady(5)),
-                    (4, E::Confirmed { digest: Some(6) }),
-                ],
+                vec![granted(), fetch(true), copied(), (3, E::DigestReady(5)), (4, E::Confirmed { digest: Some(6) })],
                 Ok(vec![A::Report(failed(mismatch.clone()))]),
             ),
             ("push", vec![pushing(), fetch(false)], Ok(vec![A::TellPlace { digest: false }])),
@@ -425,7 +447,11 @@ mod tests {
                 vec![pushing(), fetch(true), (2, E::Pushed { digest: None })],
                 Err(OutOfOrder { state: "placed", event: "pushed" }),
             ),
-            ("KV-7 pull aborted: the copy first", vec![granted(), fetch(false), (2, E::Abort)], Ok(vec![A::CancelCopy])),
+            (
+                "KV-7 pull aborted: the copy first",
+                vec![granted(), fetch(false), (2, E::Abort)],
+                Ok(vec![A::CancelCopy]),
+            ),
             (
                 "KV-7 pull aborted: then the report",
                 vec![granted(), fetch(false), (2, E::Abort), copied()],
@@ -482,14 +508,22 @@ mod tests {
                 vec![(0, E::Abort)],
                 Ok(vec![A::TellEnded(Ending::Aborted), A::Report(End::Aborted)]),
             ),
-            ("prefill's side was aborted", vec![granted(), (1, E::PeerEnded(Ending::Aborted))], Ok(vec![A::Report(End::Aborted)])),
+            (
+                "prefill's side was aborted",
+                vec![granted(), (1, E::PeerEnded(Ending::Aborted))],
+                Ok(vec![A::Report(End::Aborted)]),
+            ),
             ("KV-1 nothing after the end", vec![(0, E::Abort), (1, E::Abort), (2, E::PeerLost(lost()))], Ok(vec![])),
             (
                 "KV-5 other weights meanwhile",
                 vec![granted(), (1, E::Outdated(lost()))],
                 Ok(vec![A::TellEnded(Ending::Failed(lost())), A::Report(failed(lost()))]),
             ),
-            ("fetched twice", vec![granted(), fetch(false), fetch(false)], Err(OutOfOrder { state: "copying", event: "fetch" })),
+            (
+                "fetched twice",
+                vec![granted(), fetch(false), fetch(false)],
+                Err(OutOfOrder { state: "copying", event: "fetch" }),
+            ),
         ];
         for (name, events, want) in cases {
             assert_eq!(run(&events), want, "case: {name}");

@@ -16,11 +16,18 @@ pub(in crate::kv) enum SendEvent {
     /// Pull: decode has begun to copy, and will want a digest.
     Copying,
     /// Pull: decode has copied everything.
-    Landed { digest: Option<u64> },
+    Landed {
+        digest: Option<u64>,
+    },
     /// Push: decode has named its blocks.
-    Place { digest: bool },
+    Place {
+        digest: bool,
+    },
     /// Push: our copy has ended. No write of it lands any more, unless `fenced` is false.
-    CopyDone { result: Result<(), TransferFailure>, fenced: bool },
+    CopyDone {
+        result: Result<(), TransferFailure>,
+        fenced: bool,
+    },
     DigestReady(u64),
     Accepted,
     PeerEnded(Ending),
@@ -37,13 +44,20 @@ pub(in crate::kv) enum SendEvent {
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::kv) enum SendAction {
     Grant,
-    Confirm { digest: Option<u64> },
+    Confirm {
+        digest: Option<u64>,
+    },
     StartDigest,
     StartPush,
     CancelPush,
-    TellPushed { digest: Option<u64> },
+    TellPushed {
+        digest: Option<u64>,
+    },
     /// Push: nothing more will be written.
-    TellOver { how: Ending, fenced: bool },
+    TellOver {
+        how: Ending,
+        fenced: bool,
+    },
     Refuse(TransferFailure),
     TellEnded(Ending),
     /// The last action (KV-1).
@@ -53,13 +67,25 @@ pub(in crate::kv) enum SendAction {
 #[derive(Debug, Clone, PartialEq)]
 enum State {
     Offered,
-    Granted { ours: Option<u64>, digesting: bool },
+    Granted {
+        ours: Option<u64>,
+        digesting: bool,
+    },
     /// Pull: landed, waiting for our own digest.
-    Checking { theirs: u64 },
-    Pushing { copied: bool, wanted: bool, ours: Option<u64> },
+    Checking {
+        theirs: u64,
+    },
+    Pushing {
+        copied: bool,
+        wanted: bool,
+        ours: Option<u64>,
+    },
     Pushed,
     /// Push: our copy is being cancelled; then this end is reported.
-    Stopping { end: End, tell: Option<Ending> },
+    Stopping {
+        end: End,
+        tell: Option<Ending>,
+    },
     Ended,
 }
 
@@ -361,11 +387,7 @@ mod tests {
             ),
             ("KV-2 nobody came", vec![(30, E::Tick)], Ok(vec![A::Report(End::Expired)])),
             ("KV-2 not before the lease ends", vec![(29, E::Tick)], Ok(vec![])),
-            (
-                "KV-2 renewed",
-                vec![(0, E::Claim), (20, E::Renew), (40, E::Tick)],
-                Ok(vec![]),
-            ),
+            ("KV-2 renewed", vec![(0, E::Claim), (20, E::Renew), (40, E::Tick)], Ok(vec![])),
             (
                 "KV-2 claimed, then silence",
                 vec![(5, E::Claim), (35, E::Tick)],
@@ -402,32 +424,24 @@ mod tests {
                 vec![(0, E::Claim), (1, E::Place { digest: false }), (2, E::PeerLost(lost())), (3, copied())],
                 Ok(vec![A::Report(failed(lost()))]),
             ),
-            (
-                "KV-9 abort before any claim",
-                vec![(0, E::Abort)],
-                Ok(vec![A::Report(End::Aborted)]),
-            ),
+            ("KV-9 abort before any claim", vec![(0, E::Abort)], Ok(vec![A::Report(End::Aborted)])),
             (
                 "KV-9 abort after the grant",
                 vec![(0, E::Claim), (1, E::Abort)],
                 Ok(vec![A::TellEnded(Ending::Aborted), A::Report(End::Aborted)]),
             ),
-            ("decode has it all", vec![(0, E::Claim), (1, E::PeerEnded(Ending::Released))], Ok(vec![A::Report(End::Released)])),
+            (
+                "decode has it all",
+                vec![(0, E::Claim), (1, E::PeerEnded(Ending::Released))],
+                Ok(vec![A::Report(End::Released)]),
+            ),
             (
                 "KV-3 landed without a claim",
                 vec![(0, E::Landed { digest: None })],
                 Err(OutOfOrder { state: "offered", event: "landed" }),
             ),
-            (
-                "claimed twice",
-                vec![(0, E::Claim), (0, E::Claim)],
-                Err(OutOfOrder { state: "granted", event: "claim" }),
-            ),
-            (
-                "KV-1 nothing after the end",
-                vec![(0, E::Abort), (1, E::Abort)],
-                Ok(vec![]),
-            ),
+            ("claimed twice", vec![(0, E::Claim), (0, E::Claim)], Err(OutOfOrder { state: "granted", event: "claim" })),
+            ("KV-1 nothing after the end", vec![(0, E::Abort), (1, E::Abort)], Ok(vec![])),
             (
                 "accepted before it was pushed",
                 vec![(0, E::Claim), (1, E::Place { digest: false }), (2, E::Accepted)],

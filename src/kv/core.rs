@@ -1,0 +1,479 @@
+//! The runtime's thread: owns every transfer, hears every event, and is the only one to act.
+//!
+//! Events come from the engine, from connections, from copy threads and from timers, in one queue. Each goes to the
+//! machine it concerns; what the machine wants done is done in `producer` (prefill) and `consumer` (decode).
+//! `clients` holds the decode workers that connected to us, `peers` the prefill workers that we connected to.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::clients::Client;
+use super::consumer::Receiving;
+use super::messages::PeerInfo;
+use super::past::{Gone, Past};
+use super::peers::{Peer, Reached};
+use super::producer::Sending;
+use super::runtime::{ReportSink, Shared, locked};
+use super::{BlockId, End, Offer, PairPlan, Report, TransferFailure};
+use crate::config::{DigestPolicy, KvConfig, KvSendType, Path};
+use crate::control::{
+    AbortAnswer, AdminAnswer, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello, Identity,
+    Inbound, Liveness, Part, Sink, TransferId, VERSIONS, Welcome, admin_sink, serve, to_body,
+};
+use crate::telemetry::{Side, TransferOutcome, TransferRecord};
+use crate::transport::{Copied, Link, Transport, TransportError, export_all};
+
+/// How long a runtime that shuts down waits for copies to end.
+const SHUTDOWN_MAX: Duration = Duration::from_secs(5);
+/// Events handled between two looks at the timers.
+const BATCH: usize = 256;
+
+/// What the engine asks.
+pub(super) enum Command {
+    Offer {
+        offer: Offer,
+        weight_version: u64,
+    },
+    Expect {
+        transfer_id: TransferId,
+        peer: String,
+        incarnation: u64,
+        geometry_digest: u64,
+        weight_version: u64,
+        tokens: u32,
+    },
+    Fetch {
+        transfer_id: TransferId,
+        blocks: Vec<BlockId>,
+        first_token: u32,
+    },
+    Release(TransferId),
+    Abort(TransferId),
+    WeightVersion(u64),
+    ShutDown,
+}
+
+/// Everything that can happen.
+pub(super) enum Event {
+    Command(Command),
+    Admin(AdminRequest, AdminReply),
+    /// A decode worker has connected and proved itself.
+    ClientUp {
+        client: u64,
+        hello: Hello,
+        connection: Connection,
+    },
+    FromClient {
+        client: u64,
+        inbound: Inbound,
+    },
+    /// The link over which to push to a client is there, or cannot be made.
+    ClientLink {
+        client: u64,
+        path: Path,
+        result: Result<(Arc<dyn Link>, Arc<PairPlan>), TransportError>,
+    },
+    /// A prefill worker has been reached, or cannot be.
+    PeerReached {
+        peer: String,
+        attempt: u64,
+        result: Box<Result<Reached, TransferFailure>>,
+    },
+    FromPeer {
+        peer: String,
+        attempt: u64,
+        inbound: Inbound,
+    },
+    /// `serial` tells a transfer from a later one with the same id.
+    Copied {
+        side: Side,
+        transfer_id: TransferId,
+        serial: u64,
+        result: Result<Copied, TransportError>,
+    },
+    Digested {
+        side: Side,
+        transfer_id: TransferId,
+        serial: u64,
+        digest: u64,
+    },
+    Fenced {
+        transfer_id: TransferId,
+        serial: u64,
+        fenced: bool,
+    },
+}
+
+/// What a timer is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Timer {
+    Transfer(Side, TransferId),
+    /// Renew the leases held at this prefill worker.
+    Renew(String),
+    /// Look whether the dead prefill worker of this transfer can still write.
+    Fence(TransferId),
+}
+
+/// Names a running timer.
+pub(super) type TimerKey = (Instant, u64);
+
+pub(super) struct Core {
+    pub(super) kv: Settings,
+    pub(super) shared: Arc<Shared>,
+    pub(super) transports: Vec<Arc<dyn Transport>>,
+    pub(super) events: mpsc::UnboundedSender<Event>,
+    pub(super) identity: Arc<Identity>,
+    pub(super) sending: HashMap<TransferId, Sending>,
+    pub(super) receiving: HashMap<TransferId, Receiving>,
+    pub(super) clients: HashMap<u64, Client>,
+    pub(super) peers: HashMap<String, Peer>,
+    pub(super) past: Past,
+    /// Connections, connection attempts, digests: all that runs beside the loop.
+    pub(super) tasks: JoinSet<()>,
+    reports: ReportSink,
+    timers: BTreeMap<TimerKey, Timer>,
+    serial: u64,
+    fetches: u64,
+    stopping: Option<Instant>,
+}
+
+/// The settings, as durations.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Settings {
+    pub(super) lease: Duration,
+    pub(super) transfer_timeout: Duration,
+    pub(super) connect_timeout: Duration,
+    pub(super) liveness: Liveness,
+    pub(super) inflight_max: usize,
+    digest: DigestPolicy,
+    digest_sample_every: u32,
+}
+
+impl Core {
+    pub(super) fn new(
+        kv: &KvConfig,
+        send_type: KvSendType,
+        shared: Arc<Shared>,
+        transports: Vec<Arc<dyn Transport>>,
+        events: mpsc::UnboundedSender<Event>,
+        reports: ReportSink,
+    ) -> Self {
+        let kv = Settings {
+            lease: Duration::from_millis(kv.lease_ms),
+            transfer_timeout: Duration::from_millis(kv.transfer_timeout_ms),
+            connect_timeout: Duration::from_millis(kv.connect_timeout_ms),
+            liveness: Liveness {
+                ping_interval: Duration::from_millis(kv.ping_interval_ms),
+                peer_timeout: Duration::from_millis(kv.peer_timeout_ms),
+            },
+            inflight_max: kv.inflight_max.max(1),
+            digest: kv.digest,
+            digest_sample_every: kv.digest_sample_every.max(1),
+        };
+        let info = PeerInfo {
+            geometry: shared.layout.geometry().clone(),
+            map: shared.layout.map().clone(),
+            offers: export_all(&transports),
+            send_type,
+        };
+        let hello = Hello {
+            part: Part::Engine,
+            engine_id: shared.engine_id.clone(),
+            incarnation: shared.incarnation,
+            role: shared.role,
+            payload: to_body(&info).to_vec(),
+        };
+        let identity =
+            Identity { secret: shared.secret.clone(), versions: VERSIONS, hello, timeout: kv.connect_timeout };
+        Self {
+            kv,
+            shared,
+            transports,
+            events,
+            identity: Arc::new(identity),
+            sending: HashMap::new(),
+            receiving: HashMap::new(),
+            clients: HashMap::new(),
+            peers: HashMap::new(),
+            past: Past::default(),
+            tasks: JoinSet::new(),
+            reports,
+            timers: BTreeMap::new(),
+            serial: 0,
+            fetches: 0,
+            stopping: None,
+        }
+    }
+
+    /// Runs until told to shut down and every transfer has been reported.
+    pub(super) async fn run(mut self, listener: tokio::net::TcpListener, mut queue: mpsc::UnboundedReceiver<Event>) {
+        let server = serve(listener, Arc::clone(&self.identity), self.kv.liveness, self.welcome());
+        self.tasks.spawn(server);
+        let mut batch = Vec::with_capacity(BATCH);
+        while !self.is_done() {
+            let wake = self.timers.first_key_value().map(|((at, _), _)| *at).into_iter().chain(self.stopping).min();
+            tokio::select! {
+                biased;
+                _ = queue.recv_many(&mut batch, BATCH) => {}
+                () = sleep_until(wake) => {}
+            }
+            for event in batch.drain(..) {
+                self.handle(event);
+            }
+            self.fire_timers();
+        }
+        self.close();
+    }
+
+    fn is_done(&self) -> bool {
+        let idle = self.sending.is_empty() && self.receiving.is_empty();
+        self.stopping.is_some_and(|until| idle || Instant::now() >= until)
+    }
+
+    /// Where each new connection's messages go.
+    fn welcome(&self) -> Welcome {
+        let events = self.events.clone();
+        let admin: Arc<dyn AdminHandler> = Arc::new(AdminEvents(events.clone()));
+        let numbers = Arc::new(std::sync::atomic::AtomicU64::new(0));
+        Arc::new(move |hello: Hello, connection: &Connection| -> Sink {
+            match hello.part {
+                Part::Admin => admin_sink(connection, Arc::clone(&admin)),
+                Part::Engine => {
+                    let client = numbers.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    let events = events.clone();
+                    // The loop may be gone already: then so is this connection, in a moment.
+                    let _ = events.send(Event::ClientUp { client, hello, connection: connection.clone() });
+                    Box::new(move |inbound| drop(events.send(Event::FromClient { client, inbound })))
+                }
+            }
+        })
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Command(command) => self.command(command),
+            Event::Admin(request, reply) => self.admin(request, reply),
+            Event::ClientUp { client, hello, connection } => self.client_up(client, &hello, connection),
+            Event::FromClient { client, inbound } => self.from_client(client, inbound),
+            Event::ClientLink { client, path, result } => self.client_link(client, path, result),
+            Event::PeerReached { peer, attempt, result } => self.peer_reached(&peer, attempt, *result),
+            Event::FromPeer { peer, attempt, inbound } => self.from_peer(&peer, attempt, inbound),
+            Event::Copied { side: Side::Prefill, transfer_id, serial, result } => {
+                self.push_done(transfer_id, serial, result);
+            }
+            Event::Copied { side: Side::Decode, transfer_id, serial, result } => {
+                self.pull_done(transfer_id, serial, result);
+            }
+            Event::Digested { side: Side::Prefill, transfer_id, serial, digest } => {
+                self.sending_digested(transfer_id, serial, digest);
+            }
+            Event::Digested { side: Side::Decode, transfer_id, serial, digest } => {
+                self.receiving_digested(transfer_id, serial, digest);
+            }
+            Event::Fenced { transfer_id, serial, fenced } => self.fenced(transfer_id, serial, fenced),
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Offer { offer, weight_version } => self.offer(offer, weight_version),
+            Command::Expect { transfer_id, peer, incarnation, geometry_digest, weight_version, tokens } => {
+                let claim = super::messages::Claim {
+                    transfer_id,
+                    incarnation,
+                    geometry_digest,
+                    weight_version,
+                    decode_weight_version: self.weight_version(),
+                    tokens,
+                };
+                self.expect(&peer, claim);
+            }
+            Command::Fetch { transfer_id, blocks, first_token } => self.fetch(transfer_id, blocks, first_token),
+            Command::Release(transfer_id) => self.release(transfer_id),
+            Command::Abort(transfer_id) => drop(self.abort(transfer_id)),
+            Command::WeightVersion(version) => {
+                self.outdate_sending(version);
+                self.outdate_receiving(version);
+            }
+            Command::ShutDown => {
+                self.stopping = Some(Instant::now() + SHUTDOWN_MAX);
+                self.stop_sending();
+                self.stop_receiving();
+            }
+        }
+    }
+
+    fn admin(&mut self, request: AdminRequest, reply: AdminReply) {
+        match request {
+            AdminRequest::Abort(transfer_id) => {
+                let answer = self.abort(transfer_id);
+                reply.send(&AdminAnswer::Abort(answer));
+            }
+            AdminRequest::Record(transfer_id) => {
+                reply.send(&AdminAnswer::Record(locked(&self.shared.records).of(transfer_id)));
+            }
+            AdminRequest::Status => reply.send(&AdminAnswer::Status(self.shared.status())),
+            AdminRequest::Pair(peer) => self.pair(&peer, reply),
+        }
+    }
+
+    /// KV-9. Whichever side is here is told; an id that nobody knows is remembered.
+    fn abort(&mut self, transfer_id: TransferId) -> AbortAnswer {
+        let sending = self.abort_sending(transfer_id);
+        let receiving = self.abort_receiving(transfer_id);
+        if sending || receiving {
+            return AbortAnswer::Aborted;
+        }
+        match self.past.of(transfer_id) {
+            Some(Gone::Ended | Gone::Expired) => AbortAnswer::Ended,
+            Some(Gone::Aborted) | None => {
+                self.past.remember(transfer_id, Gone::Aborted);
+                AbortAnswer::Unknown
+            }
+        }
+    }
+
+    /// A number that no transfer, attempt or timer had before.
+    pub(super) fn next_serial(&mut self) -> u64 {
+        self.serial += 1;
+        self.serial
+    }
+
+    pub(super) fn weight_version(&self) -> u64 {
+        self.shared.weight_version.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Whether the next fetched transfer gets a digest (KV-4).
+    pub(super) fn wants_digest(&mut self) -> bool {
+        let number = self.fetches;
+        self.fetches += 1;
+        match self.kv.digest {
+            DigestPolicy::Off => false,
+            DigestPolicy::Every => true,
+            DigestPolicy::Sampled => number.is_multiple_of(u64::from(self.kv.digest_sample_every)),
+        }
+    }
+
+    /// Sets a timer, and takes back the one that `old` names.
+    pub(super) fn set_timer(&mut self, old: Option<TimerKey>, at: Option<Instant>, timer: Timer) -> Option<TimerKey> {
+        if let Some(old) = old {
+            if at == Some(old.0) {
+                return Some(old);
+            }
+            self.timers.remove(&old);
+        }
+        let key = (at?, self.next_serial());
+        self.timers.insert(key, timer);
+        Some(key)
+    }
+
+    fn fire_timers(&mut self) {
+        let now = Instant::now();
+        while let Some(entry) = self.timers.first_entry().filter(|entry| entry.key().0 <= now) {
+            match entry.remove() {
+                Timer::Transfer(Side::Prefill, transfer_id) => self.tick_sending(transfer_id, now),
+                Timer::Transfer(Side::Decode, transfer_id) => self.tick_receiving(transfer_id, now),
+                Timer::Renew(peer) => self.renew(&peer, now),
+                Timer::Fence(transfer_id) => self.look_for_fence(transfer_id, now),
+            }
+        }
+    }
+
+    /// The one report of a transfer (KV-1), its record and its count. The engine may act on it before this returns.
+    pub(super) fn report(&mut self, transfer_id: TransferId, end: End, blocks: usize, mut record: TransferRecord) {
+        let (side, gone) = (record.side, if end == End::Expired { Gone::Expired } else { Gone::Ended });
+        let (outcome, name) = match &end {
+            End::Sent | End::Received => (TransferOutcome::Done, "done"),
+            End::Released => (TransferOutcome::Done, "released"),
+            End::Aborted => (TransferOutcome::Aborted, "aborted"),
+            End::Expired => (TransferOutcome::Expired, "expired"),
+            End::Failed { failure, .. } => (TransferOutcome::Failed(failure.to_string()), failure.name()),
+        };
+        record.outcome = outcome;
+        match &end {
+            End::Failed { failure, fenced } => {
+                tracing::warn!(%transfer_id, side = side.name(), fenced, %failure, "transfer failed");
+            }
+            end => tracing::debug!(%transfer_id, side = side.name(), ?end, bytes = record.bytes, "transfer ended"),
+        }
+        self.shared.metrics.ended(&record, name);
+        locked(&self.shared.records).push(transfer_id, record);
+        self.past.remember(transfer_id, gone);
+        self.shared.leave(side, transfer_id, blocks);
+        (self.reports)(Report { transfer_id, side, end });
+    }
+
+    /// What a record says before anything has happened.
+    pub(super) fn blank_record(&self, transfer_id: TransferId, side: Side) -> TransferRecord {
+        TransferRecord {
+            transfer_id: transfer_id.to_string(),
+            side,
+            engine_id: self.shared.engine_id.clone(),
+            peer_engine_id: None,
+            path: None,
+            bytes: 0,
+            runs: 0,
+            posts: 0,
+            blocks: 0,
+            tokens: 0,
+            wait_us: 0,
+            copy_us: 0,
+            validate_us: 0,
+            digest_checked: false,
+            weight_version: self.weight_version(),
+            outcome: TransferOutcome::Aborted,
+        }
+    }
+
+    /// Reaps what has ended beside the loop.
+    pub(super) fn reap(&mut self) {
+        while self.tasks.try_join_next().is_some() {}
+    }
+
+    fn close(mut self) {
+        let cause = |connection: &Connection| ControlError::Closed {
+            peer: connection.peer().to_owned(),
+            why: "this worker shuts down".to_owned(),
+        };
+        for client in self.clients.values() {
+            client.connection.close(cause(&client.connection));
+        }
+        for connection in self.peers.values().filter_map(Peer::connection) {
+            connection.close(cause(connection));
+        }
+        // Links before transports: each waits until nothing of it can write (TR-3).
+        self.clients.clear();
+        self.peers.clear();
+        self.give_up_receiving();
+        self.tasks.abort_all();
+        for transport in &self.transports {
+            transport.close();
+        }
+    }
+}
+
+/// Microseconds from one moment to a later one; 0 if either is unknown.
+pub(super) fn micros(from: Option<Instant>, to: Option<Instant>) -> u64 {
+    let (Some(from), Some(to)) = (from, to) else { return 0 };
+    u64::try_from(to.saturating_duration_since(from).as_micros()).unwrap_or(u64::MAX)
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Admin questions become events.
+struct AdminEvents(mpsc::UnboundedSender<Event>);
+
+impl AdminHandler for AdminEvents {
+    fn ask(&self, request: AdminRequest, reply: AdminReply) {
+        let _ = self.0.send(Event::Admin(request, reply));
+    }
+}

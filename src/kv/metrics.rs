@@ -1,0 +1,117 @@
+//! What `/metrics` shows of the KV link.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+use crate::telemetry::{Side, TransferOutcome, TransferRecord, names};
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TransferLabels {
+    side: &'static str,
+    path: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PathLabels {
+    side: &'static str,
+    path: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SideLabel {
+    side: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PartLabels {
+    side: &'static str,
+    part: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
+/// The link's counters and gauges. Clones share their values.
+#[derive(Debug, Clone)]
+pub struct KvMetrics {
+    transfers: Family<TransferLabels, Counter>,
+    bytes: Family<PathLabels, Counter>,
+    digests: Family<SideLabel, Counter>,
+    seconds: Family<PartLabels, Histogram, fn() -> Histogram>,
+    held: Gauge,
+    active: Gauge,
+    peers: Family<SideLabel, Gauge>,
+    peer_failures: Family<ReasonLabel, Counter>,
+}
+
+impl KvMetrics {
+    /// Registers the link's metrics.
+    pub fn new(registry: &mut Registry) -> Self {
+        let metrics = Self::unregistered();
+        registry.register(names::KV_TRANSFERS, "Transfers that ended", metrics.transfers.clone());
+        registry.register(names::KV_TRANSFER_BYTES, "Bytes of KV moved", metrics.bytes.clone());
+        registry.register(names::KV_DIGESTS_CHECKED, "Transfers whose digest was compared", metrics.digests.clone());
+        registry.register(names::KV_TRANSFER_SECONDS, "Time of transfers that ended well", metrics.seconds.clone());
+        registry.register(names::KV_BLOCKS_HELD, "Blocks held for decode", metrics.held.clone());
+        registry.register(names::KV_TRANSFERS_ACTIVE, "Transfers that have not ended", metrics.active.clone());
+        registry.register(names::KV_PEERS, "Connected workers of the other role", metrics.peers.clone());
+        registry.register(names::KV_PEER_FAILURES, "Workers lost or not reached", metrics.peer_failures.clone());
+        metrics
+    }
+
+    /// For a runtime whose numbers nobody asks for.
+    pub fn unregistered() -> Self {
+        // 10 µs to some 20 s.
+        let histogram: fn() -> Histogram = || Histogram::new(exponential_buckets(10e-6, 2.0, 22));
+        Self {
+            transfers: Family::default(),
+            bytes: Family::default(),
+            digests: Family::default(),
+            seconds: Family::new_with_constructor(histogram),
+            held: Gauge::default(),
+            active: Gauge::default(),
+            peers: Family::default(),
+            peer_failures: Family::default(),
+        }
+    }
+
+    /// Counts a transfer that ended; `outcome` names how.
+    pub(super) fn ended(&self, record: &TransferRecord, outcome: &'static str) {
+        let side = record.side.name();
+        let path = record.path.map_or("none", |path| path.name());
+        self.transfers.get_or_create(&TransferLabels { side, path, outcome }).inc();
+        if record.digest_checked {
+            self.digests.get_or_create(&SideLabel { side }).inc();
+        }
+        if record.outcome == TransferOutcome::Done {
+            self.bytes.get_or_create(&PathLabels { side, path }).inc_by(record.bytes);
+            for (part, micros) in [("wait", record.wait_us), ("copy", record.copy_us), ("validate", record.validate_us)]
+            {
+                let seconds = std::time::Duration::from_micros(micros).as_secs_f64();
+                self.seconds.get_or_create(&PartLabels { side, part }).observe(seconds);
+            }
+        }
+    }
+
+    pub(super) fn gauge(&self, held_blocks: u64, active: u64) {
+        self.held.set(i64::try_from(held_blocks).unwrap_or(i64::MAX));
+        self.active.set(i64::try_from(active).unwrap_or(i64::MAX));
+    }
+
+    /// `side` is this process's own: decode workers connect to prefill.
+    pub(super) fn peers(&self, side: Side, count: usize) {
+        let count = i64::try_from(count).unwrap_or(i64::MAX);
+        self.peers.get_or_create(&SideLabel { side: side.name() }).set(count);
+    }
+
+    pub(super) fn peer_failed(&self, reason: &'static str) {
+        self.peer_failures.get_or_create(&ReasonLabel { reason }).inc();
+    }
+}

@@ -1,0 +1,322 @@
+//! The runtime of one worker: starts the thread that owns all transfers, and is the engine's way to it.
+//!
+//! One thread with a single-threaded tokio runtime owns every connection, every machine and every timer (`core`). The
+//! engine's calls check what can be checked without it, and send it an event; bytes are moved by the transports' own
+//! threads. Nothing that the engine calls waits for the thread, except [`KvRuntime::shutdown`].
+
+use std::collections::HashSet;
+use std::net::TcpListener;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tokio::sync::mpsc;
+
+use super::core::{Command, Core, Event};
+use super::link::{KvLink, Offer, TransferHandle};
+use super::past::Records;
+use super::{
+    BLOCKS_MAX, BlockId, Geometry, KvError, KvMetrics, Layout, PARAMS_VERSION, PdlinkParams, RankMemory, Report,
+    TransferParams,
+};
+use crate::config::{KvConfig, KvSendType, Role};
+use crate::control::{RuntimeStatus, TransferId};
+use crate::memory::Region;
+use crate::security::Secret;
+use crate::telemetry::{Side, TransferRecord};
+use crate::transport::{Setup, Transport, offers};
+
+/// Everything that a runtime needs to know.
+pub struct RuntimeConfig<'a> {
+    pub kv: &'a KvConfig,
+    /// Unique among the workers of a run.
+    pub engine_id: String,
+    pub role: Role,
+    /// Who drives the copy of what this worker prefills.
+    pub send_type: KvSendType,
+    pub geometry: Geometry,
+    /// All tensor-parallel ranks, in order.
+    pub ranks: Vec<RankMemory>,
+    pub secret: Secret,
+    /// The worker's KV address, bound and listening.
+    pub listener: TcpListener,
+    /// Under which name or address peers reach the listener.
+    pub advertise_host: String,
+    pub weight_version: u64,
+    /// The paths to offer, best first. `None`: what `kv.paths` allows and this memory can use.
+    pub transports: Option<Vec<Arc<dyn Transport>>>,
+    pub metrics: KvMetrics,
+}
+
+/// Where the one report of each transfer goes (KV-1). Runs on the runtime's thread: must not block.
+pub type ReportSink = Box<dyn Fn(Report) + Send + Sync>;
+
+/// A running KV link.
+pub struct KvRuntime {
+    shared: Arc<Shared>,
+    events: mpsc::UnboundedSender<Event>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the engine's threads and the runtime's share.
+pub(super) struct Shared {
+    pub(super) engine_id: String,
+    pub(super) incarnation: u64,
+    pub(super) role: Role,
+    pub(super) layout: Arc<Layout>,
+    pub(super) regions: Vec<Arc<Region>>,
+    pub(super) secret: Secret,
+    pub(super) host: String,
+    pub(super) port: u16,
+    pub(super) geometry_digest: u64,
+    pub(super) weight_version: AtomicU64,
+    pub(super) records: Mutex<Records>,
+    pub(super) metrics: KvMetrics,
+    live: Mutex<Live>,
+}
+
+#[derive(Default)]
+struct Live {
+    transfers: HashSet<(Side, TransferId)>,
+    held_blocks: u64,
+}
+
+impl Shared {
+    /// Enters a transfer; one id can be in progress once on each side.
+    fn enter(&self, side: Side, transfer_id: TransferId, blocks: usize) -> Result<(), KvError> {
+        let mut live = locked(&self.live);
+        if !live.transfers.insert((side, transfer_id)) {
+            return Err(KvError::Duplicate { transfer_id });
+        }
+        live.held_blocks += blocks as u64;
+        self.metrics.gauge(live.held_blocks, live.transfers.len() as u64);
+        Ok(())
+    }
+
+    /// Lets go of a transfer and the blocks held for it.
+    pub(super) fn leave(&self, side: Side, transfer_id: TransferId, blocks: usize) {
+        let mut live = locked(&self.live);
+        live.transfers.remove(&(side, transfer_id));
+        live.held_blocks -= blocks as u64;
+        self.metrics.gauge(live.held_blocks, live.transfers.len() as u64);
+    }
+
+    pub(super) fn status(&self) -> RuntimeStatus {
+        let live = locked(&self.live);
+        RuntimeStatus {
+            engine_id: self.engine_id.clone(),
+            incarnation: self.incarnation,
+            role: self.role,
+            held_blocks: live.held_blocks,
+            transfers_active: live.transfers.len() as u64,
+            weight_version: self.weight_version.load(Relaxed),
+        }
+    }
+}
+
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl KvRuntime {
+    /// Checks the memory's description, opens the paths, and starts the thread. `reports` gets the end of every transfer.
+    pub fn start(config: RuntimeConfig<'_>, reports: ReportSink) -> Result<Self, KvError> {
+        let start = |what: &str, error: &dyn std::fmt::Display| KvError::Start(format!("{what}: {error}"));
+        let (layout, regions) = Layout::of_ranks(config.geometry.clone(), &config.ranks)?;
+        let address = config.listener.local_addr().map_err(|error| start("the KV listener", &error))?;
+        config.secret.allowed_on(address.ip()).map_err(|error| start("the KV listener", &error))?;
+        let transports = match config.transports {
+            Some(transports) => transports,
+            None => offers(&Setup {
+                config: config.kv,
+                regions: &regions,
+                secret: &config.secret,
+                bind: address.ip(),
+                advertise_host: &config.advertise_host,
+            })
+            .map_err(|error| start("the paths", &error))?,
+        };
+        let shared = Arc::new(Shared {
+            geometry_digest: layout.geometry().digest(),
+            engine_id: config.engine_id,
+            incarnation: incarnation(),
+            role: config.role,
+            layout: Arc::new(layout),
+            regions,
+            secret: config.secret,
+            host: config.advertise_host,
+            port: address.port(),
+            weight_version: AtomicU64::new(config.weight_version),
+            records: Mutex::default(),
+            metrics: config.metrics,
+            live: Mutex::default(),
+        });
+        let (events, queue) = mpsc::unbounded_channel();
+        let core = Core::new(config.kv, config.send_type, Arc::clone(&shared), transports, events.clone(), reports);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(4)
+            .build()
+            .map_err(|error| start("the runtime", &error))?;
+        config.listener.set_nonblocking(true).map_err(|error| start("the KV listener", &error))?;
+        let listener = {
+            let _inside = runtime.enter();
+            tokio::net::TcpListener::from_std(config.listener).map_err(|error| start("the KV listener", &error))?
+        };
+        let thread = std::thread::Builder::new()
+            .name("pdlink-kv".to_owned())
+            .spawn(move || runtime.block_on(core.run(listener, queue)))
+            .map_err(|error| start("the thread", &error))?;
+        Ok(Self { shared, events, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// `host:port` of the control listener, as peers are told.
+    pub fn address(&self) -> String {
+        endpoint(&self.shared.host, self.shared.port)
+    }
+
+    pub fn incarnation(&self) -> u64 {
+        self.shared.incarnation
+    }
+
+    /// Ends every transfer, with its report, closes every path and waits for the thread.
+    pub fn shutdown(self) {
+        self.stop();
+    }
+
+    fn stop(&self) {
+        let _ = self.events.send(Event::Command(Command::ShutDown));
+        if let Some(thread) = locked(&self.thread).take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the KV runtime's thread panicked");
+        }
+    }
+
+    fn command(&self, command: Command) -> Result<(), KvError> {
+        self.events.send(Event::Command(command)).map_err(|_| KvError::ShutDown)
+    }
+
+    fn check_offer(&self, offer: &Offer) -> Result<(), KvError> {
+        let Offer { transfer_id, blocks, tokens, .. } = offer;
+        let geometry = self.shared.layout.geometry();
+        let needed = geometry.blocks_for(*tokens);
+        if blocks.len() != needed as usize || blocks.len() > BLOCKS_MAX || blocks.is_empty() {
+            let (transfer_id, given) = (*transfer_id, blocks.len());
+            return Err(KvError::WrongBlockCount { transfer_id, tokens: *tokens, needed, given });
+        }
+        Ok(self.shared.layout.check_blocks(blocks)?)
+    }
+
+    fn params(&self, offer: &Offer) -> TransferParams {
+        let shared = &self.shared;
+        TransferParams {
+            do_remote_prefill: true,
+            do_remote_decode: false,
+            remote_engine_id: shared.engine_id.clone(),
+            remote_request_id: offer.request_id.clone(),
+            remote_host: shared.host.clone(),
+            remote_port: shared.port,
+            remote_block_ids: vec![offer.blocks.clone()],
+            tp_size: shared.layout.geometry().tp_size,
+            remote_num_tokens: offer.tokens,
+            pdlink: PdlinkParams {
+                version: PARAMS_VERSION,
+                transfer_id: offer.transfer_id,
+                incarnation: shared.incarnation,
+                endpoints: vec![self.address()],
+                geometry_digest: shared.geometry_digest,
+                weight_version: shared.weight_version.load(Relaxed),
+                seal: String::new(),
+            },
+        }
+        .sealed(&shared.secret)
+    }
+}
+
+impl KvLink for KvRuntime {
+    fn offer(&self, offer: Offer) -> Result<TransferParams, KvError> {
+        if self.shared.role == Role::Decode {
+            return Err(KvError::WrongRole { what: "offering KV", role: "decode" });
+        }
+        self.check_offer(&offer)?;
+        let params = self.params(&offer);
+        let (transfer_id, blocks) = (offer.transfer_id, offer.blocks.len());
+        self.shared.enter(Side::Prefill, transfer_id, blocks)?;
+        let weight_version = params.pdlink.weight_version;
+        self.command(Command::Offer { offer, weight_version })
+            .inspect_err(|_| self.shared.leave(Side::Prefill, transfer_id, blocks))?;
+        Ok(params)
+    }
+
+    fn expect(&self, params: &TransferParams) -> Result<TransferHandle, KvError> {
+        if self.shared.role == Role::Prefill {
+            return Err(KvError::WrongRole { what: "expecting KV", role: "prefill" });
+        }
+        params.check_seal(&self.shared.secret)?;
+        let [endpoint] = &params.pdlink.endpoints[..] else {
+            return Err(KvError::Endpoints { count: params.pdlink.endpoints.len() });
+        };
+        let transfer_id = params.pdlink.transfer_id;
+        self.shared.enter(Side::Decode, transfer_id, 0)?;
+        let command = Command::Expect {
+            transfer_id,
+            peer: endpoint.clone(),
+            incarnation: params.pdlink.incarnation,
+            geometry_digest: params.pdlink.geometry_digest,
+            weight_version: params.pdlink.weight_version,
+            tokens: params.remote_num_tokens,
+        };
+        self.command(command).inspect_err(|_| self.shared.leave(Side::Decode, transfer_id, 0))?;
+        Ok(TransferHandle { transfer_id })
+    }
+
+    fn fetch(&self, handle: TransferHandle, blocks: Vec<BlockId>, first_token: u32) {
+        // After the runtime has gone every transfer has been reported already.
+        let _ = self.command(Command::Fetch { transfer_id: handle.transfer_id, blocks, first_token });
+    }
+
+    fn release(&self, handle: TransferHandle) {
+        let _ = self.command(Command::Release(handle.transfer_id));
+    }
+
+    fn abort(&self, transfer_id: TransferId) {
+        let _ = self.command(Command::Abort(transfer_id));
+    }
+
+    fn record(&self, transfer_id: TransferId) -> Option<TransferRecord> {
+        locked(&self.shared.records).of(transfer_id)
+    }
+
+    fn records(&self) -> Vec<TransferRecord> {
+        locked(&self.shared.records).all()
+    }
+
+    fn status(&self) -> RuntimeStatus {
+        self.shared.status()
+    }
+
+    fn set_weight_version(&self, weight_version: u64) {
+        self.shared.weight_version.store(weight_version, Relaxed);
+        let _ = self.command(Command::WeightVersion(weight_version));
+    }
+}
+
+impl Drop for KvRuntime {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Nanoseconds since 1970: grows from one start of a worker to the next, so that of two incarnations at one address the
+/// later is known (KV-8).
+fn incarnation() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// `host:port`, with brackets round an IPv6 address.
+fn endpoint(host: &str, port: u16) -> String {
+    if host.contains(':') && !host.starts_with('[') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
