@@ -72,7 +72,7 @@ impl Core {
         self.shared.metrics.peers(Side::Prefill, self.clients.len());
     }
 
-    pub(super) fn from_client(&mut self, client: u64, inbound: Inbound) {
+    pub(super) fn client_says(&mut self, client: u64, inbound: Inbound) {
         let message = match inbound {
             Inbound::Notice(message) => message,
             Inbound::Request(..) => return self.reject_client(client, "a request where notices are due"),

@@ -258,10 +258,10 @@ impl Core {
             Event::Command(command) => self.command(command),
             Event::Admin(request, reply) => self.admin(request, reply),
             Event::ClientUp { client, hello, connection } => self.client_up(client, &hello, connection),
-            Event::FromClient { client, inbound } => self.from_client(client, inbound),
+            Event::FromClient { client, inbound } => self.client_says(client, inbound),
             Event::ClientLink { client, path, result } => self.client_link(client, path, result),
             Event::PeerReached { peer, attempt, result } => self.peer_reached(&peer, attempt, *result),
-            Event::FromPeer { peer, attempt, inbound } => self.from_peer(&peer, attempt, inbound),
+            Event::FromPeer { peer, attempt, inbound } => self.peer_says(&peer, attempt, inbound),
             Event::Copied { side: Side::Prefill, transfer_id, serial, result } => {
                 self.push_done(transfer_id, serial, result);
             }

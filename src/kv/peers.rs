@@ -146,7 +146,7 @@ impl Core {
         }
     }
 
-    pub(super) fn from_peer(&mut self, peer: &str, attempt: u64, inbound: Inbound) {
+    pub(super) fn peer_says(&mut self, peer: &str, attempt: u64, inbound: Inbound) {
         let Some(entry) = self.peers.get(peer).filter(|entry| entry.attempt == attempt) else { return };
         let refuse = |why: String| {
             if let Some(connection) = entry.connection() {

@@ -83,9 +83,9 @@ impl Core {
         }
         let Some(transfer_id) = message.transfer_id() else { return };
         match message {
-            ToPrefill::Claim(claim) => return self.claim(client, &claim),
+            ToPrefill::Claim(claim) => self.claim(client, &claim),
             message if !self.is_claimed_by(transfer_id, client) => {
-                return self.hear_of_unclaimed(client, transfer_id, &message);
+                self.hear_of_unclaimed(client, transfer_id, &message);
             }
             ToPrefill::Copying { first_token, .. } => {
                 if self.note_first_token(transfer_id, first_token) {
