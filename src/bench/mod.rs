@@ -2,5 +2,9 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod environment;
+pub mod link;
 pub mod process;
 pub mod soak;
+pub mod stats;
+pub mod table;

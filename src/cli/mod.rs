@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod argv;
+mod bench;
 mod config;
 mod engine;
 mod guard;
@@ -39,6 +40,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Measure, against what the machine can do.
+    Bench(bench::Args),
     /// Show, check or describe the configuration.
     #[command(after_help = SOURCES_HELP)]
     Config(config::Args),
@@ -54,6 +57,7 @@ enum Command {
 
 fn dispatch(command: Command, sources: Sources) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Bench(args) => bench::run(args, sources),
         Command::Config(args) => config::run(args, sources),
         Command::Engine(args) => engine::run(args, sources),
         Command::Up(args) => up::run(args, sources),

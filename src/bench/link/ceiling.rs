@@ -1,0 +1,120 @@
+//! What the machine can do without us: a parallel memcpy, or plain sockets.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::sync::{Arc, Barrier, mpsc};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use anyhow::Context;
+
+use super::workload::noise;
+use crate::memory::{Region, RegionOptions, to_u64, to_usize};
+
+/// How much one plain read or write asks for.
+pub(super) const PLAIN_BYTES: usize = 256 * 1024;
+
+/// Threads that wait for a share of a copy, as a path's threads do.
+pub(super) struct Ceiling {
+    orders: Vec<mpsc::Sender<Order>>,
+    threads: Vec<JoinHandle<anyhow::Result<()>>>,
+}
+
+struct Order {
+    at: u64,
+    bytes: u64,
+    done: Arc<Barrier>,
+}
+
+impl Ceiling {
+    /// `threads` threads, each copying one contiguous share from memory like the peer's to `dst`.
+    pub(super) fn memcpy(threads: usize, dst: Arc<Region>) -> anyhow::Result<Self> {
+        let options = RegionOptions { prefault: true, huge_pages: false };
+        let src = Region::shared_with(to_usize(dst.len()), options)?;
+        fill(&src, 3)?;
+        Self::start(threads, |_| {
+            let (src, dst) = (src.clone(), dst.clone());
+            Ok(move |at, bytes| Ok(src.copy_to(at, &dst, at, bytes)?))
+        })
+    }
+
+    /// `streams` plain sockets to the peer, each read by a thread of its own into memory of its own, in a plain loop.
+    pub(super) fn sockets(port: u16, streams: usize, like: Arc<Region>) -> anyhow::Result<Self> {
+        Self::start(streams, |_| {
+            let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).context("connecting a plain socket")?;
+            socket.set_nodelay(true)?;
+            let share = to_usize(like.len()) / streams;
+            let mut memory = vec![1_u8; share];
+            Ok(move |at: u64, bytes: u64| {
+                socket.write_all(&bytes.to_le_bytes())?;
+                let bytes = to_usize(bytes).min(share);
+                let at = to_usize(at) % (share - bytes + 1);
+                let mut left = &mut memory[at..at + bytes];
+                while !left.is_empty() {
+                    let len = left.len().min(PLAIN_BYTES);
+                    let read = socket.read(&mut left[..len])?;
+                    anyhow::ensure!(read > 0, "the other process closed a plain socket");
+                    left = &mut std::mem::take(&mut left)[read..];
+                }
+                Ok(())
+            })
+        })
+    }
+
+    fn start<F>(threads: usize, mut work: impl FnMut(usize) -> anyhow::Result<F>) -> anyhow::Result<Self>
+    where
+        F: FnMut(u64, u64) -> anyhow::Result<()> + Send + 'static,
+    {
+        let mut ceiling = Self { orders: Vec::new(), threads: Vec::new() };
+        for index in 0..threads {
+            let (order, orders) = mpsc::channel::<Order>();
+            let mut copy = work(index)?;
+            ceiling.orders.push(order);
+            ceiling.threads.push(std::thread::Builder::new().name(format!("ceiling-{index}")).spawn(move || {
+                for Order { at, bytes, done } in orders {
+                    let copied = copy(at, bytes);
+                    done.wait();
+                    copied?;
+                }
+                Ok(())
+            })?);
+        }
+        Ok(ceiling)
+    }
+
+    /// Seconds that copying `bytes` bytes from `at` on takes, shared evenly.
+    pub(super) fn run(&self, at: u64, bytes: u64) -> anyhow::Result<f64> {
+        let threads = to_u64(self.orders.len());
+        let share = (bytes / threads).max(1);
+        let done = Arc::new(Barrier::new(self.orders.len() + 1));
+        let started = Instant::now();
+        for (index, orders) in (0..).zip(&self.orders) {
+            let order = Order { at: at + index * share, bytes: share, done: done.clone() };
+            orders.send(order).ok().context("a thread of the ceiling ended early")?;
+        }
+        done.wait();
+        Ok(started.elapsed().as_secs_f64())
+    }
+}
+
+impl Drop for Ceiling {
+    fn drop(&mut self) {
+        self.orders.clear();
+        for thread in self.threads.drain(..) {
+            // What went wrong in it has failed the run that waited for it.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Fills a region with noise, piece by piece.
+pub(super) fn fill(region: &Region, seed: u64) -> anyhow::Result<()> {
+    let block = noise(1 << 20, seed);
+    let mut at = 0;
+    while at < region.len() {
+        let len = to_u64(block.len()).min(region.len() - at);
+        region.copy_in(at, &block[..to_usize(len)])?;
+        at += len;
+    }
+    Ok(())
+}

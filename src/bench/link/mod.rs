@@ -1,0 +1,223 @@
+//! How fast a path moves bytes between two processes, and what share that is of what the machine can do.
+//!
+//! The other process is this program again. Every measurement alternates with its ceiling: for `shm` a parallel memcpy on as
+//! many threads, for `tcp` as many plain sockets with read and write loops. Both sides walk through memory larger than the
+//! caches, so that both find it equally cold.
+
+mod ceiling;
+mod peer;
+mod workload;
+
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use serde::Serialize;
+
+pub use peer::serve as serve_peer;
+
+use self::ceiling::Ceiling;
+use self::peer::Peer;
+use self::workload::Window;
+use super::environment::Environment;
+use super::stats::{Samples, Spread};
+use super::table::{Table, size};
+use crate::config::Path;
+use crate::memory::{Region, RegionOptions, to_usize};
+use crate::security::Secret;
+use crate::transport::{Direction, Link, RunList, TransferRequest, Transport};
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub paths: Vec<Path>,
+    /// Sizes of whole transfers.
+    pub bytes: Vec<u64>,
+    /// Sizes of the scattered runs that they consist of.
+    pub run_bytes: Vec<u64>,
+    /// Threads that copy (`shm`), or sockets (`tcp`).
+    pub threads: usize,
+    /// Time per line of the table.
+    pub seconds: f64,
+    pub push: bool,
+}
+
+/// One line of the table.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    pub path: &'static str,
+    pub bytes: u64,
+    pub run_bytes: u64,
+    pub threads: usize,
+    pub gigabytes_per_second: Spread,
+    pub ceiling_gigabytes_per_second: Spread,
+    /// Median over median.
+    pub share_of_ceiling: f64,
+}
+
+/// One short run at a time.
+#[derive(Debug, Clone, Serialize)]
+pub struct Latency {
+    pub path: &'static str,
+    pub run_bytes: u64,
+    pub microseconds: Spread,
+    pub p99_microseconds: f64,
+}
+
+/// All that was measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    pub environment: Environment,
+    pub direction: &'static str,
+    pub latency: Vec<Latency>,
+    pub rows: Vec<Row>,
+}
+
+/// Longest wait for one transfer, and for the other process.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Memory walked through, so that nothing is met again while a cache still has it.
+const SPAN_BYTES_MIN: u64 = 256 << 20;
+const LATENCY_BYTES: u64 = 4096;
+const LATENCY_ROUNDS_MAX: usize = 20_000;
+
+/// Measures, telling each line as it is known.
+pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Report> {
+    let environment = Environment::current();
+    tell(&format!("{environment}\n"));
+    let largest = options.bytes.iter().copied().max().context("no size to measure")?;
+    let span = SPAN_BYTES_MIN.max(2 * largest);
+    let direction = if options.push { Direction::Push } else { Direction::Pull };
+    let mut report = Report { environment, direction: name(direction), latency: Vec::new(), rows: Vec::new() };
+    for path in &options.paths {
+        let rig = Rig::new(*path, options, direction, span)?;
+        report.latency.push(rig.latency(options)?);
+        for &bytes in &options.bytes {
+            for &run_bytes in options.run_bytes.iter().filter(|run_bytes| **run_bytes <= bytes) {
+                report.rows.push(rig.row(bytes, run_bytes, options)?);
+            }
+        }
+        rig.close();
+    }
+    tell(&report.to_string());
+    Ok(report)
+}
+
+fn name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Pull => "pull",
+        Direction::Push => "push",
+    }
+}
+
+/// Both processes, connected over one path, and the ceiling beside it.
+struct Rig {
+    path: Path,
+    direction: Direction,
+    transport: std::sync::Arc<dyn Transport>,
+    link: std::sync::Arc<dyn Link>,
+    ceiling: Ceiling,
+    peer: Peer,
+    span: u64,
+}
+
+impl Rig {
+    fn new(path: Path, options: &Options, direction: Direction, span: u64) -> anyhow::Result<Self> {
+        let secret = Secret::generate()?;
+        let peer = Peer::start(path, span, options.threads, &secret)?;
+        let region = Region::shared_with(to_usize(span), RegionOptions { prefault: true, huge_pages: false })?;
+        let transport = peer::open(path, &region, options.threads, &secret)?;
+        let link =
+            transport.connect(&peer.export, Instant::now() + PATIENCE).context("connecting to the other process")?;
+        let ceiling = match path {
+            Path::Tcp => Ceiling::sockets(peer.plain_port, options.threads, region)?,
+            _ => Ceiling::memcpy(options.threads, region)?,
+        };
+        Ok(Self { path, direction, transport, link, ceiling, peer, span })
+    }
+
+    /// Seconds that one transfer took.
+    fn transfer(&self, runs: RunList) -> anyhow::Result<f64> {
+        let bytes = runs.bytes();
+        let (tell, told) = mpsc::channel();
+        let grant = (self.direction == Direction::Push).then_some(self.peer.grant);
+        let request = TransferRequest { direction: self.direction, runs, grant, deadline: Instant::now() + PATIENCE };
+        let started = Instant::now();
+        self.link.submit(request, Box::new(move |outcome| drop(tell.send((outcome, Instant::now())))));
+        let (outcome, ended) = told.recv().context("the link dropped a completion")?;
+        if outcome.context("transfer")?.bytes != bytes {
+            bail!("a transfer of {bytes} bytes ended with another number");
+        }
+        Ok((ended - started).as_secs_f64())
+    }
+
+    fn row(&self, bytes: u64, run_bytes: u64, options: &Options) -> anyhow::Result<Row> {
+        let mut window = Window::new(self.span, bytes);
+        let (mut ours, mut theirs) = (Samples::default(), Samples::default());
+        let until = Instant::now() + Duration::from_secs_f64(options.seconds);
+        // In turns, so that whatever else the machine does meets both alike; the first round only warms up.
+        while ours.len() < 5 || Instant::now() < until {
+            let at = window.next();
+            let moved = self.transfer(workload::scattered(at, bytes, run_bytes))?;
+            let ceiling = self.ceiling.run(at, bytes)?;
+            ours.push(rate(bytes, moved));
+            theirs.push(rate(bytes, ceiling));
+        }
+        let (ours, theirs) = (ours.spread().context("no sample")?, theirs.spread().context("no sample")?);
+        Ok(Row {
+            path: self.path.name(),
+            bytes,
+            run_bytes,
+            threads: options.threads,
+            gigabytes_per_second: ours,
+            ceiling_gigabytes_per_second: theirs,
+            share_of_ceiling: ours.median / theirs.median,
+        })
+    }
+
+    fn latency(&self, options: &Options) -> anyhow::Result<Latency> {
+        let mut window = Window::new(self.span, LATENCY_BYTES);
+        let mut took = Samples::default();
+        let until = Instant::now() + Duration::from_secs_f64(options.seconds);
+        while took.len() < 100 || (Instant::now() < until && took.len() < LATENCY_ROUNDS_MAX) {
+            let runs = workload::scattered(window.next(), LATENCY_BYTES, LATENCY_BYTES);
+            took.push(self.transfer(runs)? * 1e6);
+        }
+        let p99_microseconds = took.quantile(0.99).context("no sample")?;
+        let microseconds = took.spread().context("no sample")?;
+        Ok(Latency { path: self.path.name(), run_bytes: LATENCY_BYTES, microseconds, p99_microseconds })
+    }
+
+    fn close(self) {
+        self.link.close();
+        self.transport.close();
+    }
+}
+
+/// 10^9 bytes a second.
+fn rate(bytes: u64, seconds: f64) -> f64 {
+    bytes as f64 / seconds / 1e9
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut latency = Table::new(&["path", "one run", "median µs", "min µs", "p99 µs", "rounds"], 1);
+        for Latency { path, run_bytes, microseconds: took, p99_microseconds } in &self.latency {
+            let micros = |value: f64| format!("{value:.1}");
+            let (median, min, p99) = (micros(took.median), micros(took.min), micros(*p99_microseconds));
+            latency.row(vec![(*path).to_owned(), size(*run_bytes), median, min, p99, took.count.to_string()]);
+        }
+        let columns =
+            ["path", "total", "runs of", "threads", "GB/s", "min", "max", "ceiling", "min", "max", "share", "rounds"];
+        let mut rates = Table::new(&columns, 1);
+        for row in &self.rows {
+            let mut cells = vec![row.path.to_owned(), size(row.bytes), size(row.run_bytes), row.threads.to_string()];
+            for spread in [row.gigabytes_per_second, row.ceiling_gigabytes_per_second] {
+                cells.extend([spread.median, spread.min, spread.max].map(|value| format!("{value:.2}")));
+            }
+            cells.push(format!("{:.0} %", row.share_of_ceiling * 100.0));
+            cells.push(row.gigabytes_per_second.count.to_string());
+            rates.row(cells);
+        }
+        write!(f, "\n{latency}\n{rates}")
+    }
+}

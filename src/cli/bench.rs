@@ -1,0 +1,92 @@
+//! `pdlink bench`: one subcommand per scenario. A scenario is a module of [`crate::bench`], a variant here and a line in [`run`].
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Subcommand, ValueEnum};
+
+use super::{Sources, print};
+use crate::bench::link;
+use crate::bench::table::parse_size;
+use crate::config::Path;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    scenario: Scenario,
+}
+
+#[derive(Debug, Subcommand)]
+enum Scenario {
+    /// Bytes between two processes over each path, against what the machine can do.
+    Link(LinkArgs),
+    /// The other process of `link`.
+    #[command(name = "link-peer", hide = true)]
+    LinkPeer,
+}
+
+#[derive(Debug, clap::Args)]
+struct LinkArgs {
+    /// Path to measure; several may be given [default: shm and tcp]
+    #[arg(long, value_enum)]
+    path: Vec<PathName>,
+    /// Sizes of whole transfers
+    #[arg(long, value_delimiter = ',', value_parser = parse_size, default_value = "1M,16M,64M,256M")]
+    bytes: Vec<u64>,
+    /// Sizes of the scattered runs that they consist of
+    #[arg(long, value_delimiter = ',', value_parser = parse_size, default_value = "4K,16K,64K,1M")]
+    run_bytes: Vec<u64>,
+    /// Threads that copy (shm), or sockets (tcp) [default: the cores, 1 to 8]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Time per line of the table
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Push into the other process's memory, rather than pull from it
+    #[arg(long)]
+    push: bool,
+    /// Also write the report to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PathName {
+    Shm,
+    Tcp,
+}
+
+pub(super) fn run(args: Args, _sources: Sources) -> anyhow::Result<ExitCode> {
+    match args.scenario {
+        Scenario::Link(args) => run_link(args),
+        Scenario::LinkPeer => link::serve_peer().map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn run_link(args: LinkArgs) -> anyhow::Result<ExitCode> {
+    let named = if args.path.is_empty() { vec![PathName::Shm, PathName::Tcp] } else { args.path };
+    let paths = named.into_iter().map(|path| match path {
+        PathName::Shm => Path::Shm,
+        PathName::Tcp => Path::Tcp,
+    });
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from).clamp(1, 8);
+    let options = link::Options {
+        paths: paths.collect(),
+        bytes: args.bytes,
+        run_bytes: args.run_bytes,
+        threads: args.threads.unwrap_or_else(cores).max(1),
+        seconds: args.seconds.clamp(0.0, 3600.0),
+        push: args.push,
+    };
+    let mut told = Ok(());
+    let report = link::run(&options, &mut |text| {
+        if told.is_ok() {
+            told = print(text);
+        }
+    })?;
+    told?;
+    if let Some(file) = args.json {
+        std::fs::write(&file, serde_json::to_string_pretty(&report)?)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
