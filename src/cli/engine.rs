@@ -1,6 +1,7 @@
 //! `pdlink engine`: one reference worker in the foreground.
 
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::config::{Config, KvConfig, Override};
 use crate::engine::{Engine, EngineSetup};
 use crate::kv::Role;
+use crate::security::Secret;
 use crate::telemetry;
 
 use super::{Sources, load_config, print};
@@ -32,6 +34,12 @@ pub(super) struct Args {
     /// Host that both listeners bind to [default: `inference.server.host`, else 127.0.0.1]
     #[arg(long)]
     host: Option<String>,
+    /// Port of the KV link; 0 takes a free one, which the ready line names
+    #[arg(long, default_value_t = 0)]
+    kv_port: u16,
+    /// File with the run's secret, mode 0600 [default: the environment's PDLINK_SECRET_FILE; none is for loopback only]
+    #[arg(long)]
+    secret_file: Option<PathBuf>,
     /// The model's name, as clients must give it [default: `inference.model.name`]
     #[arg(long)]
     model: Option<String>,
@@ -64,7 +72,8 @@ pub(super) fn run(args: Args, mut sources: Sources) -> anyhow::Result<ExitCode> 
     telemetry::log::init(config.telemetry.log_format, &config.telemetry.log_level);
     let host = args.host.as_deref().unwrap_or_else(|| config.host()).to_owned();
     let http = listen(&host, args.port)?;
-    let engine = Engine::start(&setup(&args, &config))?;
+    let kv = listen(&host, args.kv_port)?;
+    let engine = Engine::start(setup(&args, &config, &host, kv)?)?;
     tracing::info!("{}", engine.memory());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let drained = runtime.block_on(serve(&engine, http, &args))?;
@@ -78,12 +87,16 @@ pub(super) fn run(args: Args, mut sources: Sources) -> anyhow::Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-fn setup(args: &Args, config: &Config) -> EngineSetup {
+fn setup(args: &Args, config: &Config, host: &str, kv_listener: TcpListener) -> anyhow::Result<EngineSetup> {
     let mut reference = config.inference.reference.clone();
     if let Some(max_model_len) = config.inference.model.max_model_len {
         reference.max_model_len = max_model_len as usize;
     }
-    EngineSetup {
+    let secret = match args.secret_file.as_ref().or(config.security.secret_file.as_ref()) {
+        Some(path) => Secret::read_file(path)?,
+        None => Secret::loopback(),
+    };
+    Ok(EngineSetup {
         role: args.role.into(),
         model: args.model.clone().unwrap_or_else(|| config.model_name().to_owned()),
         tp: args.tp.unwrap_or(config.inference.parallel.tp),
@@ -91,7 +104,12 @@ fn setup(args: &Args, config: &Config) -> EngineSetup {
         kv: KvConfig { paths: Some(config.kv_paths()), ..config.kv.clone() },
         prefix_caching: config.inference.enable_prefix_caching.unwrap_or(true),
         weight_version: 0,
-    }
+        kv_listener,
+        advertise_host: host.to_owned(),
+        secret,
+        send_type: config.pd_disagg.kv_send_type,
+        wrap_path: None,
+    })
 }
 
 async fn serve(engine: &Engine, http: TcpListener, args: &Args) -> anyhow::Result<bool> {
@@ -99,7 +117,7 @@ async fn serve(engine: &Engine, http: TcpListener, args: &Args) -> anyhow::Resul
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let listener = tokio::net::TcpListener::from_std(http)?;
     let role = Role::from(args.role).name();
-    print(&format!("ready: http://{address}/v1 ({role})\n"))?;
+    print(&format!("ready: http://{address}/v1 ({role}, KV {})\n", engine.kv_address()))?;
     let (stopped, mut again) = tokio::sync::oneshot::channel();
     let stop = async move {
         asked(&mut interrupt, &mut terminate).await;

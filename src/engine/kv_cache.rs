@@ -53,6 +53,11 @@ impl KvCache {
         &self.ranks
     }
 
+    /// Their memory, in the order in which the link counts it.
+    pub(super) fn regions(&self) -> &[Arc<Region>] {
+        &self.regions
+    }
+
     /// Bytes of one block over all layers and ranks.
     pub(super) fn block_bytes(&self) -> u64 {
         let per_layer: u64 =

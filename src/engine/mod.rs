@@ -16,6 +16,7 @@ mod metrics;
 mod model;
 mod output;
 mod prefix_cache;
+mod push_gate;
 mod request;
 mod scheduler;
 mod sequence;
@@ -24,4 +25,4 @@ mod tokenizer;
 mod worker;
 
 pub use layout::CacheError;
-pub use worker::{Engine, EngineError, EngineSetup};
+pub use worker::{Engine, EngineError, EngineSetup, WrapPath};

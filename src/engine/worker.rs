@@ -18,16 +18,18 @@ use super::front::Front;
 use super::kv_cache::KvCache;
 use super::layout::CacheError;
 use super::metrics::EngineMetrics;
-use super::scheduler::{Command, Pace, Scheduler, SchedulerParts, SchedulerThread};
+use super::push_gate::PushGate;
+use super::scheduler::{Command, Gate, Pace, Scheduler, SchedulerParts, SchedulerThread};
 use super::server::{self, ServerState};
-use crate::config::{KvConfig, ReferenceConfig};
-use crate::kv::{KvLink, Role};
+use crate::config::{KvConfig, KvSendType, ReferenceConfig};
+use crate::kv::{KvError, KvMetrics, KvRuntime, Role, RuntimeConfig};
+use crate::security::Secret;
+use crate::transport::{self, Transport, TransportError};
 
 /// How often a draining worker looks whether it is at rest.
 const REST_POLL: Duration = Duration::from_millis(5);
 
 /// What a worker is started with.
-#[derive(Debug)]
 pub struct EngineSetup {
     pub role: Role,
     /// The model's name, as clients must give it.
@@ -38,13 +40,33 @@ pub struct EngineSetup {
     pub prefix_caching: bool,
     /// KV of one version is never used with another (KV-5).
     pub weight_version: u64,
+    /// The KV address: bound and listening.
+    pub kv_listener: std::net::TcpListener,
+    /// Under which name or address peers reach the KV address.
+    pub advertise_host: String,
+    pub secret: Secret,
+    /// Who drives the copy of what this worker prefills.
+    pub send_type: KvSendType,
+    /// Put around each path that this worker offers: how tests make paths go wrong.
+    #[doc(hidden)]
+    pub wrap_path: Option<WrapPath>,
 }
+
+/// Makes one path of another.
+#[doc(hidden)]
+pub type WrapPath = Box<dyn Fn(Arc<dyn Transport>) -> Arc<dyn Transport> + Send + Sync>;
 
 /// Why a worker does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     #[error("the KV cache cannot be made: {0}")]
     Cache(#[from] CacheError),
+    #[error(transparent)]
+    Link(#[from] KvError),
+    #[error("cannot open the paths to other workers: {0}")]
+    Paths(#[from] TransportError),
+    #[error("the KV address: {0}")]
+    Address(io::Error),
     #[error("cannot start the scheduler's thread: {0}")]
     Thread(io::Error),
 }
@@ -56,19 +78,21 @@ pub struct Engine {
     metrics: Arc<EngineMetrics>,
     memory: String,
     thread: SchedulerThread,
+    link: Option<Arc<KvRuntime>>,
 }
 
 impl Engine {
-    /// Allocates the KV and starts the scheduler.
-    pub fn start(setup: &EngineSetup) -> Result<Self, EngineError> {
+    /// Allocates the KV, opens the link, starts the scheduler.
+    pub fn start(setup: EngineSetup) -> Result<Self, EngineError> {
         let cache = KvCache::new(&setup.model, &setup.reference, setup.tp)?;
-        let memory = memory_line(&cache, setup);
+        let memory = memory_line(&cache, &setup);
         let model_len_max = setup.reference.max_model_len.min(setup.reference.num_blocks * setup.reference.block_size);
         let mut registry = Registry::default();
         let metrics = Arc::new(EngineMetrics::new(&mut registry));
         let (sender, commands) = channel();
         let front = Front::new(sender, setup.reference.requests_max);
-        let link: Option<Arc<dyn KvLink>> = None;
+        let gate = (setup.send_type == KvSendType::Put).then(|| Arc::new(PushGate::default()));
+        let link = Arc::new(start_link(&setup, &cache, &mut registry, &front, gate.as_ref())?);
         let scheduler = Scheduler::new(SchedulerParts {
             blocks: Blocks::new(cache, setup.prefix_caching),
             link: link.clone(),
@@ -78,23 +102,25 @@ impl Engine {
             weight_version: setup.weight_version,
         });
         let alive = Arc::new(AtomicBool::new(true));
+        let at_most = Duration::from_millis(setup.kv.transfer_timeout_ms);
+        let gate = gate.map(|pushes| Gate { pushes, at_most });
         let pace = Pace {
             prefill_us_per_token: setup.reference.prefill_us_per_token,
             decode_us_per_token: setup.reference.decode_us_per_token,
         };
-        let thread = SchedulerThread::start(scheduler, commands, pace, alive.clone()).map_err(EngineError::Thread)?;
+        let thread =
+            SchedulerThread::start(scheduler, commands, pace, gate, alive.clone()).map_err(EngineError::Thread)?;
         let state = Arc::new(ServerState {
             front: front.clone(),
-            model: setup.model.clone(),
+            model: setup.model,
             model_len_max,
             role: setup.role,
-            moves_kv: link.is_some(),
             weight_version: setup.weight_version,
             registry,
             started_s: server::unix_time_s(),
             alive,
         });
-        Ok(Self { front, state, metrics, memory, thread })
+        Ok(Self { front, state, metrics, memory, thread, link: Some(link) })
     }
 
     /// How much memory the KV takes, and why, in one line.
@@ -153,7 +179,12 @@ impl Engine {
         true
     }
 
-    /// Ends every request and the scheduler. False if the scheduler had died before.
+    /// `host:port` under which peers reach this worker's KV.
+    pub fn kv_address(&self) -> String {
+        self.link.as_ref().map(|link| link.address()).unwrap_or_default()
+    }
+
+    /// Ends every request, the scheduler and the link. False if the scheduler had died before.
     pub fn stop(mut self) -> bool {
         self.end()
     }
@@ -162,7 +193,12 @@ impl Engine {
         let was_alive = self.state.alive.load(Ordering::Acquire);
         self.front.drain();
         self.front.send(Command::Stop);
-        self.thread.join() && was_alive
+        let ended_well = self.thread.join();
+        // Last, and after the scheduler's own handle is gone: peers are told of what the scheduler aborted.
+        if let Some(link) = self.link.take().and_then(Arc::into_inner) {
+            link.shutdown();
+        }
+        ended_well && was_alive
     }
 }
 
@@ -170,6 +206,44 @@ impl Drop for Engine {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+fn start_link(
+    setup: &EngineSetup,
+    cache: &KvCache,
+    registry: &mut Registry,
+    front: &Front,
+    gate: Option<&Arc<PushGate>>,
+) -> Result<KvRuntime, EngineError> {
+    let listener = setup.kv_listener.try_clone().map_err(EngineError::Address)?;
+    let bind = listener.local_addr().map_err(EngineError::Address)?.ip();
+    let paths = transport::offers(&transport::Setup {
+        config: &setup.kv,
+        regions: cache.regions(),
+        secret: &setup.secret,
+        bind,
+        advertise_host: &setup.advertise_host,
+    })?;
+    let paths = paths.into_iter().map(|path| {
+        let path = setup.wrap_path.as_ref().map_or_else(|| path.clone(), |wrap| wrap(path.clone()));
+        gate.map_or_else(|| path.clone(), |gate| gate.around(path.clone()))
+    });
+    let config = RuntimeConfig {
+        kv: &setup.kv,
+        engine_id: format!("{}-{:016x}", setup.role.name(), rand::random::<u64>()),
+        role: setup.role,
+        send_type: setup.send_type,
+        geometry: cache.geometry().clone(),
+        ranks: cache.ranks().to_vec(),
+        secret: setup.secret.clone(),
+        listener,
+        advertise_host: setup.advertise_host.clone(),
+        weight_version: setup.weight_version,
+        transports: Some(paths.collect()),
+        metrics: KvMetrics::new(registry),
+    };
+    let reports = front.clone();
+    Ok(KvRuntime::start(config, Box::new(move |report| reports.send(Command::Report(report))))?)
 }
 
 fn memory_line(cache: &KvCache, setup: &EngineSetup) -> String {

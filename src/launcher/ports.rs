@@ -233,18 +233,6 @@ mod tests {
         Ok(socket)
     }
 
-    /// vLLM sets both options on its HTTP socket.
-    #[test]
-    fn a_worker_that_also_shares_its_port_gets_in_too() {
-        let held = HeldPort::bind(LOOPBACK, 0).expect("bind");
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).expect("socket");
-        socket.set_reuse_address(true).expect("option");
-        socket.set_reuse_port(true).expect("option");
-        socket.bind(&held.address().into()).expect("bind beside the holder");
-        socket.listen(8).expect("listen");
-        assert!(TcpStream::connect(held.address()).is_ok());
-    }
-
     #[test]
     fn a_worker_listens_beside_the_holder_and_nobody_else_gets_in() {
         let held = HeldPort::bind(LOOPBACK, 0).expect("bind");

@@ -3,9 +3,10 @@
 
 use std::time::{Duration, Instant};
 
-use pdlink::config::{KvConfig, ReferenceConfig};
+use pdlink::config::{KvConfig, KvSendType, ReferenceConfig};
 use pdlink::engine::{Engine, EngineSetup};
 use pdlink::kv::Role;
+use pdlink::security::Secret;
 use reqwest::{Client, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
@@ -36,6 +37,11 @@ pub(crate) fn setup(role: Role, reference: ReferenceConfig) -> EngineSetup {
         kv: KvConfig::default(),
         prefix_caching: true,
         weight_version: 0,
+        kv_listener: std::net::TcpListener::bind("127.0.0.1:0").expect("a port"),
+        advertise_host: "127.0.0.1".to_owned(),
+        secret: Secret::loopback(),
+        send_type: KvSendType::default(),
+        wrap_path: None,
     }
 }
 
@@ -49,7 +55,7 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub(crate) async fn start(setup: EngineSetup) -> Self {
-        let engine = Engine::start(&setup).expect("the engine starts");
+        let engine = Engine::start(setup).expect("the engine starts");
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("bound"));
         let (stop, stopped) = oneshot::channel::<()>();
@@ -74,6 +80,11 @@ impl Worker {
         drop(self.stop.take());
         let served = tokio::time::timeout(PATIENCE, self.served.join_next()).await.expect("it ends in time");
         served.expect("it serves").expect("no panic")
+    }
+
+    /// Ends it as it stands: nobody is waited for.
+    pub(crate) async fn kill(mut self) {
+        self.served.shutdown().await;
     }
 
     pub(crate) async fn post(&self, path: &str, body: &Value) -> Response {

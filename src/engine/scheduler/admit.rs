@@ -43,7 +43,7 @@ impl Scheduler {
         // The last token is computed here in any case: a load that would bring nothing else is not worth a copy.
         let Load::Claimed { handle, .. } = sequence.load else { return Admitted::Runs(ran(sequence)) };
         if sequence.computed + 1 >= sequence.prompt_len() {
-            self.release(handle);
+            self.parts.link.release(handle);
             sequence.load = Load::Local;
             return Admitted::Runs(ran(sequence));
         }
@@ -57,7 +57,7 @@ impl Scheduler {
         let first_token = u32::try_from(sequence.computed).expect("prompts are shorter than 2^32 tokens");
         // Entered first: the report may come before `fetch` returns.
         self.loading.insert(handle.transfer_id, (key, sequence));
-        self.fetch(handle, blocks, first_token);
+        self.parts.link.fetch(handle, blocks, first_token);
     }
 }
 

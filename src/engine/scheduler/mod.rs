@@ -31,7 +31,7 @@ use super::sequence::Sequence;
 use crate::config::LoadFailurePolicy;
 use crate::kv::{BlockId, KvLink, Report, TransferId, TransferParams};
 pub(super) use step::Outcome;
-pub(super) use thread::{Pace, SchedulerThread};
+pub(super) use thread::{Gate, Pace, SchedulerThread};
 
 /// Sequences that run or load at once. More wait.
 const RUNNING_MAX: usize = 256;
@@ -56,8 +56,7 @@ pub(super) enum Command {
 /// What a scheduler is made of.
 pub(super) struct SchedulerParts {
     pub blocks: Blocks,
-    /// `None` for a worker that never moves KV.
-    pub link: Option<Arc<dyn KvLink>>,
+    pub link: Arc<dyn KvLink>,
     pub metrics: Arc<EngineMetrics>,
     pub policy: LoadFailurePolicy,
     pub model_len_max: usize,
@@ -168,12 +167,12 @@ impl Scheduler {
             let filling = self.filling(&mut sequence);
             self.leaving.insert(id, filling);
             sequence.end(None, String::new(), (FinishReason::Abort, None), None);
-            self.abort_transfer(id);
+            self.parts.link.abort(id);
             ended += 1;
         }
         let leases: Vec<_> = self.held.iter().filter(|(_, lease)| held(lease)).map(|(id, _)| *id).collect();
         for id in leases {
-            self.abort_transfer(id);
+            self.parts.link.abort(id);
         }
         self.parts.metrics.aborted.inc_by(ended as u64);
         ended

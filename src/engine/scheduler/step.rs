@@ -133,7 +133,7 @@ impl Scheduler {
         let held = Held { group: sequence.group, external_id: sequence.external_id.clone(), blocks };
         // Entered first: the report may come before `offer` returns.
         let before = self.held.insert(transfer_id, held);
-        match self.offer(offer) {
+        match self.parts.link.offer(offer) {
             Ok(params) => sequence.end(Some(token), text, end, Some(Box::new(params))),
             Err(error) => {
                 let held = match before {

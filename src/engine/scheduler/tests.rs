@@ -182,7 +182,7 @@ impl Rig {
         let link = Arc::new(FakeLink::default());
         let scheduler = Scheduler::new(SchedulerParts {
             blocks: Blocks::new(KvCache::new("m", &config, 1).unwrap(), prefix_caching),
-            link: Some(link.clone()),
+            link: link.clone(),
             metrics: Arc::new(EngineMetrics::new(&mut Registry::default())),
             policy,
             model_len_max: num_blocks * 4,

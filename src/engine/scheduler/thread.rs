@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::super::push_gate::PushGate;
 use super::{Command, Outcome, Scheduler};
 
 /// How long a step takes.
@@ -24,6 +25,14 @@ impl Pace {
     }
 }
 
+/// What a step waits for, with `kv_send_type = "PUT"`.
+#[derive(Debug)]
+pub(in crate::engine) struct Gate {
+    pub pushes: Arc<PushGate>,
+    /// After this a push is no longer waited for.
+    pub at_most: Duration,
+}
+
 /// The running thread. Ends at [`Command::Stop`].
 pub(in crate::engine) struct SchedulerThread(Option<JoinHandle<()>>);
 
@@ -33,11 +42,12 @@ impl SchedulerThread {
         scheduler: Scheduler,
         commands: Receiver<Command>,
         pace: Pace,
+        gate: Option<Gate>,
         alive: Arc<AtomicBool>,
     ) -> std::io::Result<Self> {
         let run = move || {
             let _alive = Alive(alive);
-            run(scheduler, &commands, pace);
+            run(scheduler, &commands, pace, gate.as_ref());
         };
         let thread = std::thread::Builder::new().name("pdlink-engine".to_owned()).spawn(run)?;
         Ok(Self(Some(thread)))
@@ -57,7 +67,7 @@ impl Drop for Alive {
     }
 }
 
-fn run(mut scheduler: Scheduler, commands: &Receiver<Command>, pace: Pace) {
+fn run(mut scheduler: Scheduler, commands: &Receiver<Command>, pace: Pace, gate: Option<&Gate>) {
     loop {
         loop {
             match commands.try_recv() {
@@ -65,6 +75,9 @@ fn run(mut scheduler: Scheduler, commands: &Receiver<Command>, pace: Pace) {
                 Ok(command) => scheduler.handle(command),
                 Err(TryRecvError::Empty) => break,
             }
+        }
+        if let Some(gate) = gate {
+            gate.pushes.wait(gate.at_most);
         }
         let outcome = scheduler.step();
         if outcome.is_stuck() {

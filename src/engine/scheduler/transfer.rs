@@ -4,7 +4,7 @@ use super::super::request::Source;
 use super::super::sequence::{Load, Sequence, claimed_params};
 use super::{Filling, Key, Scheduler};
 use crate::config::LoadFailurePolicy;
-use crate::kv::{BlockId, End, KvError, Offer, Report, TransferHandle, TransferId, TransferParams};
+use crate::kv::{End, KvError, Report, TransferId, TransferParams};
 use crate::openai::ApiError;
 use crate::telemetry::Side;
 
@@ -12,9 +12,7 @@ impl Scheduler {
     /// Claims the transfer that a new sequence names, if it names one.
     pub(super) fn claim(&mut self, source: &Source, sequence: &Sequence) -> Result<Load, ApiError> {
         let Some(params) = claimed_params(source) else { return Ok(Load::Local) };
-        let Some(link) = &self.parts.link else {
-            return Err(ApiError::bad_param("kv_transfer_params", "this worker moves no KV"));
-        };
+        let link = &self.parts.link;
         let handle = link.expect(params).map_err(|error| refused(&error))?;
         let tokens = params.remote_num_tokens as usize;
         if tokens != sequence.prompt_len() {
@@ -30,38 +28,16 @@ impl Scheduler {
 
     /// Tells prefill that nobody will come.
     pub(super) fn decline(&mut self, params: &TransferParams) {
-        let Some(link) = &self.parts.link else { return };
-        if let Ok(handle) = link.expect(params) {
-            link.abort(handle.transfer_id);
+        if let Ok(handle) = self.parts.link.expect(params) {
+            self.parts.link.abort(handle.transfer_id);
         }
     }
 
     /// A waiting sequence goes: its claim goes with it.
     pub(super) fn let_go(&mut self, sequence: &Sequence) {
         if let Load::Claimed { handle, .. } = sequence.load {
-            self.abort_transfer(handle.transfer_id);
+            self.parts.link.abort(handle.transfer_id);
         }
-    }
-
-    pub(super) fn abort_transfer(&mut self, id: TransferId) {
-        if let Some(link) = &self.parts.link {
-            link.abort(id);
-        }
-    }
-
-    pub(super) fn release(&mut self, handle: TransferHandle) {
-        if let Some(link) = &self.parts.link {
-            link.release(handle);
-        }
-    }
-
-    pub(super) fn fetch(&mut self, handle: TransferHandle, blocks: Vec<BlockId>, first_token: u32) {
-        let link = self.parts.link.as_ref().expect("a claim came from a link");
-        link.fetch(handle, blocks, first_token);
-    }
-
-    pub(super) fn offer(&mut self, offer: Offer) -> Result<TransferParams, KvError> {
-        self.parts.link.as_ref().ok_or(KvError::ShutDown)?.offer(offer)
     }
 
     /// The link's one report on a transfer (KV-1).

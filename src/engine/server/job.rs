@@ -156,9 +156,6 @@ fn transfer(state: &State, value: Option<&Value>) -> Result<KvRequest, ApiError>
             Err(refuse("this worker does decode: it hands no KV over".to_owned()))
         }
         (KvRequest::Decode(_), Role::Prefill) => Err(refuse("this worker does prefill: it loads no KV".to_owned())),
-        (KvRequest::Prefill { .. } | KvRequest::Decode(_), _) if !state.moves_kv => {
-            Err(refuse("this worker moves no KV".to_owned()))
-        }
         _ => Ok(request),
     }
 }

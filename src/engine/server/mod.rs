@@ -41,8 +41,6 @@ pub(super) struct ServerState {
     pub model: String,
     pub model_len_max: usize,
     pub role: Role,
-    /// Whether there is a link at all.
-    pub moves_kv: bool,
     pub weight_version: u64,
     pub registry: Registry,
     pub started_s: u64,
