@@ -73,7 +73,7 @@ impl Core {
             record,
         };
         self.receiving.insert(transfer_id, receiving);
-        if self.past.of(transfer_id) == Some(Gone::Aborted) {
+        if self.past.of(transfer_id) == Some(Gone::AbortedEarly) {
             // KV-9: the abort was faster. Prefill may hold blocks for it all the same.
             self.need_peer(peer);
             return self.drive_receiving(transfer_id, ReceiveEvent::Abort);

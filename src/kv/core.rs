@@ -294,7 +294,9 @@ impl Core {
             }
             Command::Fetch { transfer_id, blocks, first_token } => self.fetch(transfer_id, blocks, first_token),
             Command::Release(transfer_id) => self.release(transfer_id),
-            Command::Abort(transfer_id) => drop(self.abort(transfer_id)),
+            Command::Abort(transfer_id) => {
+                self.abort(transfer_id);
+            }
             Command::WeightVersion(version) => {
                 self.outdate_sending(version);
                 self.outdate_receiving(version);
@@ -329,9 +331,9 @@ impl Core {
             return AbortAnswer::Aborted;
         }
         match self.past.of(transfer_id) {
-            Some(Gone::Ended | Gone::Expired) => AbortAnswer::Ended,
-            Some(Gone::Aborted) | None => {
-                self.past.remember(transfer_id, Gone::Aborted);
+            Some(Gone::Ended | Gone::Expired | Gone::Aborted) => AbortAnswer::Ended,
+            Some(Gone::AbortedEarly) | None => {
+                self.past.remember(transfer_id, Gone::AbortedEarly);
                 AbortAnswer::Unknown
             }
         }
@@ -385,7 +387,12 @@ impl Core {
 
     /// The one report of a transfer (KV-1), its record and its count. The engine may act on it before this returns.
     pub(super) fn report(&mut self, transfer_id: TransferId, end: End, blocks: usize, mut record: TransferRecord) {
-        let (side, gone) = (record.side, if end == End::Expired { Gone::Expired } else { Gone::Ended });
+        let side = record.side;
+        let gone = match end {
+            End::Expired => Gone::Expired,
+            End::Aborted => Gone::Aborted,
+            _ => Gone::Ended,
+        };
         let (outcome, name) = match &end {
             End::Sent | End::Received => (TransferOutcome::Done, "done"),
             End::Released => (TransferOutcome::Done, "released"),

@@ -225,6 +225,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
         #[test]
         fn kv_4_the_digest_depends_on_the_kv_alone(
             layers in 1..3u32, head_log in 0..3u32, head_size in 1..12u32, tokens in 1..20u32, seed in any::<u64>(),

@@ -14,6 +14,8 @@ const RECORDS_MAX: usize = 4096;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Gone {
     /// Aborted before it was offered or expected here.
+    AbortedEarly,
+    /// Aborted while it was in progress.
     Aborted,
     /// Its lease ended.
     Expired,
@@ -79,7 +81,7 @@ mod tests {
     fn the_oldest_ids_are_forgotten_at_the_bound() {
         let id = |n: usize| TransferId((n as u128).to_le_bytes());
         let mut past = Past::default();
-        past.remember(id(0), Gone::Aborted);
+        past.remember(id(0), Gone::AbortedEarly);
         for n in 1..IDS_MAX {
             past.remember(id(n), Gone::Ended);
         }

@@ -61,7 +61,7 @@ impl Core {
             record,
         };
         self.sending.insert(transfer_id, sending);
-        if self.past.of(transfer_id) == Some(Gone::Aborted) {
+        if self.past.of(transfer_id) == Some(Gone::AbortedEarly) {
             // KV-9: the abort was faster than the offer.
             self.drive_sending(transfer_id, SendEvent::Abort);
         } else if weight_version != self.weight_version() {
@@ -134,11 +134,16 @@ impl Core {
                 let how = Ending::Failed(self.why_not(transfer_id));
                 self.tell_client(client, &ToDecode::Over { transfer_id, how, fenced: true });
             }
-            _ => {
-                let failure = self.why_not(transfer_id);
-                self.tell_client(client, &ToDecode::Refused { transfer_id, failure });
-            }
+            _ => self.tell_client(client, &self.refusal(transfer_id)),
         }
+    }
+
+    /// An abort is told as one, also to a claim that comes after it.
+    fn refusal(&self, transfer_id: TransferId) -> ToDecode {
+        if !self.sending.contains_key(&transfer_id) && self.past.of(transfer_id) == Some(Gone::Aborted) {
+            return ToDecode::Ended { transfer_id, how: Ending::Aborted };
+        }
+        ToDecode::Refused { transfer_id, failure: self.why_not(transfer_id) }
     }
 
     /// Why nothing is held under this id for whoever asks.
@@ -163,7 +168,11 @@ impl Core {
         let transfer_id = claim.transfer_id;
         if let Err(failure) = self.check_claim(client, claim) {
             tracing::debug!(%transfer_id, %failure, "claim refused");
-            return self.tell_client(client, &ToDecode::Refused { transfer_id, failure });
+            let refusal = match failure {
+                TransferFailure::Unknown { .. } => self.refusal(transfer_id),
+                failure => ToDecode::Refused { transfer_id, failure },
+            };
+            return self.tell_client(client, &refusal);
         }
         let (Some(sending), Some(entry)) = (self.sending.get_mut(&transfer_id), self.clients.get_mut(&client)) else {
             return;

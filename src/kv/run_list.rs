@@ -335,6 +335,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
         #[test]
         fn runs_move_every_element_to_its_place_and_nothing_else(
             (src_shape, src_arr, dst_shape, dst_arr, tokens, first_token, seed) in pairs()

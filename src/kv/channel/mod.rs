@@ -35,3 +35,6 @@ pub(super) struct OutOfOrder {
     pub(super) state: &'static str,
     pub(super) event: &'static str,
 }
+
+#[cfg(test)]
+mod simulation;
