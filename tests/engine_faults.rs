@@ -22,6 +22,11 @@ fn faulty(faults: Vec<(When, Fault)>) -> WrapPath {
     Box::new(move |inner| Faulty::around(inner, FaultPlan { seed: 7, faults: faults.clone() }))
 }
 
+/// What decode refuses by itself stays with prefill, where another worker may come for it, until the lease ends.
+fn short_lease() -> KvConfig {
+    KvConfig { lease_ms: 600, transfer_timeout_ms: 500, ..KvConfig::default() }
+}
+
 fn policy(load_failure_policy: LoadFailurePolicy) -> KvConfig {
     KvConfig { load_failure_policy, ..KvConfig::default() }
 }
@@ -146,7 +151,7 @@ async fn parameters_serve_once() {
 /// KV-5.
 #[tokio::test(flavor = "multi_thread")]
 async fn kv_of_another_weight_version_is_refused() {
-    let pair = Pair::start(PairShape { decode_weight_version: 1, ..PairShape::default() }).await;
+    let pair = Pair::start(PairShape { decode_weight_version: 1, kv: short_lease(), ..PairShape::default() }).await;
     let body = greedy(&prompt(30, 5), 16);
     let params = pair.prefill(COMPLETIONS, &body).await;
     let (status, message) = error(pair.decode(COMPLETIONS, &body, params).await).await;
@@ -159,7 +164,7 @@ async fn kv_of_another_weight_version_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn kv_of_another_shape_is_refused_by_name() {
     let decode = ReferenceConfig { layers: 3, ..small() };
-    let pair = Pair::start(PairShape { decode, ..PairShape::default() }).await;
+    let pair = Pair::start(PairShape { decode, kv: short_lease(), ..PairShape::default() }).await;
     let body = greedy(&prompt(30, 5), 16);
     let params = pair.prefill(COMPLETIONS, &body).await;
     let (status, message) = error(pair.decode(COMPLETIONS, &body, params).await).await;
