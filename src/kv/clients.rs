@@ -113,6 +113,14 @@ impl Core {
         self.tasks.spawn_blocking(move || link.close());
     }
 
+    /// Closes a link unless a transfer still needs it: to be told when its copy has ended, or that the peer's process
+    /// has. The last of them closes it.
+    pub(super) fn let_go(&mut self, link: Arc<dyn Link>) {
+        if Arc::strong_count(&link) == 1 {
+            self.close_link(link);
+        }
+    }
+
     /// The link and plan to push over, once they are there; `transfer_id` is woken then.
     pub(super) fn push_path(&mut self, client: u64, path: Path, transfer_id: TransferId) -> PushPath {
         let Some(entry) = self.clients.get_mut(&client) else {

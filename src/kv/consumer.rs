@@ -437,6 +437,9 @@ impl Core {
         if let Some(peer) = self.peers.get_mut(&receiving.peer) {
             peer.transfers.remove(&transfer_id);
         }
+        if let Some(link) = receiving.link.take() {
+            self.let_go(link);
+        }
         let record = &mut receiving.record;
         record.wait_us = micros(receiving.fetched, receiving.copy_started);
         record.copy_us = micros(receiving.copy_started, receiving.copied);

@@ -175,7 +175,7 @@ impl Core {
         }
         if let State::Up(reached) = entry.state {
             reached.connection.close(error.clone());
-            self.close_link(reached.link);
+            self.let_go(reached.link);
         }
         self.count_peers();
     }
