@@ -17,6 +17,18 @@ pub struct Sources {
     pub overrides: Vec<Override>,
 }
 
+impl Sources {
+    /// The words that would give another pdlink process the same sources.
+    pub fn to_arguments(&self) -> Vec<OsString> {
+        let files = self.files.iter().flat_map(|file| [OsString::from("@"), file.clone().into_os_string()]);
+        let overrides = self.overrides.iter().map(|Override { name, value }| match value {
+            Some(value) => OsString::from(format!("--{name}={value}")),
+            None => OsString::from(format!("--{name}")),
+        });
+        files.chain(overrides).collect()
+    }
+}
+
 /// The command's own words (the program's name first) and the sources that stood among them.
 pub(super) fn split(args: impl IntoIterator<Item = OsString>) -> Result<(Vec<OsString>, Sources), Usage> {
     let mut args = args.into_iter().peekable();

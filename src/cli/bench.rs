@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
 
-use super::{Sources, print};
-use crate::bench::link;
+use super::{Sources, load_config, print};
+use crate::bench::environment::Environment;
 use crate::bench::table::parse_size;
+use crate::bench::{link, soak};
 use crate::config::Path;
 
 #[derive(Debug, clap::Args)]
@@ -23,6 +25,8 @@ enum Scenario {
     /// The other process of `link`.
     #[command(name = "link-peer", hide = true)]
     LinkPeer,
+    /// A fleet under streaming clients while its workers are killed: wrong answers, unclear endings, blocks left held.
+    Soak(SoakArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -50,16 +54,38 @@ struct LinkArgs {
     json: Option<PathBuf>,
 }
 
+#[derive(Debug, clap::Args)]
+struct SoakArgs {
+    /// Clients that stream at once
+    #[arg(long, default_value_t = 64)]
+    clients: usize,
+    /// How long they ask
+    #[arg(long, default_value_t = 300.0)]
+    seconds: f64,
+    /// Seconds between two kills of a worker; 0 kills none
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    kill_every: f64,
+    /// Share of requests whose client leaves half-way
+    #[arg(long, default_value_t = 0.1)]
+    leave_share: f64,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Also write the report to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum PathName {
     Shm,
     Tcp,
 }
 
-pub(super) fn run(args: Args, _sources: Sources) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
     match args.scenario {
         Scenario::Link(args) => run_link(args),
         Scenario::LinkPeer => link::serve_peer().map(|()| ExitCode::SUCCESS),
+        Scenario::Soak(args) => run_soak(&args, &sources),
     }
 }
 
@@ -88,5 +114,28 @@ fn run_link(args: LinkArgs) -> anyhow::Result<ExitCode> {
     if let Some(file) = args.json {
         std::fs::write(&file, serde_json::to_string_pretty(&report)?)?;
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_soak(args: &SoakArgs, sources: &Sources) -> anyhow::Result<ExitCode> {
+    let kill_every = Duration::from_secs_f64(args.kill_every.clamp(0.0, 86_400.0));
+    let options = soak::Options {
+        fleet: sources.to_arguments(),
+        model: load_config(sources)?.config.model_name().to_owned(),
+        clients: args.clients.max(1),
+        seconds: args.seconds.clamp(1.0, 86_400.0),
+        kill_every: (!kill_every.is_zero()).then_some(kill_every),
+        leave_share: args.leave_share.clamp(0.0, 1.0),
+        seed: args.seed,
+    };
+    print(&format!("{}\n", Environment::current()))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let report = runtime.block_on(soak::run(&options))?;
+    print(&report.to_string())?;
+    if let Some(file) = &args.json {
+        std::fs::write(file, serde_json::to_string_pretty(&report)?)?;
+    }
+    let broken = report.broken_promises();
+    anyhow::ensure!(broken.is_empty(), "{}", broken.join("; "));
     Ok(ExitCode::SUCCESS)
 }

@@ -1,6 +1,6 @@
 //! The processes under soak: one single engine that knows the right answers, and one `pdlink up`.
 
-use std::path::Path;
+use std::ffi::OsString;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ pub(super) struct Started {
 }
 
 impl Started {
-    fn spawn(arguments: &[String]) -> anyhow::Result<(Child, Lines<BufReader<ChildStdout>>)> {
+    fn spawn(arguments: &[OsString]) -> anyhow::Result<(Child, Lines<BufReader<ChildStdout>>)> {
         let program = std::env::current_exe()?;
         let mut child = Command::new(program)
             .args(arguments)
@@ -35,7 +35,7 @@ impl Started {
             .stderr(Stdio::null())
             .kill_on_drop(true)
             .spawn()
-            .with_context(|| format!("cannot start `pdlink {}`", arguments.join(" ")))?;
+            .with_context(|| format!("cannot start pdlink with {arguments:?}"))?;
         let lines = BufReader::new(child.stdout.take().context("no stdout")?).lines();
         Ok((child, lines))
     }
@@ -44,7 +44,7 @@ impl Started {
     pub(super) async fn single_engine(model: &str) -> anyhow::Result<Self> {
         let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let arguments = ["engine", "--role", "both", "--port", &port.to_string(), "--model", model];
-        let (child, lines) = Self::spawn(&arguments.map(str::to_owned))?;
+        let (child, lines) = Self::spawn(&arguments.map(OsString::from))?;
         let addr = format!("127.0.0.1:{port}");
         let started = Instant::now();
         while client::get_text(&addr, "/health", Duration::from_secs(1)).await.is_err() {
@@ -56,11 +56,12 @@ impl Started {
         Ok(Self { child, lines, addr })
     }
 
-    /// Starts `pdlink up` on a configuration and waits for its ready event.
-    pub(super) async fn fleet(config: &Path) -> anyhow::Result<Self> {
-        let config = config.to_str().context("the path of the configuration is not UTF-8")?;
-        let arguments = ["up", "@", config, "--json", "--launcher.restart", "on-failure"];
-        let (child, mut lines) = Self::spawn(&arguments.map(str::to_owned))?;
+    /// Starts `pdlink up` with a configuration, and waits for its ready event.
+    pub(super) async fn fleet(sources: &[OsString]) -> anyhow::Result<Self> {
+        let mut arguments = vec![OsString::from("up")];
+        arguments.extend_from_slice(sources);
+        arguments.extend(["--json", "--launcher.restart", "on-failure"].map(OsString::from));
+        let (child, mut lines) = Self::spawn(&arguments)?;
         let ready = timeout(START_MAX, ready_event(&mut lines)).await.context("the fleet was not ready in time")??;
         let url = ready["base_url"].as_str().context("the ready event has no base_url")?;
         let addr = url.trim_start_matches("http://").trim_end_matches("/v1").to_owned();

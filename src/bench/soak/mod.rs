@@ -7,7 +7,7 @@ mod fleet;
 mod report;
 mod requests;
 
-use std::path::PathBuf;
+use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,14 +21,15 @@ use tokio::task::JoinSet;
 pub use report::Report;
 
 use crate::bench::{client, process};
+use crate::telemetry::names;
 use fleet::Started;
 use requests::Question;
 
 /// What to soak, and how hard.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Configuration of the fleet: the reference engine.
-    pub config: PathBuf,
+    /// Arguments of `pdlink up`: the configuration of a fleet of reference engines.
+    pub fleet: Vec<OsString>,
     /// The `model` that requests name.
     pub model: String,
     pub clients: usize,
@@ -50,7 +51,7 @@ const SETTLE_MAX: Duration = Duration::from_secs(20);
 /// Runs the soak and counts. Broken promises are in the report; an error means that it could not be run.
 pub async fn run(options: &Options) -> anyhow::Result<Report> {
     let questions = Arc::new(questions_with_answers(options).await?);
-    let fleet = Started::fleet(&options.config).await?;
+    let fleet = Started::fleet(&options.fleet).await?;
     let launcher = fleet.pid()?;
     let mut report = Report { clients: options.clients, ..Report::default() };
 
@@ -124,9 +125,15 @@ async fn settle(addr: &str, report: &mut Report) -> anyhow::Result<()> {
     }
 }
 
-/// Blocks held for transfers over all workers, as their runtimes say.
+/// Blocks held for transfers over all workers, as their metrics say.
 async fn held_blocks(addr: &str) -> anyhow::Result<u64> {
     let workers: Value = serde_json::from_str(&client::get_text(addr, "/admin/workers", PATIENCE).await?)?;
-    let workers = workers["workers"].as_array().context("/admin/workers has no list")?.clone();
-    workers.iter().map(|worker| worker["runtime"]["held_blocks"].as_u64().context("a runtime did not answer")).sum()
+    let mut held = 0;
+    for worker in workers["workers"].as_array().context("/admin/workers has no list")? {
+        let url = worker["url"].as_str().context("a worker has no url")?;
+        let metrics = client::get_text(url.trim_start_matches("http://"), "/metrics", PATIENCE).await?;
+        let gauge = metrics.lines().find_map(|line| line.strip_prefix(names::ENGINE_BLOCKS_HELD)?.strip_prefix(' '));
+        held += gauge.context("a worker does not count its held blocks")?.trim().parse::<u64>()?;
+    }
+    Ok(held)
 }

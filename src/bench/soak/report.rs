@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::requests::Ending;
+use crate::bench::table::Table;
 
 /// The counts of one soak.
 #[derive(Debug, Default, Serialize)]
@@ -77,6 +78,28 @@ impl Report {
             broken.push(format!("resident memory of launcher and proxy grew from {early} to {end} MiB"));
         }
         broken
+    }
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut table = Table::new(&["what", "count"], 1);
+        let mut row = |what: &str, count: String| table.row(vec![what.to_owned(), count]);
+        row("seconds", format!("{:.0}", self.seconds));
+        row("clients at once", self.clients.to_string());
+        row("workers killed", self.kills.to_string());
+        row("requests", self.requests.to_string());
+        row("right answers", self.right.to_string());
+        row("clients that left", self.left.to_string());
+        for (kind, count) in &self.clear_errors {
+            row(&format!("clear error: {kind}"), count.to_string());
+        }
+        row("wrong answers", self.wrong.to_string());
+        row("unclear endings", self.unclear.to_string());
+        row("blocks held at the end", self.held_blocks.to_string());
+        row("launcher and proxy, resident MiB, early", (self.resident_early_bytes >> 20).to_string());
+        row("launcher and proxy, resident MiB, end", (self.resident_end_bytes >> 20).to_string());
+        write!(f, "{table}")
     }
 }
 

@@ -13,15 +13,15 @@ use crate::bench::client;
 
 /// One question and the single engine's answer to it.
 #[derive(Debug)]
-pub struct Question {
-    pub prompt: String,
-    pub max_tokens: u32,
-    pub answer: String,
+pub(super) struct Question {
+    pub(super) prompt: String,
+    pub(super) max_tokens: u32,
+    pub(super) answer: String,
 }
 
 /// How one request ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ending {
+pub(super) enum Ending {
     Right,
     /// A status or an error event in OpenAI's form: the client knows what happened.
     ClearError(String),
@@ -37,7 +37,7 @@ pub enum Ending {
 }
 
 /// Draws `count` questions. Half share a beginning with another, so that prefix caches matter.
-pub fn draw(seed: u64, count: usize) -> Vec<Question> {
+pub(super) fn draw(seed: u64, count: usize) -> Vec<Question> {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut questions: Vec<Question> = Vec::with_capacity(count);
     for _ in 0..count {
@@ -65,7 +65,7 @@ impl Question {
     }
 
     /// Asks without streaming; for the single engine that knows the right answer.
-    pub async fn ask_plainly(&self, addr: &str, model: &str, patience: Duration) -> anyhow::Result<String> {
+    pub(super) async fn ask_plainly(&self, addr: &str, model: &str, patience: Duration) -> anyhow::Result<String> {
         let answer =
             client::send(addr, Method::POST, "/v1/completions", Some(self.body(model, false)), patience).await?;
         let status = answer.status;
@@ -78,7 +78,7 @@ impl Question {
     }
 
     /// Asks with streaming, and leaves after `leave_after` pieces if that is given.
-    pub async fn ask(
+    pub(super) async fn ask(
         self: Arc<Self>,
         addr: String,
         model: String,
