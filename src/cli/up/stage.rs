@@ -91,9 +91,8 @@ impl Stage {
         match &self.form {
             Form::Json => {}
             Form::Lines => line(text),
-            Form::Spinners { all, .. } => {
-                let _ = all.println(text);
-            }
+            // Not `println`, which pads lines with blanks to the width of the terminal.
+            Form::Spinners { all, .. } => all.suspend(|| line(text)),
         }
     }
 
