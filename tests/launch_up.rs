@@ -1,4 +1,4 @@
-//! `pdlink up` with real processes: a stand-in for vLLM is started, watched, killed and ended.
+//! `pdlink up` with real processes, started, watched, killed and ended: a stand-in for vLLM, and the reference engine.
 
 #[path = "support/launch.rs"]
 mod launch;
@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 
-use launch::{Place, Process, all_end, descendants, serve_as_stand_in, status, wait_for};
+use launch::{Place, Process, all_end, descendants, post, serve_as_stand_in, status, wait_for};
 use rustix::process::Signal;
 
 const PD: &str = "[pd_disagg]\nenabled = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [1]\n\
@@ -247,9 +247,61 @@ fn plain_workers_stand_behind_the_same_proxy() {
 }
 
 #[test]
+fn kv_6_a_pair_that_cannot_meet_is_refused_at_start() {
+    let place = Place::new();
+    // KV-6: the stand-in has no runtime of ours behind its KV port.
+    let config = place.stand_in_config("[pd_disagg]\nenabled = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [1]\n");
+    let (ended, said) = place.up(&config, &[], &[]).ended();
+    assert_eq!(ended.code(), Some(1), "{said}");
+    assert!(said.contains("error: decode_0 cannot take KV from prefill_0"), "{said}");
+    assert!(place.run_dirs().is_empty());
+}
+
+/// The reference engine, small, on any machine.
+fn reference(place: &Place) -> std::path::PathBuf {
+    place.config(&format!(
+        "[inference]\nengine = \"reference\"\nreference = {{ num_blocks = 64 }}\n\
+         [pd_disagg]\nenabled = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [1]\n[kv]\npaths = [\"shm\"]\n\
+         [launcher]\nrestart_backoff_s = 0.05\nlog_dir = {:?}\n",
+        place.path("logs")
+    ))
+}
+
+const QUESTION: &str = r#"{"model": "pdlink-reference", "prompt": "The same question, asked again.", "max_tokens": 8}"#;
+
+#[test]
+fn reference_workers_serve_over_the_path_of_the_ready_line_and_again_after_a_restart() {
+    let place = Place::new();
+    let mut up = place.up(&reference(&place), &[], &[]);
+    let ready = up.line_with("ready: http");
+    assert!(ready.ends_with("/v1 (1 prefill, 1 decode, P2pNcclConnector, shm)"), "{ready}");
+    let url = ready.split(' ').nth(1).map(|base_url| format!("{base_url}/completions")).expect("an address");
+    let first = post(&url, QUESTION);
+    assert!(first.contains("\"completion_tokens\":8"), "{first}");
+    for role in ["prefill", "decode"] {
+        let is_worker = |process: &Process| {
+            let line = process.command_line();
+            line.contains(&format!("\0--role\0{role}\0")) && !line.contains("\0guard\0")
+        };
+        descendants(up.pid()).into_iter().find(is_worker).expect("a worker").kill();
+        up.line_with("was ended by signal 9 (SIGKILL)");
+        up.line_with("ready after");
+        let answer = wait_for(|| Some(post(&url, QUESTION)).filter(|answer| text(answer) == text(&first)));
+        assert!(answer.is_some(), "the same answer after {role} came back: {}", post(&url, QUESTION));
+    }
+    up.signal(Signal::TERM);
+    assert!(up.ended().0.success());
+}
+
+/// The answer's text alone: ids and times differ.
+fn text(answer: &str) -> Option<&str> {
+    answer.split("\"text\":").nth(1)?.split(",\"logprobs\"").next()
+}
+
+#[test]
 fn sixteen_launchers_at_once_all_come_up() {
     let places: Vec<Place> = (0..16).map(|_| Place::new()).collect();
-    let mut ups: Vec<_> = places.iter().map(|place| place.up(&place.stand_in_config(PD), &[], &[])).collect();
+    let mut ups: Vec<_> = places.iter().map(|place| place.up(&reference(place), &[], &[])).collect();
     let urls: BTreeSet<String> = ups.iter_mut().map(|up| up.base_url()).collect();
     assert_eq!(urls.len(), 16, "each has its own port: {urls:?}");
     for up in &ups {

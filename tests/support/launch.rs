@@ -292,11 +292,22 @@ pub(crate) fn all_end(processes: &BTreeSet<Process>) {
 
 /// The status of one GET.
 pub(crate) fn status(url: &str) -> Option<u16> {
+    exchange(url, "GET", "")?.split(' ').nth(1)?.parse().ok()
+}
+
+/// The answer to one POST of JSON, head included; empty when there was none.
+pub(crate) fn post(url: &str, body: &str) -> String {
+    exchange(url, "POST", body).unwrap_or_default()
+}
+
+fn exchange(url: &str, method: &str, body: &str) -> Option<String> {
     let (address, path) = url.strip_prefix("http://")?.split_once('/')?;
     let mut stream = TcpStream::connect(address).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-    write!(stream, "GET /{path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n").ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(20))).ok()?;
+    let length = body.len();
+    let head = format!("{method} /{path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {length}");
+    write!(stream, "{head}\r\ncontent-type: application/json\r\n\r\n{body}").ok()?;
     let mut text = String::new();
     let _ = stream.read_to_string(&mut text);
-    text.split(' ').nth(1)?.parse().ok()
+    Some(text)
 }
