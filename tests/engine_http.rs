@@ -21,7 +21,9 @@ async fn bad_input_is_refused_in_openais_form() {
     };
     let chat = |messages: Value| json!({"model": MODEL, "messages": messages}).to_string();
     let (c, h) = ("/v1/completions", "/v1/chat/completions");
-    let cases: Vec<(&str, &str, &str, String, u16, Option<&str>)> = vec![
+    // (name, method, path, body, status, field at fault)
+    type Case = (&'static str, &'static str, &'static str, String, u16, Option<&'static str>);
+    let cases: Vec<Case> = vec![
         ("malformed JSON", "POST", c, "{".into(), 400, None),
         ("no body", "POST", c, String::new(), 400, None),
         ("not UTF-8 escapes", "POST", c, r#"{"prompt": "\ud800"}"#.into(), 400, None),
@@ -254,9 +256,9 @@ async fn a_stream_equals_the_whole_answer() {
         for choice in whole["choices"].as_array().unwrap() {
             let chunks = events.iter().map(|e| &e["choices"][0]).filter(|c| c["index"] == choice["index"]);
             let chunks: Vec<&Value> = chunks.collect();
-            let of = |c: &&Value| c["text"].as_str().or(c["delta"]["content"].as_str()).unwrap().to_owned();
+            let of = |c: &&Value| c["text"].as_str().or_else(|| c["delta"]["content"].as_str()).unwrap().to_owned();
             let streamed: String = chunks.iter().map(of).collect();
-            let want = choice["text"].as_str().or(choice["message"]["content"].as_str()).unwrap();
+            let want = choice["text"].as_str().or_else(|| choice["message"]["content"].as_str()).unwrap();
             assert_eq!(streamed, want, "{body}");
             assert_eq!(chunks.last().unwrap()["finish_reason"], choice["finish_reason"], "{body}");
             assert_eq!(chunks.last().unwrap()["stop_reason"], choice["stop_reason"], "{body}");

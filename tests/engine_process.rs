@@ -72,6 +72,18 @@ fn it_says_where_it_listens_and_ends_with_status_0() {
 }
 
 #[test]
+fn on_every_address_it_names_one_that_peers_can_reach() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let secret = folder.path().join("secret");
+    pdlink::security::Secret::generate().expect("random bytes").write_file(&secret).expect("written");
+    let (_running, line) =
+        Running::start(&["--port", "0", "--host", "0.0.0.0", "--secret-file", secret.to_str().expect("a path")]);
+    let kv = address(&line, "KV ");
+    assert!(!kv.ip().is_unspecified(), "{line}");
+    TcpStream::connect(kv).expect("the KV address listens");
+}
+
+#[test]
 fn it_listens_beside_whoever_holds_its_ports() {
     let holder = || {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");

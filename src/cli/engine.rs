@@ -1,6 +1,6 @@
 //! `pdlink engine`: one reference worker in the foreground.
 
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -18,8 +18,9 @@ use crate::telemetry;
 
 use super::{Sources, load_config, print};
 
-/// How long a worker that was asked to end may take to answer what it has begun, before it ends it.
-const DRAIN_GRACE: Duration = Duration::from_secs(30);
+/// Share of `launcher.grace_s` that a worker which was asked to end may take to answer what it has begun. The rest is for
+/// ending it: at the whole the guard kills.
+const DRAIN_SHARE: f64 = 0.8;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
 
@@ -76,13 +77,14 @@ pub(super) fn run(args: Args, mut sources: Sources) -> anyhow::Result<ExitCode> 
     let engine = Engine::start(setup(&args, &config, &host, kv)?)?;
     tracing::info!("{}", engine.memory());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let drained = runtime.block_on(serve(&engine, http, &args))?;
+    let grace = Duration::try_from_secs_f64(config.launcher.grace_s * DRAIN_SHARE)?;
+    let drained = runtime.block_on(serve(&engine, http, &args, grace))?;
     let alive = engine.stop();
     if !alive {
         anyhow::bail!("the engine's scheduler died; its last words are above");
     }
     if !drained {
-        tracing::warn!("requests or held blocks were left after {} s and were ended", DRAIN_GRACE.as_secs());
+        tracing::warn!("requests or held blocks were left after {} s and were ended", grace.as_secs_f64());
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -104,15 +106,15 @@ fn setup(args: &Args, config: &Config, host: &str, kv_listener: TcpListener) -> 
         kv: KvConfig { paths: Some(config.kv_paths()), ..config.kv.clone() },
         prefix_caching: config.inference.enable_prefix_caching.unwrap_or(true),
         weight_version: 0,
+        advertise_host: advertised(host, &kv_listener)?,
         kv_listener,
-        advertise_host: host.to_owned(),
         secret,
         send_type: config.pd_disagg.kv_send_type,
         wrap_path: None,
     })
 }
 
-async fn serve(engine: &Engine, http: TcpListener, args: &Args) -> anyhow::Result<bool> {
+async fn serve(engine: &Engine, http: TcpListener, args: &Args, grace: Duration) -> anyhow::Result<bool> {
     let address = http.local_addr()?;
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let listener = tokio::net::TcpListener::from_std(http)?;
@@ -132,7 +134,7 @@ async fn serve(engine: &Engine, http: TcpListener, args: &Args) -> anyhow::Resul
         }
     };
     tokio::select! {
-        drained = engine.serve(listener, stop, DRAIN_GRACE) => Ok(drained?),
+        drained = engine.serve(listener, stop, grace) => Ok(drained?),
         () = hurry => Ok(false),
     }
 }
@@ -142,6 +144,23 @@ async fn asked(interrupt: &mut Signal, terminate: &mut Signal) {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
     }
+}
+
+/// What peers are told to connect to: the host as it was given, unless that means every address of this machine. Then the
+/// one that the way out of it has, or loopback where there is no way out.
+fn advertised(host: &str, listener: &TcpListener) -> std::io::Result<String> {
+    let bound = listener.local_addr()?.ip();
+    if !bound.is_unspecified() {
+        return Ok(host.to_owned());
+    }
+    // Documentation addresses: connecting a datagram socket sends nothing, it only asks the kernel for the route.
+    let (any, outside) = match bound {
+        IpAddr::V4(_) => ("0.0.0.0:0", "192.0.2.1:9"),
+        IpAddr::V6(_) => ("[::]:0", "[2001:db8::1]:9"),
+    };
+    let socket = UdpSocket::bind(any)?;
+    let routed = socket.connect(outside).and_then(|()| socket.local_addr());
+    Ok(routed.map_or_else(|_| "127.0.0.1".to_owned(), |address| address.ip().to_string()))
 }
 
 /// Listens beside whoever holds the port for us: a holder has bound it without listening, and both set the option.

@@ -264,3 +264,61 @@ fn memory_line(cache: &KvCache, setup: &EngineSetup) -> String {
         shape.layout,
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use http::{Request, StatusCode};
+    use tower::ServiceExt;
+
+    use super::*;
+
+    fn setup() -> EngineSetup {
+        EngineSetup {
+            role: Role::Both,
+            model: "m".to_owned(),
+            tp: 1,
+            reference: ReferenceConfig { num_blocks: 16, ..ReferenceConfig::default() },
+            kv: KvConfig::default(),
+            prefix_caching: true,
+            weight_version: 0,
+            kv_listener: std::net::TcpListener::bind("127.0.0.1:0").expect("a port"),
+            advertise_host: "127.0.0.1".to_owned(),
+            secret: Secret::loopback(),
+            send_type: KvSendType::Get,
+            wrap_path: None,
+        }
+    }
+
+    async fn status(engine: &Engine, request: Request<Body>) -> StatusCode {
+        engine.router().oneshot(request).await.expect("infallible").status()
+    }
+
+    #[tokio::test]
+    async fn a_worker_whose_scheduler_has_ended_says_so() {
+        let engine = Engine::start(setup()).expect("it starts");
+        let health = || Request::get("/health").body(Body::empty()).expect("a request");
+        let completion = || {
+            let body = r#"{"model": "m", "prompt": "hi"}"#;
+            Request::post("/v1/completions").body(Body::from(body)).expect("a request")
+        };
+        assert_eq!(status(&engine, health()).await, StatusCode::OK);
+        assert_eq!(status(&engine, completion()).await, StatusCode::OK);
+        engine.front.send(Command::Stop);
+        let patience = Instant::now() + Duration::from_secs(20);
+        while engine.state.alive.load(Ordering::Acquire) {
+            assert!(Instant::now() < patience, "the scheduler does not end");
+            sleep(REST_POLL).await;
+        }
+        assert_eq!(status(&engine, health()).await, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(status(&engine, completion()).await, StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(!engine.stop(), "it had died before");
+    }
+
+    #[test]
+    fn a_shape_that_cannot_be_is_no_worker() {
+        let mut wrong = setup();
+        wrong.tp = 3;
+        assert!(matches!(Engine::start(wrong), Err(EngineError::Cache(CacheError::Heads { kv_heads: 4, tp: 3 }))));
+    }
+}

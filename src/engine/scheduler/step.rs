@@ -3,9 +3,9 @@
 use super::super::model::Logits;
 use super::super::request::{FinishReason, StopReason, TokenOut};
 use super::super::sequence::Sequence;
+use super::transfer::refused;
 use super::{Held, Key, STEP_TOKENS_MAX, Scheduler};
 use crate::kv::Offer;
-use crate::openai::ApiError;
 
 /// What a step computed, to be told to clients once the time it takes has passed.
 #[derive(Debug, Default)]
@@ -141,7 +141,7 @@ impl Scheduler {
                     None => self.held.remove(&transfer_id),
                 };
                 self.parts.blocks.give_back(held.map(|held| held.blocks).unwrap_or_default());
-                sequence.fail(ApiError::bad_param("kv_transfer_params", format!("cannot hand the KV over: {error}")));
+                sequence.fail(refused(&error));
             }
         }
     }

@@ -308,6 +308,25 @@ fn answers_do_not_depend_on_company_caching_or_preemption() {
 }
 
 #[test]
+fn long_prompts_are_computed_in_chunks_wherever_these_end() {
+    let long = || ask(STEP_TOKENS_MAX * 2 + 100, 4);
+    let mut rig = Rig::with(3000, LoadFailurePolicy::Fail, false);
+    let want = rig.answer(long());
+    let mut first = rig.submit(Ask { salt: Some("first"), ..ask(700, 40) });
+    let mut second = rig.submit(long());
+    let mut steps = 0;
+    while first.hear() == Heard::Nothing {
+        let outcome = rig.scheduler.step();
+        assert!(outcome.prefill_tokens + outcome.decodes <= STEP_TOKENS_MAX);
+        rig.scheduler.deliver(outcome);
+        steps += 1;
+    }
+    assert_eq!(steps, 40, "the older one decodes at every step while the long one is prefilled");
+    rig.settle();
+    assert_eq!(second.text(), want);
+}
+
+#[test]
 fn a_prefix_hit_shortens_the_work_and_a_salt_prevents_it() {
     let mut rig = Rig::new(64);
     let cold = rig.answer(ask(18, 4));

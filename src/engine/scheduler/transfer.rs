@@ -142,12 +142,13 @@ fn gcd(a: usize, b: usize) -> usize {
 }
 
 /// Parameters that a client made are its own fault; anything else is this worker's.
-fn refused(error: &KvError) -> ApiError {
+pub(super) fn refused(error: &KvError) -> ApiError {
+    let message = format!("the KV of this request cannot be handed over: {error}");
     match error {
         KvError::Params(_) | KvError::WrongRole { .. } | KvError::Duplicate { .. } => {
-            ApiError::bad_param("kv_transfer_params", error.to_string())
+            ApiError::bad_param("kv_transfer_params", message)
         }
-        error => ApiError::internal(format!("the prompt's KV cannot be loaded: {error}")),
+        _ => ApiError::internal(message),
     }
 }
 
