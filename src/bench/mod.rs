@@ -3,6 +3,7 @@
 
 pub mod client;
 pub mod environment;
+pub mod kv;
 pub mod link;
 pub mod process;
 pub mod soak;

@@ -1,5 +1,7 @@
 //! `pdlink bench`: one subcommand per scenario. A scenario is a module of [`crate::bench`], a variant here and a line in [`run`].
 
+mod kv;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -25,6 +27,11 @@ enum Scenario {
     /// The other process of `link`.
     #[command(name = "link-peer", hide = true)]
     LinkPeer,
+    /// The KV of whole requests between two workers, against a parallel memcpy.
+    Kv(kv::KvArgs),
+    /// The other process of `kv`.
+    #[command(name = "kv-peer", hide = true)]
+    KvPeer,
     /// A fleet under streaming clients while its workers are killed: wrong answers, unclear endings, blocks left held.
     Soak(SoakArgs),
 }
@@ -85,6 +92,8 @@ pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
     match args.scenario {
         Scenario::Link(args) => run_link(args),
         Scenario::LinkPeer => link::serve_peer().map(|()| ExitCode::SUCCESS),
+        Scenario::Kv(args) => kv::run(args),
+        Scenario::KvPeer => crate::bench::kv::serve_peer().map(|()| ExitCode::SUCCESS),
         Scenario::Soak(args) => run_soak(&args, &sources),
     }
 }

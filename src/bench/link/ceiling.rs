@@ -15,7 +15,7 @@ use crate::memory::{Region, RegionOptions, to_u64, to_usize};
 pub(super) const PLAIN_BYTES: usize = 256 * 1024;
 
 /// Threads that wait for a share of a copy, as a path's threads do.
-pub(super) struct Ceiling {
+pub(in crate::bench) struct Ceiling {
     orders: Vec<mpsc::Sender<Order>>,
     threads: Vec<JoinHandle<anyhow::Result<()>>>,
 }
@@ -28,7 +28,7 @@ struct Order {
 
 impl Ceiling {
     /// `threads` threads, each copying one contiguous share from memory like the peer's to `dst`.
-    pub(super) fn memcpy(threads: usize, dst: Arc<Region>) -> anyhow::Result<Self> {
+    pub(in crate::bench) fn memcpy(threads: usize, dst: Arc<Region>) -> anyhow::Result<Self> {
         let options = RegionOptions { prefault: true, huge_pages: false };
         let src = Region::shared_with(to_usize(dst.len()), options)?;
         fill(&src, 3)?;
@@ -83,7 +83,7 @@ impl Ceiling {
     }
 
     /// Seconds that copying `bytes` bytes from `at` on takes, shared evenly.
-    pub(super) fn run(&self, at: u64, bytes: u64) -> anyhow::Result<f64> {
+    pub(in crate::bench) fn run(&self, at: u64, bytes: u64) -> anyhow::Result<f64> {
         let threads = to_u64(self.orders.len());
         let share = (bytes / threads).max(1);
         let done = Arc::new(Barrier::new(self.orders.len() + 1));

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 pub use peer::serve as serve_peer;
 
-use self::ceiling::Ceiling;
+pub(super) use self::ceiling::Ceiling;
 use self::peer::Peer;
 use self::workload::Window;
 use super::environment::Environment;

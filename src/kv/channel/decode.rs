@@ -373,6 +373,9 @@ mod tests {
 
     use super::*;
 
+    /// Its name, events by their second, and what the last of them gives.
+    type Case = (&'static str, Vec<(u64, E)>, Result<Actions, OutOfOrder>);
+
     const ID: TransferId = TransferId([1; 16]);
     const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -402,7 +405,7 @@ mod tests {
         let pushing = || (0, E::Granted(Mode::Push));
         let fetch = |digest| (1, E::Fetch { digest });
         let copied = || (2, E::CopyDone(Ok(())));
-        let cases: Vec<(&str, Vec<(u64, E)>, Result<Actions, OutOfOrder>)> = vec![
+        let cases: Vec<Case> = vec![
             ("granted, then blocks", vec![granted(), fetch(false)], Ok(vec![A::StartCopy { digest: false }])),
             ("blocks, then granted", vec![fetch(true), granted()], Ok(vec![A::StartCopy { digest: true }])),
             ("copied", vec![granted(), fetch(false), copied()], Ok(vec![A::TellLanded { digest: None }])),

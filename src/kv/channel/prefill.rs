@@ -340,6 +340,9 @@ mod tests {
 
     use super::*;
 
+    /// Its name, events by their second, and what the last of them gives.
+    type Case = (&'static str, Vec<(u64, E)>, Result<Actions, OutOfOrder>);
+
     const ID: TransferId = TransferId([1; 16]);
     const LEASE: Duration = Duration::from_secs(30);
 
@@ -368,7 +371,7 @@ mod tests {
         let mismatch =
             TransferFailure::DigestMismatch { peer: "decode".to_owned(), transfer_id: ID, theirs: 6, ours: 5 };
         let expired = Ending::Failed(TransferFailure::Expired { peer: "prefill".to_owned(), transfer_id: ID });
-        let cases: Vec<(&str, Vec<(u64, E)>, Result<Actions, OutOfOrder>)> = vec![
+        let cases: Vec<Case> = vec![
             ("claim", vec![(0, E::Claim)], Ok(vec![A::Grant])),
             (
                 "KV-3 pull, no digest",

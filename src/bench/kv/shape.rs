@@ -1,0 +1,132 @@
+//! KV caches of known models, laid out as an engine would.
+
+use std::sync::Arc;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::kv::{BlockId, Geometry, LayerPlacement, RankMemory};
+use crate::memory::{Region, RegionOptions, to_usize};
+
+/// Whose KV is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Shape {
+    /// One layer, one head: a block of 16 tokens is one run of 4 KiB.
+    #[value(name = "one-run")]
+    OneRun,
+    /// 4 layers, 4 KV heads of 32 elements: the reference engine's own.
+    Small,
+    #[value(name = "qwen3-8b")]
+    #[serde(rename = "qwen3-8b")]
+    Qwen3_8b,
+    #[value(name = "llama-3.1-8b")]
+    #[serde(rename = "llama-3.1-8b")]
+    Llama31_8b,
+    #[value(name = "llama-3.1-70b")]
+    #[serde(rename = "llama-3.1-70b")]
+    Llama31_70b,
+    /// One latent per token and layer instead of heads.
+    #[value(name = "deepseek-v3")]
+    #[serde(rename = "deepseek-v3")]
+    DeepseekV3,
+}
+
+/// How blocks lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Layout {
+    /// `[block, 2, token, head, dim]`, one allocation for each layer.
+    SplitKv,
+    /// `[block, token, head, K then V]`, all layers in one allocation.
+    TokenMajor,
+}
+
+impl Shape {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OneRun => "one-run",
+            Self::Small => "small",
+            Self::Qwen3_8b => "qwen3-8b",
+            Self::Llama31_8b => "llama-3.1-8b",
+            Self::Llama31_70b => "llama-3.1-70b",
+            Self::DeepseekV3 => "deepseek-v3",
+        }
+    }
+
+    pub(super) fn geometry(self, block_size: u32) -> Geometry {
+        let (layers, kv_heads, head_size, mla) = match self {
+            Self::OneRun => (1, 1, 64, false),
+            Self::Small => (4, 4, 32, false),
+            Self::Qwen3_8b => (36, 8, 128, false),
+            Self::Llama31_8b => (32, 8, 128, false),
+            Self::Llama31_70b => (80, 8, 128, false),
+            Self::DeepseekV3 => (61, 1, 576, true),
+        };
+        Geometry {
+            model: self.name().to_owned(),
+            layers,
+            kv_heads,
+            head_size,
+            element_bytes: 2,
+            dtype: "bfloat16".to_owned(),
+            block_size,
+            tp_size: 1,
+            mla,
+            opaque_planes: None,
+        }
+    }
+}
+
+/// Memory for `num_blocks` blocks, backed at once so that no transfer meets a page fault.
+pub(super) fn memory(geometry: &Geometry, layout: Layout, num_blocks: u32) -> anyhow::Result<RankMemory> {
+    let (tokens, halves) = (u64::from(geometry.block_size), u64::from(geometry.halves()));
+    let (heads, content) = (u64::from(geometry.kv_heads), geometry.content_bytes());
+    let block_stride = halves * tokens * heads * content;
+    let layer_bytes = block_stride * u64::from(num_blocks);
+    let split = layout == Layout::SplitKv;
+    let (regions, bytes) =
+        if split { (geometry.layers, layer_bytes) } else { (1, layer_bytes * u64::from(geometry.layers)) };
+    let options = RegionOptions { prefault: true, huge_pages: false };
+    let regions = (0..regions).map(|_| Region::shared_with(to_usize(bytes), options));
+    let regions: Vec<Arc<Region>> = regions.collect::<Result<_, _>>()?;
+    let layers = (0..geometry.layers).map(|layer| {
+        let head_stride = if split { content } else { halves * content };
+        Ok(LayerPlacement {
+            region: if split { u16::try_from(layer)? } else { 0 },
+            base: if split { 0 } else { layer_bytes * u64::from(layer) },
+            block_stride,
+            half_stride: if split { tokens * heads * content } else { content },
+            token_stride: heads * head_stride,
+            head_stride,
+        })
+    });
+    Ok(RankMemory { rank: 0, regions, layers: layers.collect::<anyhow::Result<_>>()?, num_blocks })
+}
+
+/// `count` blocks, from block `first` on: in order, or as a pool gives them out that has been in use for a while.
+pub(super) fn blocks(first: u32, count: u32, num_blocks: u32, scattered: bool) -> Vec<BlockId> {
+    // A step without a divisor in common with the number of blocks meets every block once.
+    let coprime = |step: &u32| (2..=*step).all(|d| !(step.is_multiple_of(d) && num_blocks.is_multiple_of(d)));
+    let step = if scattered { (num_blocks / 3 + 1..num_blocks.max(2)).find(coprime).unwrap_or(1) } else { 1 };
+    let at = |index: u32| (u64::from(first) + u64::from(index) * u64::from(step)) % u64::from(num_blocks);
+    (0..count).map(|index| BlockId(u32::try_from(at(index)).unwrap_or(0))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scattered_blocks_are_distinct_and_not_neighbours() {
+        for num_blocks in [1, 2, 7, 128, 1000] {
+            let mut taken = blocks(3 % num_blocks, num_blocks, num_blocks, true);
+            let adjacent = taken.windows(2).filter(|pair| pair[0].0 + 1 == pair[1].0).count();
+            assert!(num_blocks < 7 || adjacent == 0);
+            taken.sort();
+            taken.dedup();
+            assert_eq!(taken.len(), num_blocks as usize);
+        }
+        assert_eq!(blocks(2, 3, 9, false), [BlockId(2), BlockId(3), BlockId(4)]);
+    }
+}
