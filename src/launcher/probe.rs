@@ -42,7 +42,8 @@ pub async fn status(host: &str, port: u16, path: &str) -> Option<u16> {
 
 async fn ask(host: &str, port: u16, path: &str) -> std::io::Result<Option<u16>> {
     let mut stream = TcpStream::connect((host, port)).await?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n");
+    // The header is only there because HTTP wants one; a name spares brackets round IPv6 addresses.
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut head = Vec::with_capacity(HEAD_BYTES);
     while head.len() < HEAD_BYTES && !head.contains(&b'\n') {
