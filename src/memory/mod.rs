@@ -7,6 +7,7 @@
 
 mod mapping;
 mod region;
+mod stream;
 mod words;
 
 pub use region::{Backing, MemoryKind, OutOfRange, Region, RegionOptions};

@@ -17,6 +17,10 @@ use crate::transport::copy_pool::Carrier;
 use crate::transport::flight::Flight;
 use crate::transport::{Direction, Piece, Segment, TransportError};
 
+/// Transfers from this size on are copied past the caches: they would not fit. Below it, whoever reads the bytes next may find
+/// them there.
+const STREAM_BYTES_MIN: u64 = 32 << 20;
+
 /// One peer process and our way into its memory. Dropping it unmaps everything.
 pub(super) struct Peer {
     name: String,
@@ -86,9 +90,13 @@ impl Peer {
             Direction::Pull => (theirs, ours),
             Direction::Push => (ours, theirs),
         };
-        for run in flight.runs.walk(piece) {
-            src.copy_to(run.src, dst, run.dst, run.len).expect("validated when the flight was admitted");
-        }
+        let mut runs = flight.runs.walk(piece);
+        let copied = if flight.totals.bytes >= STREAM_BYTES_MIN {
+            src.stream_to(dst, runs.map(|run| (run.src, run.dst, run.len)))
+        } else {
+            runs.try_for_each(|run| src.copy_to(run.src, dst, run.dst, run.len))
+        };
+        copied.expect("validated when the flight was admitted");
     }
 
     fn carry_addressed(&self, base: u64, ours: &Region, flight: &Flight, piece: Piece) -> Result<(), TransportError> {
