@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -20,11 +21,26 @@ pub(in crate::bench) struct Ceiling {
     threads: Vec<JoinHandle<anyhow::Result<()>>>,
 }
 
+/// One copy, of which every thread takes chunks until none is left.
+#[derive(Clone)]
 struct Order {
     at: u64,
     bytes: u64,
+    chunk: u64,
+    taken: Arc<AtomicU64>,
     done: Arc<Barrier>,
 }
+
+impl Order {
+    /// Where the next chunk starts, and its length.
+    fn take(&self) -> Option<(u64, u64)> {
+        let start = self.taken.fetch_add(self.chunk, Ordering::Relaxed);
+        (start < self.bytes).then(|| (self.at + start, self.chunk.min(self.bytes - start)))
+    }
+}
+
+/// Chunks per thread when they are handed out as threads get to them.
+const CHUNKS_PER_THREAD: u64 = 8;
 
 impl Ceiling {
     /// `threads` threads, each copying one contiguous share from memory like the peer's to `dst`.
@@ -71,9 +87,9 @@ impl Ceiling {
             let mut copy = work(index)?;
             ceiling.orders.push(order);
             ceiling.threads.push(std::thread::Builder::new().name(format!("ceiling-{index}")).spawn(move || {
-                for Order { at, bytes, done } in orders {
-                    let copied = copy(at, bytes);
-                    done.wait();
+                for order in orders {
+                    let copied = std::iter::from_fn(|| order.take()).try_for_each(|(at, bytes)| copy(at, bytes));
+                    order.done.wait();
                     copied?;
                 }
                 Ok(())
@@ -82,15 +98,26 @@ impl Ceiling {
         Ok(ceiling)
     }
 
-    /// Seconds that copying `bytes` bytes from `at` on takes, shared evenly.
+    /// [`Ceiling::run_at`] from one place, for windows that no cache holds anyway.
     pub(in crate::bench) fn run(&self, at: u64, bytes: u64) -> anyhow::Result<f64> {
-        let threads = to_u64(self.orders.len());
-        let share = (bytes / threads).max(1);
+        self.run_at([at, at], bytes)
+    }
+
+    /// Seconds that copying `bytes` bytes takes, from one place and then from another: the faster of one large share per
+    /// thread, which lets memcpy use its way for large copies, and of smaller chunks, which makes up for a thread that the
+    /// machine holds back.
+    pub(super) fn run_at(&self, [first, second]: [u64; 2], bytes: u64) -> anyhow::Result<f64> {
+        let share = bytes.div_ceil(to_u64(self.orders.len())).max(1);
+        let whole = self.copy(first, bytes, share)?;
+        Ok(whole.min(self.copy(second, bytes, share.div_ceil(CHUNKS_PER_THREAD))?))
+    }
+
+    fn copy(&self, at: u64, bytes: u64, chunk: u64) -> anyhow::Result<f64> {
         let done = Arc::new(Barrier::new(self.orders.len() + 1));
+        let order = Order { at, bytes, chunk, taken: Arc::new(AtomicU64::new(0)), done: done.clone() };
         let started = Instant::now();
-        for (index, orders) in (0..).zip(&self.orders) {
-            let order = Order { at: at + index * share, bytes: share, done: done.clone() };
-            orders.send(order).ok().context("a thread of the ceiling ended early")?;
+        for orders in &self.orders {
+            orders.send(order.clone()).ok().context("a thread of the ceiling ended early")?;
         }
         done.wait();
         Ok(started.elapsed().as_secs_f64())

@@ -1,8 +1,8 @@
 //! How fast a path moves bytes between two processes, and what share that is of what the machine can do.
 //!
 //! The other process is this program again. Every measurement alternates with its ceiling: for `shm` a parallel memcpy on as
-//! many threads, for `tcp` as many plain sockets with read and write loops. Both sides walk through memory larger than the
-//! caches, so that both find it equally cold.
+//! many threads, for `tcp` as many plain sockets with read and write loops, each the faster of two ways to share the work.
+//! Both walk through memory larger than the caches, so that both find it equally cold.
 
 mod ceiling;
 mod peer;
@@ -158,7 +158,7 @@ impl Rig {
         while ours.len() < 5 || Instant::now() < until {
             let at = window.next();
             let moved = self.transfer(workload::scattered(at, bytes, run_bytes))?;
-            let ceiling = self.ceiling.run(at, bytes)?;
+            let ceiling = self.ceiling.run_at([window.next(), window.next()], bytes)?;
             ours.push(rate(bytes, moved));
             theirs.push(rate(bytes, ceiling));
         }
