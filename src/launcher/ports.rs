@@ -250,6 +250,18 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_that_also_shares_its_port_gets_in_too() {
+        let held = HeldPort::bind(LOOPBACK, 0).expect("bind");
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).expect("socket");
+        // vLLM sets both on its HTTP socket.
+        socket.set_reuse_address(true).expect("option");
+        socket.set_reuse_port(true).expect("option");
+        socket.bind(&held.address().into()).expect("bind beside the holder");
+        socket.listen(8).expect("listen");
+        assert!(TcpStream::connect(held.address()).is_ok());
+    }
+
+    #[test]
     fn lingering_connections_do_not_keep_a_fixed_port_from_us() {
         let held = HeldPort::bind(LOOPBACK, 0).expect("bind");
         let address = held.address();
