@@ -1,0 +1,159 @@
+//! The whole of it, as a newcomer runs it: one file, prefill and decode workers, the proxy, real processes.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use reqwest::{Client, Response};
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A `pdlink` process of ours; it gets SIGTERM at the end of the test, and what it started ends with it.
+struct Pdlink {
+    child: Child,
+    lines: std::io::Lines<BufReader<ChildStdout>>,
+    logs: tempfile::TempDir,
+}
+
+impl Pdlink {
+    fn start(args: &[&str]) -> Self {
+        let logs = tempfile::tempdir().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pdlink"));
+        command.args(args).current_dir(env!("CARGO_MANIFEST_DIR")).env_remove("PDLINK_SECRET_FILE");
+        let mut child = command
+            .args(["--launcher.log_dir", logs.path().to_str().unwrap()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self { child, lines, logs }
+    }
+
+    /// `pdlink up` with a configuration of ours; the address of its front.
+    fn up(config: &str) -> (Self, String) {
+        let mut up = Self::start(&["up", "@", config, "--json"]);
+        let ready = up.lines.by_ref().map_while(Result::ok).find(|line| line.contains("\"event\":\"ready\""));
+        let ready: Value = serde_json::from_str(&ready.expect("`pdlink up` ended before it was ready")).unwrap();
+        let address = ready["base_url"].as_str().unwrap().trim_end_matches("/v1").to_owned();
+        (up, address)
+    }
+
+    /// SIGTERM, then the status.
+    fn stop(mut self) -> bool {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let status = self.child.wait().unwrap();
+        drop(self.logs);
+        status.success()
+    }
+}
+
+async fn post(address: &str, path: &str, body: String) -> Response {
+    let request = Client::new().post(format!("{address}{path}")).header("content-type", "application/json");
+    request.body(body).timeout(PATIENCE).send().await.unwrap()
+}
+
+async fn get(address: &str, path: &str) -> String {
+    let answer = Client::new().get(format!("{address}{path}")).timeout(PATIENCE).send().await.unwrap();
+    answer.text().await.unwrap()
+}
+
+/// The body of the README's `curl`.
+fn body_of_the_readme() -> String {
+    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    assert!(readme.contains("cargo run --release -- up @ configs/debug/local.toml"));
+    readme.split("-d '").nth(1).and_then(|rest| rest.split('\'').next()).unwrap().to_owned()
+}
+
+/// The value of a sample whose name and labels are exactly these.
+fn sample(metrics: &str, name: &str) -> u64 {
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("no {name} in\n{metrics}")).parse().unwrap()
+}
+
+#[tokio::test]
+async fn the_two_steps_of_the_readme_end_in_an_answer_whose_kv_crossed_the_link() {
+    let (up, address) = Pdlink::up("configs/debug/local.toml");
+    let answer = post(&address, "/v1/completions", body_of_the_readme()).await;
+    assert_eq!(answer.status(), 200);
+    let transfer_id = answer.headers()["x-pdlink-transfer-id"].to_str().unwrap().to_owned();
+    let answer: Value = answer.json().await.unwrap();
+
+    // The proof: both sides' records, and decode's own count of where its prompt came from.
+    let transfer: Value =
+        serde_json::from_str(&get(&address, &format!("/admin/transfers/{transfer_id}")).await).unwrap();
+    let prompt_tokens = answer["usage"]["prompt_tokens"].as_u64().unwrap();
+    for (record, side) in transfer["records"].as_array().unwrap().iter().zip(["prefill", "decode"]) {
+        let record = &record["record"];
+        assert_eq!(
+            (&record["side"], &record["path"], &record["outcome"]),
+            (&json!(side), &json!("shm"), &json!("done"))
+        );
+        assert_eq!(record["tokens"], prompt_tokens);
+    }
+    let workers: Value = serde_json::from_str(&get(&address, "/admin/workers").await).unwrap();
+    let decode = workers["workers"].as_array().unwrap().iter().find(|worker| worker["role"] == "decode").unwrap();
+    let metrics = get(decode["url"].as_str().unwrap(), "/metrics").await;
+    assert_eq!(sample(&metrics, "pdlink_engine_prompt_tokens_total{source=\"loaded\"}"), prompt_tokens);
+    assert_eq!(
+        sample(&metrics, "pdlink_engine_prompt_tokens_total{source=\"computed\"}"),
+        1,
+        "the last prompt token only"
+    );
+    assert!(up.stop());
+}
+
+#[tokio::test]
+async fn two_by_two_workers_answer_as_one_engine_does() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let single =
+        Pdlink::start(&["engine", "--role", "both", "--port", &port.to_string(), "--model", "pdlink-reference"]);
+    let single_address = format!("http://127.0.0.1:{port}");
+    let (up, address) = Pdlink::up("configs/debug/local_2p2d.toml");
+    let mut patience = 0;
+    while Client::new().get(format!("{single_address}/health")).send().await.is_err() {
+        patience += 1;
+        assert!(patience < 600, "the single engine did not come up");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let choices = |answer: &Value| answer["choices"].clone();
+    for length in [1, 15, 16, 17, 31, 32, 33, 100, 500] {
+        let prompt: String =
+            (0..length).map(|at| char::from(b'a' + u8::try_from((at * 7 + length) % 26).unwrap())).collect();
+        let completion = json!({"model": "pdlink-reference", "prompt": prompt, "max_tokens": 12, "temperature": 0});
+        let chat = json!({
+            "model": "pdlink-reference", "messages": [{"role": "user", "content": prompt}], "max_completion_tokens": 12,
+        });
+        for (path, body) in [("/v1/completions", completion), ("/v1/chat/completions", chat)] {
+            let ours: Value = post(&address, path, body.to_string()).await.json().await.unwrap();
+            let single: Value = post(&single_address, path, body.to_string()).await.json().await.unwrap();
+            assert_eq!(choices(&ours), choices(&single), "{path}, prompt of {length} bytes");
+        }
+    }
+    assert!(up.stop() && single.stop());
+}
+
+#[test]
+fn kv_9_and_px_2_hold_while_workers_are_killed_and_clients_leave() {
+    // The long form: `pdlink bench soak @ configs/debug/local_2p2d.toml`.
+    let logs = tempfile::tempdir().unwrap();
+    let soak = Command::new(env!("CARGO_BIN_EXE_pdlink"))
+        .args([
+            "bench",
+            "soak",
+            "@",
+            "configs/debug/local_2p2d.toml",
+            "--launcher.log_dir",
+            logs.path().to_str().unwrap(),
+        ])
+        .args(["--clients", "16", "--seconds", "15", "--kill-every", "4", "--leave-share", "0.2"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&soak.stdout).into_owned() + &String::from_utf8_lossy(&soak.stderr);
+    assert!(soak.status.success(), "{said}");
+}
