@@ -41,8 +41,8 @@ pub struct Options {
     pub seed: u64,
 }
 
-/// Distinct questions; each has its answer from the single engine before the soak starts.
-const QUESTIONS: usize = 256;
+/// Distinct questions per client; each has its answer from the single engine before the soak starts.
+const QUESTIONS_PER_CLIENT: usize = 4;
 /// Longest wait for anything within one request.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long workers may take to come back and blocks to be free once the clients are gone.
@@ -91,7 +91,7 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
 
 async fn questions_with_answers(options: &Options) -> anyhow::Result<Vec<Arc<Question>>> {
     let single = Started::single_engine(&options.model).await?;
-    let mut questions = requests::draw(options.seed, QUESTIONS);
+    let mut questions = requests::draw(options.seed, options.clients * QUESTIONS_PER_CLIENT);
     for question in &mut questions {
         question.answer = question.ask_plainly(&single.addr, &options.model, PATIENCE).await?;
     }
