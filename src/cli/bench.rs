@@ -11,7 +11,7 @@ use clap::{Subcommand, ValueEnum};
 use super::{Sources, load_config, print};
 use crate::bench::environment::Environment;
 use crate::bench::table::parse_size;
-use crate::bench::{link, soak};
+use crate::bench::{link, proxy, soak};
 use crate::config::Path;
 
 #[derive(Debug, clap::Args)]
@@ -32,6 +32,8 @@ enum Scenario {
     /// The other process of `kv`.
     #[command(name = "kv-peer", hide = true)]
     KvPeer,
+    /// What the proxy costs between mock workers: processor time, added latency, memory.
+    Proxy(proxy::Args),
     /// A fleet under streaming clients while its workers are killed: wrong answers, unclear endings, blocks left held.
     Soak(SoakArgs),
 }
@@ -94,6 +96,7 @@ pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
         Scenario::LinkPeer => link::serve_peer().map(|()| ExitCode::SUCCESS),
         Scenario::Kv(args) => kv::run(args),
         Scenario::KvPeer => crate::bench::kv::serve_peer().map(|()| ExitCode::SUCCESS),
+        Scenario::Proxy(args) => proxy::run(&args),
         Scenario::Soak(args) => run_soak(&args, &sources),
     }
 }

@@ -11,6 +11,7 @@ mod bench;
 mod config;
 mod engine;
 mod guard;
+mod proxy;
 mod report;
 mod up;
 
@@ -53,6 +54,9 @@ enum Command {
     Up(up::Args),
     #[command(hide = true)]
     Guard(guard::Args),
+    /// Run the front alone, before workers that something else started.
+    #[command(after_help = SOURCES_HELP)]
+    Proxy(proxy::Args),
 }
 
 fn dispatch(command: Command, sources: Sources) -> anyhow::Result<ExitCode> {
@@ -62,6 +66,7 @@ fn dispatch(command: Command, sources: Sources) -> anyhow::Result<ExitCode> {
         Command::Engine(args) => engine::run(args, sources),
         Command::Up(args) => up::run(args, sources),
         Command::Guard(args) => guard::run(args, sources),
+        Command::Proxy(args) => proxy::run(args, sources),
     }
 }
 

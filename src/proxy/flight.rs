@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use http::{HeaderMap, HeaderValue};
 
 use super::abort::Transfer;
+use super::access::{self, Line};
 use super::dialect::hex;
-use super::shared::Shared;
-use super::worker::Load;
+use super::shared::Lane;
+use super::worker::{Load, Worker};
 use crate::control::TransferId;
 use crate::openai::ApiError;
 use crate::openai::headers::{REQUEST_ID_BYTES_MAX, X_PDLINK_TRANSFER_ID, X_REQUEST_ID};
@@ -23,7 +24,7 @@ pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// The account of one request.
 #[derive(Debug)]
 pub(crate) struct Flight {
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) lane: Arc<Lane>,
     pub(crate) route: &'static str,
     pub(crate) started: Instant,
     pub(crate) request_id: HeaderValue,
@@ -33,7 +34,7 @@ pub(crate) struct Flight {
     pub(crate) transfer: Option<Transfer>,
     /// The worker that answers.
     pub(crate) load: Option<Load>,
-    pub(crate) prefill: Option<usize>,
+    pub(crate) prefill: Option<Arc<Worker>>,
     pub(crate) status: u16,
     pub(crate) bytes: u64,
     /// How it ended; a flight that ends without saying was left by its client.
@@ -42,9 +43,10 @@ pub(crate) struct Flight {
 
 impl Flight {
     /// Admits one more request, or refuses it at the bound (PX-4).
-    pub(crate) fn admit(shared: &Arc<Shared>, route: &'static str, headers: &HeaderMap) -> Result<Self, ApiError> {
+    pub(crate) fn admit(lane: &Arc<Lane>, route: &'static str, headers: &HeaderMap) -> Result<Self, ApiError> {
+        let shared = &lane.shared;
         let flight = Self {
-            shared: Arc::clone(shared),
+            lane: Arc::clone(lane),
             route,
             started: Instant::now(),
             request_id: request_id(headers),
@@ -82,37 +84,38 @@ impl Flight {
         }
     }
 
-    fn log(&self) {
-        let elapsed = self.started.elapsed();
-        tracing::info!(
-            target: "access",
-            route = self.route,
-            status = self.status,
-            end = self.end,
-            bytes = self.bytes,
-            duration_us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX),
-            request_id = self.request_id.to_str().unwrap_or("-"),
-            transfer_id = self.transfer_id.map(tracing::field::display),
-            prefill = self.prefill.map(|number| self.shared.workers[number].name()),
-            decode = self.load.as_ref().map(|load| load.worker().name()),
-        );
+    fn log(&self, duration: Duration) {
+        self.lane.access.push(Line {
+            route: self.route,
+            status: self.status,
+            end: self.end,
+            bytes: self.bytes,
+            duration,
+            // A copy: the header's own text lies in the connection's buffer, which the next request needs.
+            request_id: self.request_id.to_str().unwrap_or("-").into(),
+            transfer_id: self.transfer_id,
+            prefill: self.prefill.clone(),
+            decode: self.load.as_ref().map(|load| Arc::clone(load.worker())),
+        });
     }
 }
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        self.shared.inflight.fetch_sub(1, Ordering::Relaxed);
+        let shared = Arc::clone(&self.lane.shared);
+        shared.inflight.fetch_sub(1, Ordering::Relaxed);
         if self.end == "client_left" {
-            self.shared.metrics.clients_left.inc();
+            shared.metrics.clients_left.inc();
             // nginx's number for a client that did not wait; no client ever sees it.
             if self.status == 0 {
                 self.status = 499;
             }
         }
-        self.shared.metrics.answered(self.route, self.status);
-        self.shared.metrics.request_seconds.observe(self.started.elapsed().as_secs_f64());
-        if self.shared.limits.access_log {
-            self.log();
+        let duration = self.started.elapsed();
+        shared.metrics.answered(self.route, self.status);
+        shared.metrics.request_seconds.observe(duration.as_secs_f64());
+        if shared.limits.access_log && access::is_wanted() {
+            self.log(duration);
         }
     }
 }

@@ -13,11 +13,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::abort::{self, Abandoned};
+use super::access::{self, AccessQueue};
 use super::dialect::Connector;
 use super::health::Rules;
 use super::metrics::Metrics;
 use super::pool::Pool;
-use super::server::{self, ARRIVALS_MAX, Door, Stop};
+use super::server::{self, ARRIVALS_MAX, Door, Service, Stop};
 use super::shared::{Gate, Lane, Limits, Shared};
 use super::worker::{Worker, WorkerAddress};
 use super::{probe, routes};
@@ -113,8 +114,11 @@ pub fn serve(setup: ProxySetup) -> Result<ProxyHandle, ProxyError> {
         threads: Vec::with_capacity(threads + 1),
     };
     let mut doors = Vec::with_capacity(threads);
+    let mut access = Vec::with_capacity(threads + 1);
     for number in 0..threads {
-        let (door, thread) = start_lane(number, &shared, &stop).map_err(ProxyError::Threads)?;
+        let lane = Arc::new(Lane::new(Arc::clone(&shared)));
+        access.push(Arc::clone(&lane.access));
+        let (door, thread) = start_lane(number, lane, &stop).map_err(ProxyError::Threads)?;
         doors.push(door);
         handle.threads.push(thread);
     }
@@ -123,6 +127,7 @@ pub fn serve(setup: ProxySetup) -> Result<ProxyHandle, ProxyError> {
         listener: setup.listener,
         admin_listener: setup.admin_listener,
         doors,
+        access,
         abandoned,
         secret: setup.secret,
         stop,
@@ -187,17 +192,16 @@ fn runtime() -> io::Result<Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
-fn start_lane(number: usize, shared: &Arc<Shared>, stop: &Stop) -> io::Result<(Door, JoinHandle<()>)> {
+fn start_lane(number: usize, lane: Arc<Lane>, stop: &Stop) -> io::Result<(Door, JoinHandle<()>)> {
     let (sender, arrivals) = mpsc::channel(ARRIVALS_MAX);
     let connections = Arc::new(AtomicUsize::new(0));
     let door = Door { arrivals: sender, connections: Arc::clone(&connections) };
-    let lane = Arc::new(Lane::new(Arc::clone(shared)));
     // A child token per lane: its connections then share no lock with other lanes.
     let stop = Stop { drain: stop.drain.child_token(), kill: stop.kill.child_token() };
     let runtime = runtime()?;
     let thread = std::thread::Builder::new().name(format!("proxy-{number}")).spawn(move || {
-        let router = routes::main(&lane);
-        runtime.block_on(server::serve(lane, router, arrivals, connections, stop));
+        let service = Service { router: routes::main(&lane), generates: true };
+        runtime.block_on(server::serve(lane, service, arrivals, connections, stop));
     })?;
     Ok((door, thread))
 }
@@ -208,6 +212,7 @@ struct Keeper {
     listener: TcpListener,
     admin_listener: Option<TcpListener>,
     doors: Vec<Door>,
+    access: Vec<Arc<AccessQueue>>,
     abandoned: mpsc::Receiver<Abandoned>,
     secret: Secret,
     stop: Stop,
@@ -223,9 +228,11 @@ impl Keeper {
         })
     }
 
-    async fn run(self) -> io::Result<()> {
+    async fn run(mut self) -> io::Result<()> {
         let lane = Arc::new(Lane::new(Arc::clone(&self.shared)));
+        self.access.push(Arc::clone(&lane.access));
         let mut tasks = JoinSet::new();
+        tasks.spawn(access::write(self.access.clone()));
         tasks.spawn(probe::watch_all(Arc::clone(&lane)));
         tasks.spawn(abort::tell(self.shared, self.secret, self.abandoned));
         let listener = tokio::net::TcpListener::from_std(self.listener)?;
@@ -236,14 +243,15 @@ impl Keeper {
             let (sender, arrivals) = mpsc::channel(ARRIVALS_MAX);
             let connections = Arc::new(AtomicUsize::new(0));
             let door = Door { arrivals: sender, connections: Arc::clone(&connections) };
-            let router = routes::admin_only(&lane);
-            let serve = server::serve(Arc::clone(&lane), router, arrivals, connections, self.stop.clone());
+            let service = Service { router: routes::admin_only(&lane), generates: false };
+            let serve = server::serve(Arc::clone(&lane), service, arrivals, connections, self.stop.clone());
             tokio::join!(server::accept(listener, vec![door], self.stop.drain.clone()), serve);
             Ok(())
         };
         let ((), admin) = tokio::join!(accept, admin);
         // Requests that are still in flight may leave transfers behind, so aborts are told until the end.
         self.stop.kill.cancelled().await;
+        access::flush(&self.access);
         admin
     }
 }

@@ -51,7 +51,7 @@ pub(crate) async fn generate(
     parts: Parts,
     incoming: Incoming,
 ) -> Response<ProxyBody> {
-    let mut flight = match Flight::admit(&lane.shared, route.path, &parts.headers) {
+    let mut flight = match Flight::admit(lane, route.path, &parts.headers) {
         Ok(flight) => flight,
         Err(error) => return error.to_http(),
     };

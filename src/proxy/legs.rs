@@ -183,7 +183,7 @@ impl Job<'_> {
         let pair = Some((&**prefill.worker(), &**decode.worker(), id));
         let headers = pair_headers(connector, self.common, &self.flight.request_id, pair);
         self.flight.transfer_id = Some(id);
-        self.flight.prefill = Some(prefill.worker().number);
+        self.flight.prefill = Some(Arc::clone(prefill.worker()));
         self.flight.transfer = Some(Transfer::open(&self.lane.shared, id, prefill.worker()));
 
         let prefilled = self.prefill_leg(plan, body, id, prefill, &headers).await?;

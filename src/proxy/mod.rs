@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod abort;
+mod access;
 mod admin;
 mod affinity;
 mod ask;

@@ -91,7 +91,7 @@ async fn wrong_method(State(lane): State<Arc<Lane>>, request: Request) -> Respon
 
 /// Ends a request with an error of our own, counted and logged as any other.
 fn answer_error(lane: &Arc<Lane>, route: &'static str, headers: &HeaderMap, error: ApiError) -> Response {
-    match Flight::admit(&lane.shared, route, headers) {
+    match Flight::admit(lane, route, headers) {
         Ok(flight) => {
             let mut response = refuse(flight, error).map(Body::new);
             // axum knows which methods the route takes, and adds them itself.
@@ -193,7 +193,7 @@ fn merge_models(lane: &Arc<Lane>, headers: &HeaderMap, replies: impl Iterator<It
 /// Hands a request to one decode worker as it is.
 async fn forward(State(lane): State<Arc<Lane>>, request: Request) -> Response {
     let (parts, _) = request.into_parts();
-    let mut flight = match Flight::admit(&lane.shared, "other", &parts.headers) {
+    let mut flight = match Flight::admit(&lane, "other", &parts.headers) {
         Ok(flight) => flight,
         Err(error) => return error.into_response(),
     };

@@ -41,6 +41,14 @@ pub(crate) const ARRIVALS_MAX: usize = 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
+/// What a listener's connections may ask for.
+#[derive(Debug, Clone)]
+pub(crate) struct Service {
+    pub(crate) router: Router,
+    /// Whether the generation routes are served too, before the router.
+    pub(crate) generates: bool,
+}
+
 /// A connection on its way to its lane.
 pub(crate) type Arrival = (std::net::TcpStream, SocketAddr);
 
@@ -99,7 +107,7 @@ fn is_the_clients(error: &io::Error) -> bool {
 /// Serves the connections of one lane until the acceptor is gone and they have ended, or `stop.kill`.
 pub(crate) async fn serve(
     lane: Arc<Lane>,
-    router: Router,
+    service: Service,
     mut arrivals: mpsc::Receiver<Arrival>,
     connections: Arc<AtomicUsize>,
     stop: Stop,
@@ -112,7 +120,7 @@ pub(crate) async fn serve(
             tokio::select! {
                 arrival = arrivals.recv() => {
                     let Some((stream, peer)) = arrival else { break };
-                    let connection = connection(Arc::clone(&lane), router.clone(), stream, peer, stop.drain.clone());
+                    let connection = connection(Arc::clone(&lane), service.clone(), stream, peer, stop.drain.clone());
                     let count = Arc::clone(&connections);
                     tracker.spawn(async move {
                         let _leaves = Leaves(count);
@@ -142,7 +150,7 @@ impl Drop for Leaves {
 
 async fn connection(
     lane: Arc<Lane>,
-    router: Router,
+    service: Service,
     stream: std::net::TcpStream,
     peer: SocketAddr,
     drain: CancellationToken,
@@ -152,16 +160,18 @@ async fn connection(
     let limits = &lane.shared.limits;
     let io = ClientIo::new(stream, Arc::clone(&link), limits.idle);
     let header_timeout = limits.body;
-    let service = service_fn(|request: Request<Incoming>| {
-        let (lane, link, router) = (&lane, &link, &router);
-        async move { Ok::<_, std::convert::Infallible>(respond(lane, link, router, peer, request).await) }
+    let answer = service_fn(|request: Request<Incoming>| {
+        let (lane, link, service) = (&lane, &link, &service);
+        async move { Ok::<_, std::convert::Infallible>(respond(lane, link, service, peer, request).await) }
     });
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
+    // Answers are small, or come in small parts: copying them behind their head is cheaper than a vectored write.
+    http.writev(false)
+        .timer(TokioTimer::new())
         .header_read_timeout(header_timeout)
         .max_header_size(HEAD_BYTES_MAX)
         .max_buf_size(BUFFER_BYTES_MAX);
-    let mut serving = pin!(http.serve_connection(io, service));
+    let mut serving = pin!(http.serve_connection(io, answer));
     let ended = tokio::select! {
         biased;
         ended = serving.as_mut() => ended,
@@ -178,17 +188,17 @@ async fn connection(
 async fn respond(
     lane: &Arc<Lane>,
     link: &Arc<ClientLink>,
-    router: &Router,
+    service: &Service,
     peer: SocketAddr,
     request: Request<Incoming>,
 ) -> Response<ProxyBody> {
-    match hot::route_of(request.uri().path()) {
+    match hot::route_of(request.uri().path()).filter(|_| service.generates) {
         Some(route) => {
             let (parts, incoming) = request.into_parts();
             hot::generate(lane, link, route, parts, incoming).await
         }
         // Boxed: the rare routes must not make every connection's future as large as theirs.
-        None => Box::pin(routed(link, router, peer, request)).await,
+        None => Box::pin(routed(link, &service.router, peer, request)).await,
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use super::abort::Abandoned;
+use super::access::AccessQueue;
 use super::dialect::Connector;
 use super::metrics::Metrics;
 use super::pool::Pool;
@@ -101,16 +102,17 @@ impl Shared {
     }
 }
 
-/// What one server thread has for itself: its connections to workers.
+/// What one server thread has for itself: its connections to workers, its lines of the access log.
 #[derive(Debug)]
 pub(crate) struct Lane {
     pub(crate) shared: Arc<Shared>,
     pub(crate) sockets: Sockets,
+    pub(crate) access: Arc<AccessQueue>,
 }
 
 impl Lane {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
         let sockets = Sockets::new(shared.workers.len());
-        Self { shared, sockets }
+        Self { shared, sockets, access: Arc::default() }
     }
 }

@@ -10,6 +10,9 @@ use super::Conn;
 /// How long an idle connection is kept. uvicorn closes its own after 5 s; one that is about to be closed loses a
 /// request that is being sent on it.
 const IDLE_MAX: Duration = Duration::from_secs(4);
+/// Idle connections per worker that keep their buffer, and the largest that is kept.
+const BUFFERED_PER_WORKER_MAX: usize = 64;
+const BUFFER_KEPT_BYTES_MAX: usize = 16 << 10;
 /// Most idle connections kept per worker.
 const IDLE_PER_WORKER_MAX: usize = 4096;
 
@@ -49,9 +52,11 @@ impl Sockets {
     }
 
     pub(super) fn give(&self, worker: usize, mut conn: Conn) {
-        // A parked connection keeps its socket and no memory.
-        conn.buffer = bytes::BytesMut::new();
         let mut idle = self.of(worker);
+        // The connections that are used again and again keep their buffer; the many that a peak left behind do not.
+        if idle.len() >= BUFFERED_PER_WORKER_MAX || conn.buffer.capacity() > BUFFER_KEPT_BYTES_MAX {
+            conn.buffer = bytes::BytesMut::new();
+        }
         if idle.len() < IDLE_PER_WORKER_MAX {
             idle.push(Idle { conn, since: Instant::now() });
         }

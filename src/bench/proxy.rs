@@ -1,0 +1,386 @@
+//! `pdlink bench proxy`: what the proxy costs, in processor time, latency and memory.
+//!
+//! Four kinds of process: the mock workers, the load, the proxy under test, and this one, which only measures. For each
+//! body size: a row without a proxy (a client that does both legs itself) and a row through it, at one connection for the
+//! latency that the proxy adds, and at many for its processor time per 1,000 requests.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use serde::Serialize;
+
+use super::environment::Environment;
+use super::load::{self, Load, Seen, Until};
+use super::mock::{self, DecodeAnswer};
+use super::process::{cpu_time, resident_bytes};
+
+/// Requests before each measurement, so that buffers, pools and caches are as in a running server.
+const WARM_UP_REQUESTS: u64 = 400;
+/// How long the mock holds each of `--inflight` requests.
+const HOLD: Duration = Duration::from_secs(12);
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Measures a proxy between mock workers
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// Prompt sizes, in bytes
+    #[arg(long, value_delimiter = ',', default_values_t = [200, 2_000, 20_000, 200_000, 1_000_000])]
+    bodies: Vec<usize>,
+    /// Connections of the load when processor time is measured
+    #[arg(long, default_value_t = 32)]
+    connections: usize,
+    /// Requests per row [default: as many as move about 2 GB, 2,000 to 20,000]
+    #[arg(long, conflicts_with = "seconds")]
+    requests: Option<u64>,
+    /// Seconds per row, instead of a number of requests
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Events of a streamed answer; 0 asks for one JSON object
+    #[arg(long, default_value_t = 0)]
+    events: u32,
+    /// Also hold this many requests in flight, twice, and show the proxy's memory
+    #[arg(long, default_value_t = 0)]
+    inflight: usize,
+    /// Seed of the prompts
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Write all figures to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Measure a router that runs already, before workers of its own. Its processor time needs --router-pid
+    #[arg(long, value_name = "URL")]
+    router_url: Option<String>,
+    /// Process id of that router
+    #[arg(long, value_name = "PID", requires = "router_url")]
+    router_pid: Option<i32>,
+    /// Settings for the proxy under test, as `--section.key=value`
+    #[arg(long = "proxy-arg", value_name = "ARG", allow_hyphen_values = true)]
+    proxy_args: Vec<String>,
+    /// This process is one part of the scenario
+    #[arg(long, hide = true)]
+    part: Option<Part>,
+    /// Addresses for the load's part
+    #[arg(long, hide = true, value_delimiter = ',')]
+    targets: Vec<SocketAddr>,
+    /// How long the mock waits before an answer, in milliseconds
+    #[arg(long, hide = true, default_value_t = 0)]
+    delay_ms: u64,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Part {
+    Mock,
+    Load,
+}
+
+/// One line of the table.
+#[derive(Debug, Clone, Serialize)]
+struct Row {
+    prompt_bytes: usize,
+    connections: usize,
+    through: &'static str,
+    #[serde(flatten)]
+    seen: Seen,
+    /// Processor time of the proxy per 1,000 requests, in milliseconds.
+    cpu_ms_per_1000: Option<f64>,
+    /// Its p50 above that of a client that does both legs itself.
+    added_p50_us: Option<i64>,
+}
+
+/// Memory of the proxy, in bytes, around waves of requests held in flight.
+#[derive(Debug, Clone, Serialize)]
+struct Memory {
+    inflight: usize,
+    before_bytes: u64,
+    waves: Vec<Wave>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct Wave {
+    errors: u64,
+    peak_bytes: u64,
+    after_bytes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    #[serde(flatten)]
+    environment: Environment,
+    rows: Vec<Row>,
+    memory: Option<Memory>,
+}
+
+/// Runs the scenario, or the part of it that this process is.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    match args.part {
+        Some(Part::Mock) => runtime.block_on(serve_mock(args)).map(|()| ExitCode::SUCCESS),
+        Some(Part::Load) => runtime.block_on(run_load(args)).map(|()| ExitCode::SUCCESS),
+        None => measure(args),
+    }
+}
+
+async fn serve_mock(args: &Args) -> anyhow::Result<()> {
+    let answer = DecodeAnswer { events: args.events, delay: Duration::from_millis(args.delay_ms) };
+    mock::serve(answer, |prefill, decode| println!("{prefill} {decode}")).await?;
+    Ok(())
+}
+
+async fn run_load(args: &Args) -> anyhow::Result<()> {
+    let until = match (args.requests, args.seconds) {
+        (_, Some(seconds)) => Until::Time(Duration::try_from_secs_f64(seconds)?),
+        (requests, None) => Until::Requests(requests.unwrap_or(WARM_UP_REQUESTS)),
+    };
+    let load = Load {
+        targets: args.targets.clone(),
+        connections: args.connections,
+        until,
+        prompt_bytes: args.bodies.first().copied().unwrap_or(0),
+        stream: args.events > 0,
+        seed: args.seed,
+        patience: PATIENCE,
+    };
+    println!("{}", serde_json::to_string(&load::run(&load).await?)?);
+    Ok(())
+}
+
+/// A process of the scenario; ended when dropped.
+struct Running {
+    child: Child,
+    lines: BufReader<std::process::ChildStdout>,
+}
+
+impl Running {
+    fn start(args: &[String]) -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        let mut child = Command::new(program)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("cannot start a part of the scenario")?;
+        let lines = BufReader::new(child.stdout.take().context("its output was piped")?);
+        Ok(Self { child, lines })
+    }
+
+    fn line(&mut self) -> anyhow::Result<String> {
+        let mut line = String::new();
+        self.lines.read_line(&mut line)?;
+        ensure!(!line.is_empty(), "a part of the scenario ended before it said anything");
+        Ok(line.trim().to_owned())
+    }
+
+    fn pid(&self) -> anyhow::Result<i32> {
+        Ok(i32::try_from(self.child.id())?)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Gone already is as good.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What is measured: addresses, and whose processor time and memory count.
+struct Bench<'a> {
+    args: &'a Args,
+    front: SocketAddr,
+    legs: Vec<SocketAddr>,
+    pid: Option<i32>,
+    _parts: Vec<Running>,
+}
+
+fn words(text: &[&str]) -> Vec<String> {
+    text.iter().map(|&word| word.to_owned()).collect()
+}
+
+impl<'a> Bench<'a> {
+    fn start(args: &'a Args, delay: Duration) -> anyhow::Result<Self> {
+        let mut mock = words(&["bench", "proxy", "--part", "mock"]);
+        mock.extend([format!("--events={}", args.events), format!("--delay-ms={}", delay.as_millis())]);
+        let mut mock = Running::start(&mock)?;
+        let line = mock.line()?;
+        let legs: Vec<SocketAddr> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+        ensure!(legs.len() == 2, "the mock said `{line}`");
+        if let Some(url) = &args.router_url {
+            let front = url.trim_start_matches("http://").trim_end_matches('/').parse();
+            let front = front.with_context(|| format!("--router-url must be http://IP:PORT, got `{url}`"))?;
+            return Ok(Self { args, front, legs, pid: args.router_pid, _parts: vec![mock] });
+        }
+        let mut line = words(&["proxy", "--port", "0", "--connector", "NixlConnector", "--connector-impl", "vllm"]);
+        line.extend([format!("--prefill=http://{}", legs[0]), format!("--decode=http://{}", legs[1])]);
+        line.extend(args.proxy_args.iter().cloned());
+        let mut proxy = Running::start(&line)?;
+        let ready = proxy.line()?;
+        let front = ready.split(['/', ' ']).find_map(|word| word.parse().ok());
+        let front = front.with_context(|| format!("the proxy said `{ready}`"))?;
+        let pid = Some(proxy.pid()?);
+        Ok(Self { args, front, legs, pid, _parts: vec![mock, proxy] })
+    }
+
+    fn load(
+        &self,
+        targets: &[SocketAddr],
+        prompt_bytes: usize,
+        connections: usize,
+        until: &str,
+    ) -> anyhow::Result<Seen> {
+        let mut line = words(&["bench", "proxy", "--part", "load", until]);
+        let targets: Vec<String> = targets.iter().map(SocketAddr::to_string).collect();
+        line.extend([
+            format!("--targets={}", targets.join(",")),
+            format!("--bodies={prompt_bytes}"),
+            format!("--connections={connections}"),
+            format!("--events={}", self.args.events),
+            format!("--seed={}", self.args.seed),
+        ]);
+        Ok(serde_json::from_str(&Running::start(&line)?.line()?)?)
+    }
+
+    fn until(&self, prompt_bytes: usize, connections: usize) -> String {
+        if let Some(seconds) = self.args.seconds {
+            return format!("--seconds={seconds}");
+        }
+        let fitting = 2_000_000_000 / (prompt_bytes as u64 + 1_000);
+        let requests = self.args.requests.unwrap_or_else(|| fitting.clamp(2_000, 20_000));
+        format!("--requests={}", if connections == 1 { requests.min(3_000) } else { requests })
+    }
+
+    fn row(&self, prompt_bytes: usize, connections: usize, through_proxy: bool) -> anyhow::Result<Row> {
+        let front = [self.front];
+        let targets = if through_proxy { &front[..] } else { &self.legs[..] };
+        self.load(targets, prompt_bytes, connections, &format!("--requests={WARM_UP_REQUESTS}"))?;
+        let pid = self.pid.filter(|_| through_proxy);
+        let before = pid.and_then(cpu_time);
+        let seen = self.load(targets, prompt_bytes, connections, &self.until(prompt_bytes, connections))?;
+        ensure!(seen.errors == 0, "{} of {} requests failed", seen.errors, seen.errors + seen.requests);
+        let spent = pid.and_then(cpu_time).zip(before).map(|(after, before)| after.saturating_sub(before));
+        // Milliseconds per 1,000 requests are microseconds per request.
+        let cpu_ms_per_1000 = spent.map(|spent| spent.as_secs_f64() * 1e6 / seen.requests as f64);
+        let through = if through_proxy { "proxy" } else { "direct" };
+        Ok(Row { prompt_bytes, connections, through, seen, cpu_ms_per_1000, added_p50_us: None })
+    }
+
+    fn pair_of_rows(&self, prompt_bytes: usize, connections: usize) -> anyhow::Result<[Row; 2]> {
+        let direct = self.row(prompt_bytes, connections, false)?;
+        let mut proxy = self.row(prompt_bytes, connections, true)?;
+        proxy.added_p50_us = i64::try_from(proxy.seen.p50_us)
+            .ok()
+            .zip(i64::try_from(direct.seen.p50_us).ok())
+            .map(|(proxy, direct)| proxy - direct);
+        Ok([direct, proxy])
+    }
+
+    /// Holds `inflight` requests at once, twice: the second wave must not need more memory than the first.
+    fn memory(&self) -> anyhow::Result<Option<Memory>> {
+        let (inflight, Some(pid)) = (self.args.inflight, self.pid) else { return Ok(None) };
+        let now = || resident_bytes(pid).context("the proxy is gone");
+        let before_bytes = now()?;
+        let mut waves = Vec::new();
+        for _ in 0..2 {
+            let (stop, stopped) = std::sync::mpsc::channel::<()>();
+            let sampler = std::thread::spawn(move || {
+                let mut peak = 0;
+                while stopped.recv_timeout(Duration::from_millis(100))
+                    == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+                {
+                    peak = resident_bytes(pid).unwrap_or(0).max(peak);
+                }
+                peak
+            });
+            let seen = self.load(&[self.front], 200, inflight, &format!("--requests={inflight}"));
+            drop(stop);
+            let peak_bytes = sampler.join().unwrap_or(0);
+            waves.push(Wave { errors: seen?.errors, peak_bytes, after_bytes: now()? });
+        }
+        Ok(Some(Memory { inflight, before_bytes, waves }))
+    }
+}
+
+fn measure(args: &Args) -> anyhow::Result<ExitCode> {
+    raise_file_limit(args.inflight);
+    let mut report = Report { environment: Environment::current(), rows: Vec::new(), memory: None };
+    println!("{}", report.environment);
+    println!("{}", HEADINGS);
+    let bench = Bench::start(args, Duration::ZERO)?;
+    for &prompt_bytes in &args.bodies {
+        for connections in [1, args.connections] {
+            for row in bench.pair_of_rows(prompt_bytes, connections)? {
+                println!("{}", row.line());
+                report.rows.push(row);
+            }
+        }
+    }
+    drop(bench);
+    if args.inflight > 0 {
+        let memory = Bench::start(args, HOLD)?.memory()?;
+        if let Some(memory) = &memory {
+            println!("{}", memory.lines());
+        }
+        report.memory = memory;
+    }
+    if let Some(file) = &args.json {
+        std::fs::write(file, serde_json::to_string_pretty(&report)?)
+            .with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+const HEADINGS: &str =
+    "prompt bytes  connections  through   req/s  p50 us  p90 us  p99 us  added p50 us  proxy CPU ms/1000 requests";
+
+impl Row {
+    fn line(&self) -> String {
+        let rate = self.seen.requests as f64 / self.seen.seconds;
+        let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        format!(
+            "{:>12}  {:>11}  {:<7}  {rate:>6.0}  {:>6}  {:>6}  {:>6}  {:>12}  {:>27}",
+            self.prompt_bytes,
+            self.connections,
+            self.through,
+            self.seen.p50_us,
+            self.seen.p90_us,
+            self.seen.p99_us,
+            or_dash(self.added_p50_us.map(|added| added.to_string())),
+            or_dash(self.cpu_ms_per_1000.map(|cpu| format!("{cpu:.1}"))),
+        )
+    }
+}
+
+impl Memory {
+    fn lines(&self) -> String {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let mut lines =
+            format!("memory with {} requests in flight: {:.0} MiB before", self.inflight, mib(self.before_bytes));
+        for (number, wave) in self.waves.iter().enumerate() {
+            lines += &format!(
+                ", wave {}: {:.0} MiB at most, {:.0} MiB after, {} errors",
+                number + 1,
+                mib(wave.peak_bytes),
+                mib(wave.after_bytes),
+                wave.errors,
+            );
+        }
+        lines
+    }
+}
+
+/// Each request in flight takes two sockets of the proxy. The parts inherit the limit.
+fn raise_file_limit(inflight: usize) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let wanted = inflight as u64 * 3 + 1_000;
+    let limit = getrlimit(Resource::Nofile);
+    if limit.maximum.is_some_and(|maximum| maximum < wanted) {
+        // Only a privileged user may; others see the errors in the table.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: Some(wanted) });
+        return;
+    }
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}
