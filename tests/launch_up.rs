@@ -30,8 +30,7 @@ fn a_fleet_comes_up_and_ends_with_status_0_on_sigterm() {
     let processes = descendants(up.pid());
     assert!(processes.len() >= 4, "two guards and two workers: {processes:?}");
 
-    let plan = up.seen.join("\n");
-    let port = plan.split("http://127.0.0.1:").nth(1).and_then(|rest| rest.split_whitespace().next()).expect("a port");
+    let port = up.ports().remove(0);
     let argv = place.record(&format!("{port}.argv"));
     assert!(
         argv.starts_with("serve\nM\n--host\n127.0.0.1\n") && argv.contains("\"kv_role\":\"kv_producer\""),
@@ -148,10 +147,11 @@ fn asked_twice_it_ends_at_once() {
 #[test]
 fn the_secret_is_its_owners_alone_and_in_no_command_line() {
     let place = Place::new();
-    // The native connector is given the secret; the stand-in has no runtime to meet, so the run is watched while it starts.
+    // The native connector is given the secret. The stand-in has no runtime to meet, so the run is looked at while it starts.
     let config = place.stand_in_config("[pd_disagg]\nenabled = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [1]\n");
-    let mut up = place.up(&config, &["--inference.vllm.api_key", "sk-of-the-test"], &[]);
-    up.line_with("ready after");
+    let mut up = place.up(&config, &["--inference.vllm.api_key", "sk-of-the-test"], &[("STAND_IN_HANGS", "1")]);
+    let ports: Vec<String> = up.ports();
+    let envs: Vec<String> = ports.iter().map(|port| place.record(&format!("{port}.env"))).collect();
     let run_dirs = place.run_dirs();
     let file = run_dirs.first().expect("a run folder").join("secret");
     let mode = |path: &std::path::Path| std::fs::metadata(path).expect("metadata").permissions().mode() & 0o777;
@@ -161,11 +161,10 @@ fn the_secret_is_its_owners_alone_and_in_no_command_line() {
         let line = process.command_line();
         assert!(!line.contains(secret.trim()) && !line.contains("sk-of-the-test"), "{line}");
     }
-    let port = std::fs::read_dir(place.path("record")).expect("records").flatten();
-    let env = port.map(|entry| entry.file_name().to_string_lossy().into_owned()).find(|name| name.ends_with(".env"));
-    let env = place.record(&env.expect("a record"));
-    assert!(env.contains(&format!("PDLINK_SECRET_FILE={}\n", file.display())), "{env}");
-    assert!(env.contains("VLLM_API_KEY=sk-of-the-test\n"), "{env}");
+    for env in &envs {
+        assert!(env.contains(&format!("PDLINK_SECRET_FILE={}\n", file.display())), "{env}");
+        assert!(env.contains("VLLM_API_KEY=sk-of-the-test\n"), "{env}");
+    }
     up.signal(Signal::TERM);
     let (_, said) = up.ended();
     assert!(!said.contains(secret.trim()) && !said.contains("sk-of-the-test"), "{said}");

@@ -50,6 +50,7 @@ pub(crate) fn serve_as_stand_in() {
         let _ = BufReader::new(&stream).read_line(&mut line);
         let path = line.split(' ').nth(1).unwrap_or("");
         let (status, body) = match path {
+            "/health" if std::env::var_os("STAND_IN_HANGS").is_some() => ("503 Service Unavailable", String::new()),
             "/health" => ("200 OK", String::new()),
             "/v1/models" => ("200 OK", r#"{"object":"list","data":[{"id":"M","object":"model"}]}"#.to_owned()),
             _ => ("404 Not Found", "{}".to_owned()),
@@ -180,6 +181,16 @@ impl Up {
     pub(crate) fn base_url(&mut self) -> String {
         let line = self.line_with("ready: http");
         line.split(' ').nth(1).expect("an address").to_owned()
+    }
+
+    /// HTTP ports of the workers, in the order of the plan, which is shown first.
+    pub(crate) fn ports(&mut self) -> Vec<String> {
+        if !self.seen.iter().any(|line| line.contains(" proxy ")) {
+            self.line_with(" proxy ");
+        }
+        let rows = self.seen.iter().filter(|line| line.contains("_0 ") && line.contains("http://127.0.0.1:"));
+        rows.filter_map(|row| row.split("http://127.0.0.1:").nth(1)?.split_whitespace().next().map(str::to_owned))
+            .collect()
     }
 
     pub(crate) fn event(&mut self, name: &str) -> Value {

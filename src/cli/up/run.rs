@@ -142,11 +142,12 @@ impl<'a> Run<'a> {
                         self.meet_again(event.worker);
                     }
                 }
-                Some(met) = self.meetings.join_next() => {
-                    if let Ok(Err(error)) = met {
-                        self.stage.warn(&error.to_string());
-                    }
-                }
+                Some(met) = self.meetings.join_next() => match met {
+                    Ok(Ok(met)) => self.warn_of_slower_paths(&met),
+                    Ok(Err(error)) => self.stage.warn(&error.to_string()),
+                    // Cancelled with the run.
+                    Err(_) => {}
+                },
                 by = self.asked.next() => return self.say_ending(by),
             }
         }
