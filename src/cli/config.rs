@@ -25,7 +25,11 @@ enum Action {
     /// Say whether the configuration can be used, or everything that is wrong with it (exit code 2).
     Check,
     /// Print the JSON Schema of the configuration, for editors.
-    Schema,
+    Schema {
+        /// Print a manual page of all settings instead.
+        #[arg(long)]
+        markdown: bool,
+    },
 }
 
 pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
@@ -38,7 +42,8 @@ pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
             load_config(&sources)?;
             "ok\n".to_owned()
         }
-        Action::Schema => format!("{:#}\n", config::schema()),
+        Action::Schema { markdown: true } => config::markdown(),
+        Action::Schema { markdown: false } => format!("{:#}\n", config::schema()),
     };
     print(&text)?;
     Ok(ExitCode::SUCCESS)

@@ -8,6 +8,7 @@ mod inference;
 mod kv;
 mod launcher;
 mod load;
+mod manual;
 mod model;
 mod orchestrator;
 mod pd_disagg;
@@ -30,6 +31,7 @@ pub use inference::{
 pub use kv::{DigestPolicy, KvConfig, LoadFailurePolicy, Path};
 pub use launcher::{LauncherConfig, Restart};
 pub use load::{Finding, LoadError, LoadRequest, Loaded, Origin, Origins, Override, load, schema};
+pub use manual::markdown;
 pub use model::ModelConfig;
 pub use orchestrator::{ClientConfig, OrchestratorConfig};
 pub use pd_disagg::{ConnectorImpl, KvConnector, KvSendType, PdDisaggConfig};
