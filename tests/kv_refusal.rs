@@ -76,13 +76,13 @@ fn edited_parameters_are_refused_before_anything_is_opened() {
 #[test]
 fn kv_3_references_that_do_not_hold_are_named() {
     let (prefill, decode) = workers();
-    type Names = fn(&TransferFailure) -> bool;
-    let cases: [(&dyn Fn(&mut TransferParams), Names); 5] = [
-        (&|params| params.pdlink.incarnation -= 1, |f| matches!(f, TransferFailure::StaleIncarnation { .. })),
-        (&|params| params.pdlink.geometry_digest ^= 1, |f| matches!(f, TransferFailure::BadReference { .. })),
-        (&|params| params.remote_num_tokens = 9, |f| matches!(f, TransferFailure::BadReference { .. })),
-        (&|params| params.pdlink.weight_version = 2, |f| matches!(f, TransferFailure::BadReference { .. })),
-        (&|params| params.pdlink.transfer_id = TransferId([3; 16]), |f| matches!(f, TransferFailure::Unknown { .. })),
+    type Case = (fn(&mut TransferParams), fn(&TransferFailure) -> bool);
+    let cases: [Case; 5] = [
+        (|params| params.pdlink.incarnation -= 1, |f| matches!(f, TransferFailure::StaleIncarnation { .. })),
+        (|params| params.pdlink.geometry_digest ^= 1, |f| matches!(f, TransferFailure::BadReference { .. })),
+        (|params| params.remote_num_tokens = 9, |f| matches!(f, TransferFailure::BadReference { .. })),
+        (|params| params.pdlink.weight_version = 2, |f| matches!(f, TransferFailure::BadReference { .. })),
+        (|params| params.pdlink.transfer_id = TransferId([3; 16]), |f| matches!(f, TransferFailure::Unknown { .. })),
     ];
     for (number, (edit, is_named)) in cases.into_iter().enumerate() {
         // A process of the run could make such parameters: their seal holds.

@@ -244,7 +244,7 @@ mod tests {
         assert!(matches!(layout(|g, _| g.block_size = 0), Err(LayoutError::OutOfBounds { .. })));
         assert!(matches!(layout(|g, _| g.kv_heads = 3), Err(LayoutError::Heads { kv_heads: 3, tp_size: 2 })));
         assert!(matches!(layout(|g, _| g.tp_size = 1), Err(LayoutError::Ranks { .. })));
-        assert!(matches!(layout(|_, m| drop(m.ranks[1].pop())), Err(LayoutError::LayerCount { rank: 1, .. })));
+        assert!(matches!(layout(|_, m| m.ranks[1].truncate(1)), Err(LayoutError::LayerCount { rank: 1, .. })));
         assert!(matches!(layout(|_, m| m.ranks[1][0].region = 99), Err(LayoutError::NoRegion { region: 99, .. })));
         assert!(matches!(layout(|_, m| m.region_lens[0] -= GUARD + 1), Err(LayoutError::BeyondRegion { .. })));
         assert!(matches!(layout(|_, m| m.num_blocks += 1), Err(LayoutError::BeyondRegion { .. })));

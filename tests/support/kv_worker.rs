@@ -19,6 +19,9 @@ use super::kv_cache::{Arrangement, Cache, Shape};
 /// No wait in a test is longer.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Makes the paths of a worker over its cache.
+pub type MakeTransports = Box<dyn FnOnce(&Cache) -> Vec<Arc<dyn Transport>>>;
+
 /// How a worker is made.
 pub struct Plan {
     pub name: &'static str,
@@ -31,7 +34,7 @@ pub struct Plan {
     pub weight_version: u64,
     pub model: Option<String>,
     /// Built from the cache, so that they know its regions.
-    pub transports: Option<Box<dyn FnOnce(&Cache) -> Vec<Arc<dyn Transport>>>>,
+    pub transports: Option<MakeTransports>,
 }
 
 impl Plan {
