@@ -19,7 +19,7 @@ file and line, and what to do.
 pub fn markdown() -> String {
     let schema = super::schema();
     let mut page = HEAD.to_owned();
-    section(&mut page, &schema, "", &schema);
+    section(&mut page, schema, "", schema);
     page
 }
 
