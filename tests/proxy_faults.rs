@@ -34,6 +34,7 @@ fn failures() -> Vec<(&'static str, Reply)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-2.
 async fn px_2_a_request_that_failed_before_its_first_byte_is_served_by_another_pair() {
     for (name, how) in failures() {
         let (good, bad) = (good_prefill().await, failing(how.clone()).await);
@@ -57,6 +58,7 @@ async fn px_2_a_request_that_failed_before_its_first_byte_is_served_by_another_p
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-2.
 async fn px_2_an_address_where_nobody_listens_is_another_pairs_request() {
     let (prefill, decode) = (good_prefill().await, good_decode().await);
     let mut setup = Setup::new(&[&prefill], &[&decode]);
@@ -76,6 +78,7 @@ async fn px_2_an_address_where_nobody_listens_is_another_pairs_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-2.
 async fn px_2_each_attempt_has_a_transfer_of_its_own() {
     let (prefill, bad, decode) = (good_prefill().await, failing(Reply::Close).await, good_decode().await);
     let proxy = Proxied::between(&[&prefill], &[&bad, &decode]).await;
@@ -90,6 +93,7 @@ async fn px_2_each_attempt_has_a_transfer_of_its_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-2.
 async fn px_2_what_every_worker_answers_is_the_clients_answer() {
     let boom = r#"{"error":{"message":"boom"}}"#;
     for (status, attempts) in [(500, 2), (503, 2), (400, 1), (404, 1), (422, 1), (429, 1)] {
@@ -128,7 +132,7 @@ async fn a_stream_that_breaks_ends_with_an_error_event_and_no_proper_end() {
         let proxy = Proxied::between(&[&prefill], &[&decode]).await;
         let mut client = proxy.connect().await;
         client.send(PATH, BODY).await;
-        client.to_end().await;
+        client.read_to_end().await;
         let (data, complete) = client.chunks();
         let data = String::from_utf8(data).expect("UTF-8");
         assert!(!complete, "{name}: a broken stream must not look complete");
@@ -166,13 +170,14 @@ async fn a_stream_framed_by_its_connection_must_say_that_it_is_done() {
         client.send(PATH, BODY).await;
         client.until(if complete { "\r\n0\r\n\r\n" } else { "\"error\"" }).await;
         if !complete {
-            client.to_end().await;
+            client.read_to_end().await;
         }
         assert_eq!(client.chunks().1, complete, "{}", client.text());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-3.
 async fn px_3_a_stream_that_falls_silent_is_ended() {
     let parts = vec![stream_head(), chunk("data: {}\n\n"), Part::Hang];
     let (prefill, decode) = (good_prefill().await, failing(Reply::Raw(parts)).await);
@@ -181,13 +186,14 @@ async fn px_3_a_stream_that_falls_silent_is_ended() {
     let proxy = setup.start().await;
     let mut client = proxy.connect().await;
     client.send(PATH, BODY).await;
-    client.to_end().await;
+    client.read_to_end().await;
     assert!(client.text().contains("no further byte within"), "{}", client.text());
     assert!(!client.chunks().1);
     eventually("decode's leg is dropped", || decode.left() == 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-2.
 async fn px_2_failing_workers_are_quarantined_and_probed_back() {
     let (good, bad) = (good_prefill().await, failing(Reply::Close).await);
     let decode = good_decode().await;

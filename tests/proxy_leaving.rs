@@ -27,6 +27,7 @@ async fn native(prefill: &MockWorker, decode: &MockWorker) -> (FakeRuntime, Prox
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// KV-9.
 async fn kv_9_a_client_that_leaves_during_prefill_frees_the_blocks() {
     let (prefill, decode) = (MockWorker::start(|_, _| Reply::Hang).await, good_decode().await);
     let (runtime, proxy) = native(&prefill, &decode).await;
@@ -44,6 +45,7 @@ async fn kv_9_a_client_that_leaves_during_prefill_frees_the_blocks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// KV-9.
 async fn kv_9_a_client_that_leaves_while_decode_is_asked_frees_the_blocks() {
     // Decode has the request but has not answered: before its head, and after its head but before its first byte.
     for before in [vec![], vec![stream_head()]] {
@@ -62,6 +64,7 @@ async fn kv_9_a_client_that_leaves_while_decode_is_asked_frees_the_blocks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// KV-9.
 async fn kv_9_a_client_that_leaves_mid_stream_is_decodes_to_tell() {
     let parts = vec![stream_head(), chunk("data: {}\n\n"), Part::Hang];
     let (prefill, decode) = (good_prefill().await, MockWorker::start(move |_, _| Reply::Raw(parts.clone())).await);
@@ -76,6 +79,7 @@ async fn kv_9_a_client_that_leaves_mid_stream_is_decodes_to_tell() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// KV-9.
 async fn kv_9_a_decode_worker_that_refuses_or_dies_frees_the_blocks() {
     for reply in [Reply::Json(400, "{}".to_owned()), Reply::Json(500, "{}".to_owned()), Reply::Close] {
         let (prefill, decode) = (good_prefill().await, MockWorker::start(move |_, _| reply.clone()).await);
@@ -91,6 +95,7 @@ async fn kv_9_a_decode_worker_that_refuses_or_dies_frees_the_blocks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// KV-9.
 async fn kv_9_a_runtime_that_no_flag_named_is_found_in_its_own_parameters() {
     let secret = Secret::generate().expect("randomness");
     let runtime = FakeRuntime::start(&secret).await;
@@ -122,6 +127,7 @@ async fn a_transfer_that_went_well_is_not_aborted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-4.
 async fn px_4_a_slow_client_stops_the_reading_and_memory_stays_flat() {
     const PART: usize = 64 << 10;
     const PARTS: usize = 2048;
@@ -150,6 +156,7 @@ async fn px_4_a_slow_client_stops_the_reading_and_memory_stays_flat() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-3.
 async fn px_3_a_client_that_takes_nothing_is_cut_off() {
     let event = format!("data: {}\n\n", "x".repeat(1 << 20));
     let mut parts = vec![stream_head()];
@@ -186,7 +193,7 @@ async fn shutdown_lets_requests_end_and_takes_no_new_ones() {
     let address = handle.address();
     let ending = tokio::task::spawn_blocking(move || handle.shutdown(proxied::PATIENCE));
     // Idle connections end at once, and nobody is let in.
-    idle.to_end().await;
+    idle.read_to_end().await;
     let refused = async || tokio::net::TcpStream::connect(address).await.is_err();
     let started = Instant::now();
     while !refused().await {
@@ -196,7 +203,7 @@ async fn shutdown_lets_requests_end_and_takes_no_new_ones() {
     gate.add_permits(1);
     client.until("\r\n0\r\n\r\n").await;
     assert!(client.chunks().1);
-    client.to_end().await;
+    client.read_to_end().await;
     assert_eq!(ending.await.expect("joined"), Drained::Clean);
 }
 
@@ -211,7 +218,7 @@ async fn shutdown_cuts_off_what_outlasts_its_grace() {
     let handle = proxy.take_handle();
     let ended = tokio::task::spawn_blocking(move || handle.shutdown(Duration::from_millis(200))).await;
     assert_eq!(ended.expect("joined"), Drained::Cut { requests: 1 });
-    client.to_end().await;
+    client.read_to_end().await;
     assert!(!client.chunks().1);
     eventually("decode's leg is dropped", || decode.left() == 1).await;
 }

@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 const BODY: &str = r#"{"model":"m","messages":[{"role":"user","content":"hi \u00e9 é"}],"stream":false,"max_completion_tokens":7,"min_tokens":3,"temperature":0.5}"#;
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-1.
 async fn px_1_both_legs_carry_the_clients_body_with_their_own_fields() {
     let (prefill, decode) = (good_prefill().await, good_decode().await);
     let proxy = Proxied::between(&[&prefill], &[&decode]).await;
@@ -229,6 +230,7 @@ async fn prompt_logprobs_come_from_prefill() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-5.
 async fn px_5_prefill_that_held_nothing_is_counted_and_decode_goes_on_only_if_allowed() {
     for allowed in [false, true] {
         let prefill =
@@ -300,7 +302,7 @@ async fn policies_choose_as_they_say() {
 async fn long_bodies_reach_both_legs_whole() {
     let (prefill, decode) = (MockWorker::start(|_, _| prefill_answer()).await, good_decode().await);
     let proxy = Proxied::between(&[&prefill], &[&decode]).await;
-    let prompt: String = (0..300_000).map(|at| char::from(b'a' + (at % 26) as u8)).collect();
+    let prompt: String = (0..=255u8).cycle().take(300_000).map(|at| char::from(b'a' + at % 26)).collect();
     let body = json!({"prompt": prompt, "max_tokens": 3}).to_string();
     assert_eq!(proxy.post("/v1/completions", body).await.status, 200);
     assert_eq!(prefill.seen()[0].json()["prompt"], prompt.as_str());

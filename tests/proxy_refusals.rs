@@ -100,17 +100,18 @@ async fn heads_and_bodies_have_limits() {
     let head = format!("POST {PATH} HTTP/1.1\r\nhost: x\r\nx-long: {}\r\n\r\n", "y".repeat(200_000));
     // The proxy may have hung up before it has read all of it.
     let _ = client.stream.write_all(head.as_bytes()).await;
-    client.to_end().await;
+    client.read_to_end().await;
     assert!(client.text().starts_with("HTTP/1.1 431 "), "{}", client.text());
     let mut client = proxy.connect().await;
     client.stream.write_all(b"\x16\x03\x01 this is not HTTP\r\n\r\n").await.unwrap();
-    client.to_end().await;
+    client.read_to_end().await;
     assert!(client.text().starts_with("HTTP/1.1 400 "), "{}", client.text());
     assert_eq!(proxy.post(PATH, r#"{"prompt":"a"}"#).await.status, 200);
     assert_eq!(prefill.seen().len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-3.
 async fn px_3_a_body_that_never_comes_is_408() {
     let (prefill, decode) = (good_prefill().await, good_decode().await);
     let mut setup = Setup::new(&[&prefill], &[&decode]);
@@ -123,11 +124,12 @@ async fn px_3_a_body_that_never_comes_is_408() {
     // A head that never ends has the same bound: the connection is closed.
     let mut client = proxy.connect().await;
     client.stream.write_all(b"POST /v1/comp").await.unwrap();
-    client.to_end().await;
+    client.read_to_end().await;
     assert_eq!(proxy.handle().inflight(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-3.
 async fn px_3_workers_that_never_answer_are_504() {
     let (prefill, hanging) = (good_prefill().await, MockWorker::start(|_, _| Reply::Hang).await);
     let mut setup = Setup::new(&[&prefill], &[&hanging]);
@@ -151,6 +153,7 @@ async fn px_3_workers_that_never_answer_are_504() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-4.
 async fn px_4_at_the_bound_new_requests_are_told_to_come_back() {
     let (prefill, decode) = (MockWorker::start(|_, _| Reply::Hang).await, good_decode().await);
     let mut setup = Setup::new(&[&prefill], &[&decode]);
@@ -174,6 +177,7 @@ async fn px_4_at_the_bound_new_requests_are_told_to_come_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+// PX-5.
 async fn px_5_without_prefill_workers_it_is_503_unless_decode_may_prefill() {
     for allowed in [false, true] {
         let decode = good_decode().await;

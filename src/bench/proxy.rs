@@ -30,9 +30,9 @@ pub struct Args {
     /// Prompt sizes, in bytes
     #[arg(long, value_delimiter = ',', default_values_t = [200, 2_000, 20_000, 200_000, 1_000_000])]
     bodies: Vec<usize>,
-    /// Connections of the load when processor time is measured
-    #[arg(long, default_value_t = 32)]
-    connections: usize,
+    /// Connections of the load: one row each. 1 shows the latency that the proxy adds, more its processor time
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 32])]
+    connections: Vec<usize>,
     /// Requests per row [default: as many as move about 2 GB, 2,000 to 20,000]
     #[arg(long, conflicts_with = "seconds")]
     requests: Option<u64>,
@@ -137,7 +137,7 @@ async fn run_load(args: &Args) -> anyhow::Result<()> {
     };
     let load = Load {
         targets: args.targets.clone(),
-        connections: args.connections,
+        connections: args.connections.first().copied().unwrap_or(1),
         until,
         prompt_bytes: args.bodies.first().copied().unwrap_or(0),
         stream: args.events > 0,
@@ -311,7 +311,7 @@ fn measure(args: &Args) -> anyhow::Result<ExitCode> {
     println!("{}", HEADINGS);
     let bench = Bench::start(args, Duration::ZERO)?;
     for &prompt_bytes in &args.bodies {
-        for connections in [1, args.connections] {
+        for &connections in &args.connections {
             for row in bench.pair_of_rows(prompt_bytes, connections)? {
                 println!("{}", row.line());
                 report.rows.push(row);

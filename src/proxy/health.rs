@@ -211,6 +211,7 @@ mod tests {
     }
 
     #[test]
+    // PX-2.
     fn px_2_failures_in_a_row_quarantine_and_one_trial_brings_back() {
         let (health, now) = up();
         assert!(!health.failed(now));
@@ -227,6 +228,7 @@ mod tests {
     }
 
     #[test]
+    // PX-2.
     fn px_2_a_failed_trial_is_a_new_quarantine_and_an_undecided_one_is_not() {
         let (health, now) = up();
         health.failed(now);

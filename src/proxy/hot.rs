@@ -13,7 +13,7 @@ use super::affinity::prefix_hashes;
 use super::body::{self, ProxyBody};
 use super::dialect::common_headers;
 use super::flight::Flight;
-use super::legs::{Answer, Job};
+use super::legs::{Answer, Held, Job};
 use super::link::ClientLink;
 use super::plan::{Plan, Shape};
 use super::shared::Lane;
@@ -124,7 +124,7 @@ pub(crate) fn pass_on(
     answer: Answer,
 ) -> Response<ProxyBody> {
     let (status, headers, body) = match answer {
-        Answer::Held { status, headers, body } => {
+        Answer::Held(Held { status, headers, body }) => {
             flight.end = "done";
             (status, headers, Ok(body))
         }

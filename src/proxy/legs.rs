@@ -37,9 +37,19 @@ const REFUSAL_BYTES_MAX: usize = 1 << 20;
 #[derive(Debug)]
 pub(crate) enum Answer {
     /// A worker's answer, its first part read already.
-    Flowing { exchange: Exchange, first: Option<Bytes> },
-    /// A worker's answer that was read whole.
-    Held { status: StatusCode, headers: HeaderMap, body: Bytes },
+    Flowing {
+        exchange: Exchange,
+        first: Option<Bytes>,
+    },
+    Held(Held),
+}
+
+/// A worker's answer that was read whole.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
 }
 
 /// Why one attempt did not come to an answer.
@@ -48,7 +58,7 @@ struct Failure {
     worker: Option<usize>,
     retry: bool,
     /// The worker's own words, if it said any.
-    answer: Option<Answer>,
+    answer: Option<Box<Held>>,
     error: ApiError,
 }
 
@@ -102,7 +112,7 @@ impl Failure {
 
     /// What the client gets of it: the worker's own words if there are any.
     fn end(self) -> Result<Answer, ApiError> {
-        self.answer.map_or(Err(self.error), Ok)
+        self.answer.map(|held| Answer::Held(*held)).ok_or(self.error)
     }
 }
 
@@ -310,7 +320,7 @@ impl Job<'_> {
             leg,
             worker: Some(worker.number),
             retry: failed,
-            answer: Some(Answer::Held { status, headers, body }),
+            answer: Some(Box::new(Held { status, headers, body })),
             error: ApiError::new(StatusCode::BAD_GATEWAY, message),
         }
     }
@@ -339,7 +349,7 @@ impl Job<'_> {
         self.flight.load = load;
         headers.remove(http::header::CONTENT_LENGTH);
         let body = merge::put_logprobs(&text, logprobs).map_or(text, Bytes::from);
-        Ok(Answer::Held { status, headers, body })
+        Ok(Answer::Held(Held { status, headers, body }))
     }
 }
 

@@ -40,10 +40,10 @@ impl ClientLink {
 
     fn flushed(&self) {
         self.flushes.fetch_add(1, Ordering::AcqRel);
-        if self.awaited.swap(false, Ordering::AcqRel) {
-            if let Some(waker) = self.waker.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                waker.wake();
-            }
+        if self.awaited.swap(false, Ordering::AcqRel)
+            && let Some(waker) = self.waker.lock().unwrap_or_else(PoisonError::into_inner).take()
+        {
+            waker.wake();
         }
     }
 }

@@ -204,6 +204,7 @@ mod tests {
     }
 
     #[test]
+    // PX-2.
     fn px_2_a_failed_worker_is_avoided_while_there_is_another() {
         let (pool, now) = (pool(2, Policy::LeastLoaded), Instant::now());
         let hints = Hints { avoid: &[0], ..Hints::default() };
@@ -217,6 +218,7 @@ mod tests {
     }
 
     #[test]
+    // PX-2.
     fn px_2_quarantine_lets_one_request_through_when_its_time_is_over() {
         let (pool, now) = (pool(1, Policy::LeastLoaded), Instant::now());
         pool.pick(Hints::default(), now).expect("one").failed(now);

@@ -40,7 +40,7 @@ impl Limits {
     pub(crate) fn of(config: &ProxyConfig) -> Result<Self, ProxyError> {
         let time = |key: &'static str, seconds: f64| {
             let given = Duration::try_from_secs_f64(seconds).ok().filter(|time| !time.is_zero());
-            given.ok_or(ProxyError::Setting { key, why: format!("must be a time above 0 s, got {seconds}") })
+            given.ok_or_else(|| ProxyError::Setting { key, why: format!("must be a time above 0 s, got {seconds}") })
         };
         // Bodies are addressed with 32 bits.
         let body_bytes_max = config.body_bytes_max.min(u64::from(u32::MAX));

@@ -221,7 +221,7 @@ impl RawClient {
     }
 
     /// Reads to the end of the connection, whatever that is.
-    pub(crate) async fn to_end(&mut self) {
+    pub(crate) async fn read_to_end(&mut self) {
         while timeout(PATIENCE, self.stream.read_buf(&mut self.received)).await.expect("in time").is_ok_and(|n| n > 0) {
         }
     }
