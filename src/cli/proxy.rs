@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -86,7 +85,6 @@ enum ImplName {
 pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
     let config = load_config(&sources)?.config;
     telemetry::log::init(config.telemetry.log_format, &config.telemetry.log_level);
-    raise_file_limit();
     let setup = setup(&args, &config)?;
     let parts = (setup.prefill.len(), setup.decode.len());
     let connector = args.connector.map_or(config.pd_disagg.kv_connector, Into::into);
@@ -220,14 +218,6 @@ fn listen(host: &str, port: u16) -> anyhow::Result<TcpListener> {
         }
     }
     Err(last)
-}
-
-/// A request in flight takes two sockets, so the soft limit of 1024 that most shells give is soon reached.
-fn raise_file_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    if setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }).is_err() {
-        tracing::warn!(limit = ?limit.current, "cannot raise the limit on open files");
-    }
 }
 
 /// Serves until SIGINT or SIGTERM, then drains; a second signal ends it at once.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -28,6 +29,9 @@ use crate::security::Secret;
 
 /// Most server threads that are taken without being asked for.
 const THREADS_DEFAULT_MAX: usize = 4;
+
+/// Files that are no request's: listeners, idle connections to workers, control connections, the log.
+const FILES_OF_OTHERS: usize = 256;
 
 /// Whether prefill and decode are apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -142,7 +146,8 @@ fn default_threads() -> usize {
 
 fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>) -> Result<Arc<Shared>, ProxyError> {
     let config = &setup.config;
-    let limits = Limits::of(config)?;
+    let mut limits = Limits::of(config)?;
+    limits.inflight_max = fitting(limits.inflight_max);
     let quarantine = Duration::try_from_secs_f64(config.quarantine_s)
         .map_err(|error| ProxyError::Setting { key: "quarantine_s", why: error.to_string() })?;
     let rules = Rules {
@@ -186,6 +191,26 @@ fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>) -> Result<Arc<S
         inflight: AtomicUsize::new(0),
         draining: AtomicBool::new(false),
     }))
+}
+
+/// How many requests in flight the process has files for: each takes a socket on either side. The soft limit of 1024 that
+/// most shells give is raised as far as it goes.
+fn fitting(inflight_max: usize) -> usize {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    let Some(files) = getrlimit(Resource::Nofile).current else { return inflight_max };
+    let files = usize::try_from(files).unwrap_or(usize::MAX);
+    let fitting = (files.saturating_sub(FILES_OF_OTHERS) / 2).max(1);
+    if fitting < inflight_max {
+        tracing::info!(
+            files,
+            inflight_max,
+            fitting,
+            ?raised,
+            "the limit on open files allows fewer requests in flight"
+        );
+    }
+    inflight_max.min(fitting)
 }
 
 fn runtime() -> io::Result<Runtime> {

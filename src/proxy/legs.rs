@@ -96,6 +96,10 @@ impl Failure {
     }
 
     fn of(leg: Leg, load: &mut Load, error: &UpstreamError) -> Self {
+        if let UpstreamError::OutOfSockets { .. } = error {
+            let error = ApiError::unavailable(error.to_string(), RETRY_AFTER);
+            return Self { leg, worker: None, retry: false, answer: None, error };
+        }
         load.failed(std::time::Instant::now());
         let worker = load.worker();
         let role = worker.role.name();

@@ -37,6 +37,8 @@ pub(crate) enum UpstreamError {
     Connect { address: String, source: io::Error },
     #[error("{address} did not accept a connection within {after:?}")]
     ConnectTimeout { address: String, after: Duration },
+    #[error("cannot connect to {address}: this server is out of sockets ({source}); raise its limit on open files")]
+    OutOfSockets { address: String, source: io::Error },
     #[error("sending the request failed: {0}")]
     Send(io::Error),
     #[error("the worker closed the connection before it answered")]
@@ -293,15 +295,35 @@ pub(crate) async fn exchange(
             done => return done,
         }
     }
-    let now = Instant::now();
-    let stream = match timeout_at(deadline.or(Deadline::after(now, connect_timeout)).at, connect(origin)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(source)) => return Err(UpstreamError::Connect { address: origin.authority.clone(), source }),
+    let limit = deadline.or(Deadline::after(Instant::now(), connect_timeout)).at;
+    let stream = match timeout_at(limit, connect_or_make_room(sockets, origin)).await {
+        Ok(connected) => connected?,
         Err(_) => {
             return Err(UpstreamError::ConnectTimeout { address: origin.authority.clone(), after: connect_timeout });
         }
     };
     deadline.bound("answer", converse(Conn::new(stream), origin, &request)).await
+}
+
+/// Connects. When the process is out of sockets, idle ones are given up for it; that shortage is no worker's fault.
+async fn connect_or_make_room(sockets: &Sockets, origin: &Origin) -> Result<TcpStream, UpstreamError> {
+    let mut connected = connect(origin).await;
+    if connected.as_ref().is_err_and(is_out_of_sockets) {
+        sockets.clear();
+        connected = connect(origin).await;
+    }
+    connected.map_err(|source| {
+        let address = origin.authority.clone();
+        match is_out_of_sockets(&source) {
+            true => UpstreamError::OutOfSockets { address, source },
+            false => UpstreamError::Connect { address, source },
+        }
+    })
+}
+
+fn is_out_of_sockets(error: &io::Error) -> bool {
+    let code = error.raw_os_error();
+    [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE].iter().any(|errno| code == Some(errno.raw_os_error()))
 }
 
 async fn connect(origin: &Origin) -> io::Result<TcpStream> {

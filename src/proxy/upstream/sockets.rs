@@ -14,7 +14,7 @@ const IDLE_MAX: Duration = Duration::from_secs(4);
 const BUFFERED_PER_WORKER_MAX: usize = 64;
 const BUFFER_KEPT_BYTES_MAX: usize = 16 << 10;
 /// Most idle connections kept per worker.
-const IDLE_PER_WORKER_MAX: usize = 4096;
+const IDLE_PER_WORKER_MAX: usize = 512;
 
 #[derive(Debug)]
 struct Idle {
@@ -60,6 +60,11 @@ impl Sockets {
         if idle.len() < IDLE_PER_WORKER_MAX {
             idle.push(Idle { conn, since: Instant::now() });
         }
+    }
+
+    /// Closes all of them.
+    pub(super) fn clear(&self) {
+        (0..self.workers.len()).for_each(|worker| self.of(worker).clear());
     }
 
     /// Closes what has been idle for too long. Called about once a second.
