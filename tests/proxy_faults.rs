@@ -113,6 +113,27 @@ async fn px_2_what_every_worker_answers_is_the_clients_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn px_5_prefill_workers_that_died_unnoticed_are_done_without_if_decode_may_prefill() {
+    let (prefill, decode) = (failing(Reply::Close).await, good_decode().await);
+    let mut setup = Setup::new(&[&prefill], &[&decode]);
+    setup.config.local_prefill = true;
+    let proxy = setup.start().await;
+    let answer = proxy.post(PATH, BODY).await;
+    assert_eq!((answer.status, prefill.seen().len()), (200, 2));
+    assert_eq!(decode.seen()[0].text(), BODY);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_unknown_route_does_is_not_done_twice() {
+    let (prefill, decode) = (good_prefill().await, failing(Reply::Json(500, "{}".to_owned())).await);
+    let proxy = Proxied::between(&[&prefill], &[&decode]).await;
+    assert_eq!(proxy.post("/v1/files", "x").await.status, 500);
+    assert_eq!(decode.seen().len(), 1);
+    assert_eq!(proxy.get("/v1/files").await.status, 500);
+    assert_eq!(decode.seen().len(), 3, "one that only reads may be asked again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn when_nobody_answers_the_client_is_told_who_was_asked() {
     let (prefill, decode) = (failing(Reply::Close).await, good_decode().await);
     let proxy = Proxied::between(&[&prefill], &[&decode]).await;

@@ -5,33 +5,38 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
 /// Longest head of a request that a mock takes.
 const HEAD_BYTES_MAX: usize = 64 << 10;
+/// Connections that wait to be accepted; a scenario may open thousands at once.
+const BACKLOG: u32 = 16_384;
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
-/// What a decode mock answers.
+/// What a mock is and answers.
 #[derive(Debug, Clone, Copy)]
-pub struct DecodeAnswer {
-    /// Events of a stream; 0 answers with one JSON object instead.
-    pub events: u32,
-    /// Wait before the answer.
-    pub delay: Duration,
+pub enum Mock {
+    /// Answers as a prefill worker that holds KV.
+    Prefill,
+    /// Answers after `delay`: a stream of `events` events, or one JSON object if they are 0.
+    Decode { events: u32, delay: Duration },
 }
 
-/// Serves one prefill and one decode worker on free ports of the loopback until its process is ended. `ready` is called
-/// with both addresses.
-pub async fn serve(answer: DecodeAnswer, ready: impl FnOnce(SocketAddr, SocketAddr)) -> std::io::Result<()> {
-    let prefill = TcpListener::bind("127.0.0.1:0").await?;
-    let decode = TcpListener::bind("127.0.0.1:0").await?;
-    let (prefill_port, decode_port) = (prefill.local_addr()?, decode.local_addr()?);
-    ready(prefill_port, decode_port);
-    let prefill_answer = json_answer(&prefill_body(prefill_port));
-    let decode_answer = if answer.events == 0 { json_answer(DECODE_BODY) } else { stream_answer(answer.events) };
-    let prefill = accept(prefill, prefill_answer, Duration::ZERO);
-    let decode = accept(decode, decode_answer, answer.delay);
-    tokio::try_join!(prefill, decode).map(|_: ((), ())| ())
+/// Serves on a free port of the loopback until its process is ended. `ready` is called with the address.
+pub async fn serve(mock: Mock, ready: impl FnOnce(SocketAddr)) -> std::io::Result<()> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+    let listener = socket.listen(BACKLOG)?;
+    let address = listener.local_addr()?;
+    ready(address);
+    let (answer, delay) = match mock {
+        Mock::Prefill => (json_answer(&prefill_body(address)), Duration::ZERO),
+        Mock::Decode { events: 0, delay } => (json_answer(DECODE_BODY), delay),
+        Mock::Decode { events, delay } => (stream_answer(events), delay),
+    };
+    accept(listener, answer, delay).await;
+    Ok(())
 }
 
 const DECODE_BODY: &str = r#"{"id":"cmpl-mock","object":"text_completion","created":1,"model":"mock","choices":[{"index":0,"text":" and so it goes on and on until it ends","logprobs":null,"finish_reason":"length"}],"usage":{"prompt_tokens":50,"completion_tokens":16,"total_tokens":66}}"#;
@@ -68,13 +73,17 @@ fn stream_answer(events: u32) -> Vec<u8> {
     answer
 }
 
-async fn accept(listener: TcpListener, answer: Vec<u8>, delay: Duration) -> std::io::Result<()> {
+async fn accept(listener: TcpListener, answer: Vec<u8>, delay: Duration) {
     let answer: std::sync::Arc<[u8]> = answer.into();
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => {
-                let (stream, _) = accepted?;
+                // Out of sockets: those that wait get theirs when others end.
+                let Ok((stream, _)) = accepted else {
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                };
                 let answer = std::sync::Arc::clone(&answer);
                 // A connection that breaks is the other side's business.
                 connections.spawn(async move { drop(converse(stream, &answer, delay).await) });

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use super::environment::Environment;
 use super::load::{self, Load, Seen, Until};
-use super::mock::{self, DecodeAnswer};
+use super::mock::{self, Mock};
 use super::process::{cpu_time, resident_bytes};
 
 /// Requests before each measurement, so that buffers, pools and caches are as in a running server.
@@ -73,7 +73,8 @@ pub struct Args {
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Part {
-    Mock,
+    MockPrefill,
+    MockDecode,
     Load,
 }
 
@@ -118,15 +119,18 @@ struct Report {
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match args.part {
-        Some(Part::Mock) => runtime.block_on(serve_mock(args)).map(|()| ExitCode::SUCCESS),
+        Some(Part::MockPrefill) => runtime.block_on(serve_mock(Mock::Prefill)).map(|()| ExitCode::SUCCESS),
+        Some(Part::MockDecode) => {
+            let mock = Mock::Decode { events: args.events, delay: Duration::from_millis(args.delay_ms) };
+            runtime.block_on(serve_mock(mock)).map(|()| ExitCode::SUCCESS)
+        }
         Some(Part::Load) => runtime.block_on(run_load(args)).map(|()| ExitCode::SUCCESS),
         None => measure(args),
     }
 }
 
-async fn serve_mock(args: &Args) -> anyhow::Result<()> {
-    let answer = DecodeAnswer { events: args.events, delay: Duration::from_millis(args.delay_ms) };
-    mock::serve(answer, |prefill, decode| println!("{prefill} {decode}")).await?;
+async fn serve_mock(mock: Mock) -> anyhow::Result<()> {
+    mock::serve(mock, |address| println!("{address}")).await?;
     Ok(())
 }
 
@@ -203,16 +207,15 @@ fn words(text: &[&str]) -> Vec<String> {
 
 impl<'a> Bench<'a> {
     fn start(args: &'a Args, delay: Duration) -> anyhow::Result<Self> {
-        let mut mock = words(&["bench", "proxy", "--part", "mock"]);
-        mock.extend([format!("--events={}", args.events), format!("--delay-ms={}", delay.as_millis())]);
-        let mut mock = Running::start(&mock)?;
-        let line = mock.line()?;
-        let legs: Vec<SocketAddr> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
-        ensure!(legs.len() == 2, "the mock said `{line}`");
+        let mut prefill = Running::start(&words(&["bench", "proxy", "--part", "mock-prefill"]))?;
+        let mut decode = words(&["bench", "proxy", "--part", "mock-decode"]);
+        decode.extend([format!("--events={}", args.events), format!("--delay-ms={}", delay.as_millis())]);
+        let mut decode = Running::start(&decode)?;
+        let legs: Vec<SocketAddr> = vec![prefill.line()?.parse()?, decode.line()?.parse()?];
         if let Some(url) = &args.router_url {
             let front = url.trim_start_matches("http://").trim_end_matches('/').parse();
             let front = front.with_context(|| format!("--router-url must be http://IP:PORT, got `{url}`"))?;
-            return Ok(Self { args, front, legs, pid: args.router_pid, _parts: vec![mock] });
+            return Ok(Self { args, front, legs, pid: args.router_pid, _parts: vec![prefill, decode] });
         }
         let mut line = words(&["proxy", "--port", "0", "--connector", "NixlConnector", "--connector-impl", "vllm"]);
         line.extend([format!("--prefill=http://{}", legs[0]), format!("--decode=http://{}", legs[1])]);
@@ -222,7 +225,7 @@ impl<'a> Bench<'a> {
         let front = ready.split(['/', ' ']).find_map(|word| word.parse().ok());
         let front = front.with_context(|| format!("the proxy said `{ready}`"))?;
         let pid = Some(proxy.pid()?);
-        Ok(Self { args, front, legs, pid, _parts: vec![mock, proxy] })
+        Ok(Self { args, front, legs, pid, _parts: vec![prefill, decode, proxy] })
     }
 
     fn load(

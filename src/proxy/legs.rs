@@ -57,6 +57,8 @@ struct Failure {
     leg: Leg,
     worker: Option<usize>,
     retry: bool,
+    /// Whether the worker may have seen the request.
+    reached: bool,
     /// The worker's own words, if it said any.
     answer: Option<Box<Held>>,
     error: ApiError,
@@ -92,13 +94,13 @@ impl Failure {
         };
         let message = format!("no {role} worker can serve now{hint}");
         let error = ApiError::unavailable(message, RETRY_AFTER);
-        Self { leg, worker: None, retry: false, answer: None, error }
+        Self { leg, worker: None, retry: false, reached: false, answer: None, error }
     }
 
     fn of(leg: Leg, load: &mut Load, error: &UpstreamError) -> Self {
         if let UpstreamError::OutOfSockets { .. } = error {
             let error = ApiError::unavailable(error.to_string(), RETRY_AFTER);
-            return Self { leg, worker: None, retry: false, answer: None, error };
+            return Self { leg, worker: None, retry: false, reached: false, answer: None, error };
         }
         load.failed(std::time::Instant::now());
         let worker = load.worker();
@@ -111,7 +113,9 @@ impl Failure {
             UpstreamError::TooLong { .. } => (StatusCode::BAD_GATEWAY, false),
             _ => (StatusCode::BAD_GATEWAY, true),
         };
-        Self { leg, worker: Some(worker.number), retry, answer: None, error: ApiError::new(status, message) }
+        let reached = !matches!(error, UpstreamError::Connect { .. } | UpstreamError::ConnectTimeout { .. });
+        let error = ApiError::new(status, message);
+        Self { leg, worker: Some(worker.number), retry, reached, answer: None, error }
     }
 
     /// What the client gets of it: the worker's own words if there are any.
@@ -130,13 +134,25 @@ impl Job<'_> {
             match self.attempt(plan, body, &avoid).await {
                 Ok(answer) => return Ok(answer),
                 Err(failure) if failure.retry && left > 0 => self.again(&failure, &mut avoid),
+                Err(failure) if failure.retry && failure.leg == Leg::prefill && self.may_prefill_locally() => {
+                    // The pool is down and nobody has noticed yet: as good a reason as when it is known.
+                    self.again(&failure, &mut avoid);
+                    let Some(decode) = self.pick(Role::Decode, &avoid) else { return failure.end() };
+                    return self.alone(Alone::PrefillDown, plan, body, decode).await.or_else(Failure::end);
+                }
                 Err(failure) => return failure.end(),
             }
         }
     }
 
-    /// Serves any other request by one decode worker.
+    fn may_prefill_locally(&self) -> bool {
+        self.lane.shared.limits.local_prefill
+    }
+
+    /// Serves any other request by one decode worker. What it does there is not known, so it is not done twice: only a
+    /// request that reached nobody, or one that only reads, is tried again.
     pub(crate) async fn forward(&mut self, body: &[u8]) -> Result<Answer, ApiError> {
+        let reads = self.method.is_safe();
         let mut avoid = Vec::new();
         let mut left = self.lane.shared.limits.attempts_max;
         loop {
@@ -148,7 +164,9 @@ impl Job<'_> {
             };
             match answer {
                 Ok(answer) => return Ok(answer),
-                Err(failure) if failure.retry && left > 0 => self.again(&failure, &mut avoid),
+                Err(failure) if failure.retry && left > 0 && (reads || !failure.reached) => {
+                    self.again(&failure, &mut avoid);
+                }
                 Err(failure) => return failure.end(),
             }
         }
@@ -172,9 +190,8 @@ impl Job<'_> {
         if let Some(reason) = plan.alone {
             return self.alone(reason, plan, body, decode).await;
         }
-        let local_prefill = self.lane.shared.limits.local_prefill;
         let Some(prefill) = self.pick(Role::Prefill, avoid) else {
-            if local_prefill {
+            if self.may_prefill_locally() {
                 return self.alone(Alone::PrefillDown, plan, body, decode).await;
             }
             return Err(Failure::nobody(Leg::prefill, "; `[proxy] local_prefill` would let decode prefill by itself"));
@@ -253,6 +270,7 @@ impl Job<'_> {
             leg: Leg::prefill,
             worker: Some(worker.number),
             retry: true,
+            reached: true,
             answer: None,
             error: ApiError::new(StatusCode::BAD_GATEWAY, format!("prefill worker {}: {why}", worker.name())),
         };
@@ -264,7 +282,7 @@ impl Job<'_> {
         if params.is_none() && expects_params(shared.connector) {
             shared.metrics.prefill_without_params.inc();
             tracing::warn!(worker = worker.name(), "prefill answered without kv_transfer_params: it holds no KV");
-            if !shared.limits.local_prefill {
+            if !self.may_prefill_locally() {
                 let why = "it answered without kv_transfer_params, so it holds no KV; check its --kv-transfer-config, \
                            or set `[proxy] local_prefill`";
                 return Err(failed(why.to_owned()));
@@ -324,6 +342,7 @@ impl Job<'_> {
             leg,
             worker: Some(worker.number),
             retry: failed,
+            reached: true,
             answer: Some(Box::new(Held { status, headers, body })),
             error: ApiError::new(StatusCode::BAD_GATEWAY, message),
         }
@@ -360,7 +379,7 @@ impl Job<'_> {
 /// Only a body that was scanned before comes here, so this is about its inner object.
 fn unreadable(error: &splice::BodyError) -> Failure {
     let error = ApiError { param: error.param().map(str::to_owned), ..ApiError::bad_request(error.to_string()) };
-    Failure { leg: Leg::prefill, worker: None, retry: false, answer: None, error }
+    Failure { leg: Leg::prefill, worker: None, retry: false, reached: false, answer: None, error }
 }
 
 /// The parts of a body as they are written.
