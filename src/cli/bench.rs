@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
+use serde::Serialize;
 
 use super::{Sources, load_config, print};
 use crate::bench::environment::Environment;
@@ -116,17 +117,7 @@ fn run_link(args: LinkArgs) -> anyhow::Result<ExitCode> {
         seconds: args.seconds.clamp(0.0, 3600.0),
         push: args.push,
     };
-    let mut told = Ok(());
-    let report = link::run(&options, &mut |text| {
-        if told.is_ok() {
-            told = print(text);
-        }
-    })?;
-    told?;
-    if let Some(file) = args.json {
-        std::fs::write(&file, serde_json::to_string_pretty(&report)?)?;
-    }
-    Ok(ExitCode::SUCCESS)
+    tell(args.json.as_deref(), |text| link::run(&options, text))
 }
 
 fn run_soak(args: &SoakArgs, sources: &Sources) -> anyhow::Result<ExitCode> {
@@ -149,5 +140,23 @@ fn run_soak(args: &SoakArgs, sources: &Sources) -> anyhow::Result<ExitCode> {
     }
     let broken = report.broken_promises();
     anyhow::ensure!(broken.is_empty(), "{}", broken.join("; "));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs a scenario that says its lines as they come, and writes its report to a file where one was named.
+fn tell<R: Serialize>(
+    json: Option<&std::path::Path>,
+    run: impl FnOnce(&mut dyn FnMut(&str)) -> anyhow::Result<R>,
+) -> anyhow::Result<ExitCode> {
+    let mut told = Ok(());
+    let report = run(&mut |text| {
+        if told.is_ok() {
+            told = print(text);
+        }
+    })?;
+    told?;
+    if let Some(file) = json {
+        std::fs::write(file, serde_json::to_string_pretty(&report)?)?;
+    }
     Ok(ExitCode::SUCCESS)
 }

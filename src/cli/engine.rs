@@ -1,13 +1,11 @@
 //! `pdlink engine`: one reference worker in the foreground.
 
-use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
+use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::ValueEnum;
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::{Config, KvConfig, Override};
@@ -16,13 +14,12 @@ use crate::kv::Role;
 use crate::security::Secret;
 use crate::telemetry;
 
+use super::listen::listen;
 use super::{Sources, load_config, print};
 
 /// Share of `launcher.grace_s` that a worker which was asked to end may take to answer what it has begun. The rest is for
 /// ending it: at the whole the guard kills.
 const DRAIN_SHARE: f64 = 0.8;
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 1024;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -161,25 +158,4 @@ fn advertised(host: &str, listener: &TcpListener) -> std::io::Result<String> {
     let socket = UdpSocket::bind(any)?;
     let routed = socket.connect(outside).and_then(|()| socket.local_addr());
     Ok(routed.map_or_else(|_| "127.0.0.1".to_owned(), |address| address.ip().to_string()))
-}
-
-/// Listens beside whoever holds the port for us: a holder has bound it without listening, and both set the option.
-fn listen(host: &str, port: u16) -> anyhow::Result<TcpListener> {
-    let bind = |address: SocketAddr| -> std::io::Result<TcpListener> {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-        socket.set_reuse_address(true)?;
-        socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        socket.set_nonblocking(true)?;
-        Ok(socket.into())
-    };
-    let addresses = (host, port).to_socket_addrs().with_context(|| format!("cannot resolve the host `{host}`"))?;
-    let mut last = None;
-    for address in addresses {
-        match bind(address) {
-            Ok(listener) => return Ok(listener),
-            Err(error) => last = Some(anyhow::Error::new(error).context(format!("cannot listen on {address}"))),
-        }
-    }
-    Err(last.unwrap_or_else(|| anyhow::anyhow!("the host `{host}` has no address")))
 }

@@ -11,6 +11,7 @@ mod bench;
 mod config;
 mod engine;
 mod guard;
+mod listen;
 mod proxy;
 mod report;
 mod up;

@@ -1,13 +1,11 @@
 //! `pdlink proxy`: the front alone, before workers that something else started.
 
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::ValueEnum;
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::{Config, ConnectorImpl, KvConnector, ProxyConfig, Role};
@@ -15,10 +13,9 @@ use crate::proxy::{Connector, Drained, Mode, ProxyHandle, ProxySetup, WorkerAddr
 use crate::security::{SECRET_FILE_ENV, Secret};
 use crate::telemetry;
 
+use super::listen::listen;
 use super::{Sources, Usage, load_config, print};
 
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 4096;
 /// PRIME-RL's own default for `--health-check-failure-threshold`.
 const HEALTH_FAILURES_MAX: u32 = 2;
 
@@ -198,26 +195,6 @@ fn listen_at(address: &str) -> anyhow::Result<TcpListener> {
     let (host, port) =
         parsed.ok_or_else(|| Usage::new(format!("`proxy.admin_listen` must be host:port, got `{address}`")))?;
     listen(host.trim_matches(['[', ']']), port)
-}
-
-/// Listens beside whoever holds the port for us: a holder has bound it without listening, and both set the option.
-fn listen(host: &str, port: u16) -> anyhow::Result<TcpListener> {
-    let bind = |address: SocketAddr| -> std::io::Result<TcpListener> {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-        socket.set_reuse_address(true)?;
-        socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        Ok(socket.into())
-    };
-    let addresses = (host, port).to_socket_addrs().with_context(|| format!("cannot resolve the host `{host}`"))?;
-    let mut last = anyhow::anyhow!("the host `{host}` has no address");
-    for address in addresses {
-        match bind(address) {
-            Ok(listener) => return Ok(listener),
-            Err(error) => last = anyhow::Error::new(error).context(format!("cannot listen on {address}")),
-        }
-    }
-    Err(last)
 }
 
 /// Serves until SIGINT or SIGTERM, then drains; a second signal ends it at once.

@@ -7,7 +7,6 @@ use clap::ValueEnum;
 
 use super::PathName;
 use crate::bench::kv;
-use crate::cli::print;
 use crate::config::{KvSendType, Path};
 
 #[derive(Debug, clap::Args)]
@@ -70,17 +69,7 @@ pub(super) fn run(args: KvArgs) -> anyhow::Result<ExitCode> {
         digest: args.digest,
         seconds: args.seconds.clamp(0.0, 3600.0),
     };
-    let mut told = Ok(());
-    let report = kv::run(&options, &mut |text| {
-        if told.is_ok() {
-            told = print(text);
-        }
-    })?;
-    told?;
-    if let Some(file) = args.json {
-        std::fs::write(&file, serde_json::to_string_pretty(&report)?)?;
-    }
-    Ok(ExitCode::SUCCESS)
+    super::tell(args.json.as_deref(), |text| kv::run(&options, text))
 }
 
 fn path(name: PathName) -> Path {
