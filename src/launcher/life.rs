@@ -19,7 +19,7 @@ use super::exit::Exit;
 use crate::config::{LauncherConfig, Restart};
 
 /// How long a worker must have been ready for its next failure to count as the first.
-const STABLE: Duration = Duration::from_secs(60);
+const STABLE: Duration = Duration::from_secs(10);
 
 /// The times and the policy that a life obeys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
