@@ -104,6 +104,7 @@ async fn converse(mut stream: TcpStream, answer: &[u8], delay: Duration) -> std:
         }
         filled += read;
         let Some(end) = memchr::memmem::find(&buffer[..filled], b"\r\n\r\n") else { continue };
+        let generates = buffer.starts_with(b"POST");
         let mut left = (end + 4 + content_length(&buffer[..end])).saturating_sub(filled);
         while left > 0 {
             let read = stream.read(&mut buffer).await?;
@@ -113,7 +114,8 @@ async fn converse(mut stream: TcpStream, answer: &[u8], delay: Duration) -> std:
             left = left.saturating_sub(read);
         }
         filled = 0;
-        if !delay.is_zero() {
+        // Only generation takes its time; a question about health is answered at once.
+        if !delay.is_zero() && generates {
             tokio::time::sleep(delay).await;
         }
         stream.write_all(answer).await?;

@@ -123,8 +123,11 @@ impl Health {
         }
     }
 
-    /// A request was answered.
+    /// A request was answered. That says as much as an answered probe: a server too busy for `/health` still serves.
     pub(crate) fn succeeded(&self) {
+        if self.failed_probes.load(Ordering::Relaxed) != 0 {
+            self.failed_probes.store(0, Ordering::Relaxed);
+        }
         if self.up.load(Ordering::Acquire) && self.failures.load(Ordering::Relaxed) == 0 {
             return;
         }
@@ -249,6 +252,16 @@ mod tests {
         assert!(health.probe_failed());
         assert_eq!(health.standing(now), Standing::Out);
         assert!(health.probe_answered());
+        assert_eq!(health.standing(now), Standing::Good);
+    }
+
+    #[test]
+    fn a_worker_that_answers_requests_is_not_down_for_want_of_a_health_answer() {
+        let (health, now) = up();
+        for _ in 0..5 {
+            assert!(!health.probe_failed());
+            health.succeeded();
+        }
         assert_eq!(health.standing(now), Standing::Good);
     }
 

@@ -276,7 +276,8 @@ impl Job<'_> {
         };
         let answer = RequestBody::scan(text).map_err(|error| failed(format!("its answer cannot be read: {error}")))?;
         let params = match answer.raw_bytes(Field::KvTransferParams) {
-            Some((params, Kind::Object)) => Some(params),
+            // A copy: the answer's own bytes lie in the connection's buffer, which its next request needs.
+            Some((params, Kind::Object)) => Some(Bytes::copy_from_slice(&params)),
             _ => None,
         };
         if params.is_none() && expects_params(shared.connector) {
