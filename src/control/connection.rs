@@ -27,6 +27,8 @@ const UNHANDLED_MAX: usize = 1024;
 const UNANSWERED_MAX: usize = 4096;
 /// Outgoing frames are gathered up to this many bytes into one write.
 const GATHERED_BYTES: usize = 64 * 1024;
+/// Shortest sleep between two looks at a silent peer.
+const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(1);
 
 /// How a connection tells a silent peer from a dead one.
 #[derive(Debug, Clone, Copy)]
@@ -339,7 +341,8 @@ async fn watch(shared: &Arc<Shared>, liveness: Liveness) -> ControlError {
         }
         let until_dead = liveness.peer_timeout - silent;
         let until_ping = liveness.ping_interval.saturating_sub(silent.min(shared.opened.elapsed() - pinged));
-        tokio::time::sleep(until_ping.clamp(Duration::from_millis(1), until_dead)).await;
+        // Not `clamp`: less than the shortest sleep may be left of the bound.
+        tokio::time::sleep(until_ping.max(LOOK_INTERVAL_MIN).min(until_dead)).await;
     }
 }
 
@@ -426,6 +429,15 @@ mod tests {
         assert!(matches!(closed(&mut inbound).await, ControlError::Silent { .. }));
         assert!(inbound.recv().await.is_none(), "the end is told once");
         assert!(near.notify(Bytes::new()).is_err());
+    }
+
+    #[tokio::test]
+    async fn kv_8_a_bound_shorter_than_a_look_is_kept_too() {
+        let mut drivers = JoinSet::new();
+        let (near, _far) = ends();
+        let hasty = Liveness { ping_interval: SOON, peer_timeout: LOOK_INTERVAL_MIN / 2 };
+        let (_near, mut inbound) = start(&mut drivers, near, hasty);
+        assert!(matches!(closed(&mut inbound).await, ControlError::Silent { .. }));
     }
 
     #[tokio::test]
