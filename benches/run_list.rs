@@ -47,7 +47,8 @@ fn run_lists(criterion: &mut Criterion) {
     let adjacent: Vec<BlockId> = (0..count).map(BlockId).collect();
     let scattered: Vec<BlockId> = (0..count).map(|index| BlockId(index * 1237 % num_blocks)).collect();
     for (name, blocks) in [("adjacent", &adjacent), ("scattered", &scattered)] {
-        let extent = Extent { src_blocks: blocks, dst_blocks: &adjacent, first_token: 0, tokens: count * BLOCK_SIZE };
+        let extent =
+            Extent { src_blocks: &[blocks], dst_blocks: &[&adjacent], first_token: 0, tokens: count * BLOCK_SIZE };
         criterion.bench_function(&format!("runs of 16,000 tokens, blocks {name}"), |bencher| {
             bencher.iter(|| plan.runs(black_box(extent)).unwrap());
         });
@@ -59,7 +60,7 @@ fn digests(criterion: &mut Criterion) {
     let regions: Vec<Arc<Region>> =
         layout.map().region_lens.iter().map(|len| Region::shared(usize::try_from(*len).unwrap()).unwrap()).collect();
     let blocks: Vec<BlockId> = (0..256).map(|index| BlockId(index * 77 % 256)).collect();
-    let span = Span { blocks: &blocks, first_token: 0, tokens: 256 * BLOCK_SIZE };
+    let span = Span { blocks: &[&blocks], first_token: 0, tokens: 256 * BLOCK_SIZE };
     let mut group = criterion.benchmark_group("digest");
     group.throughput(Throughput::Bytes(u64::from(span.tokens) * layout.geometry().token_bytes()));
     group.bench_function("64 MiB", |bencher| {

@@ -4,13 +4,13 @@ use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use pdlink::control::{Frame, FrameBuffer, TransferId, from_body, to_body};
-use pdlink::kv::{BlockId, Granted, PdlinkParams, ToDecode, ToPrefill, TransferParams};
+use pdlink::kv::{BlockId, Granted, PARAMS_VERSION, PdlinkParams, RankEndpoint, ToDecode, ToPrefill, TransferParams};
 use pdlink::security::Secret;
 
 fn granted(blocks: u32) -> ToDecode {
     ToDecode::Granted(Granted {
         transfer_id: TransferId([7; 16]),
-        blocks: (0..blocks).map(|index| BlockId(index * 1237 % 65_536)).collect(),
+        blocks: vec![(0..blocks).map(|index| BlockId(index * 1237 % 65_536)).collect()],
         tokens: blocks * 16,
         weight_version: 1,
         lease_ms: 30_000,
@@ -57,10 +57,9 @@ fn params(criterion: &mut Criterion) {
         tp_size: 1,
         remote_num_tokens: 16_000,
         pdlink: PdlinkParams {
-            version: 1,
+            version: PARAMS_VERSION,
             transfer_id: TransferId([7; 16]),
-            incarnation: 1,
-            endpoints: vec!["127.0.0.1:14579".to_owned()],
+            ranks: vec![RankEndpoint { endpoint: "127.0.0.1:14579".to_owned(), incarnation: 1 }],
             geometry_digest: 1,
             weight_version: 1,
             seal: String::new(),

@@ -201,7 +201,7 @@ async fn a_clients_own_parameters_are_errors_and_never_tokens() {
         ("negative block ids", edit("/remote_block_ids/0/0", json!(-1))),
         ("other tokens", edit("/remote_num_tokens", json!(29))),
         ("another host", edit("/remote_host", json!("192.0.2.1"))),
-        ("another endpoint", edit("/pdlink/endpoints/0", json!("127.0.0.1:1"))),
+        ("another endpoint", edit("/pdlink/ranks/0/endpoint", json!("127.0.0.1:1"))),
         ("another transfer", edit("/pdlink/transfer_id", json!("0".repeat(32)))),
         ("another version", edit("/pdlink/version", json!(99))),
         ("another seal", edit("/pdlink/seal", json!("00".repeat(32)))),

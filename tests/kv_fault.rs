@@ -66,7 +66,7 @@ fn kv_4_what_arrives_damaged_or_not_at_all_is_failed_on_both_sides() {
                 let params = prefill.offer(&SRC, 8, number);
                 let transfer_id = params.pdlink.transfer_id;
                 let handle = decode.expect(&params);
-                decode.runtime.fetch(handle, DST.to_vec(), 0);
+                decode.fetch(handle, &DST, 0);
                 let (received, sent) = (decode.end_of(transfer_id), prefill.end_of(transfer_id));
                 if number == 2 {
                     for end in [&received, &sent] {
@@ -94,7 +94,7 @@ fn late_and_doubled_copies_are_received_once() {
         for number in 1..=2 {
             let params = prefill.offer(&SRC, 8, number);
             let handle = decode.expect(&params);
-            decode.runtime.fetch(handle, DST.to_vec(), 0);
+            decode.fetch(handle, &DST, 0);
             assert_eq!(decode.end_of(params.pdlink.transfer_id), End::Received);
             assert_eq!(prefill.end_of(params.pdlink.transfer_id), End::Sent);
             assert!(decode.cache.holds_tokens(&DST, 0, 8, number));
@@ -110,7 +110,7 @@ fn a_copy_that_never_starts_is_failed_at_its_deadline() {
             faulty(path, send_type, &[(When::Always, Fault::Drop)], |plan| plan.kv.transfer_timeout_ms = 200);
         let params = prefill.offer(&SRC, 8, 1);
         let handle = decode.expect(&params);
-        decode.runtime.fetch(handle, DST.to_vec(), 0);
+        decode.fetch(handle, &DST, 0);
         let end = decode.end_of(params.pdlink.transfer_id);
         assert!(matches!(end, End::Failed { fenced: true, .. }), "{path:?} {send_type:?}: {end:?}");
         assert!(matches!(prefill.end_of(params.pdlink.transfer_id), End::Failed { .. }));
@@ -130,7 +130,7 @@ fn kv_2_blocks_that_nobody_claims_are_freed_when_the_lease_ends() {
     assert_eq!(prefill.end_of(params.pdlink.transfer_id), End::Expired);
     prefill.assert_at_rest();
     let handle = decode.expect(&params);
-    decode.runtime.fetch(handle, DST.to_vec(), 0);
+    decode.fetch(handle, &DST, 0);
     let end = decode.end_of(params.pdlink.transfer_id);
     assert!(matches!(end, End::Failed { failure: TransferFailure::Expired { .. }, .. }), "{end:?}");
 }
@@ -148,7 +148,7 @@ fn kv_2_decode_renews_the_lease_while_the_request_waits_for_blocks() {
         let handle = decode.expect(&params);
         std::thread::sleep(Duration::from_millis(1500));
         assert_eq!(prefill.runtime.status().held_blocks, 2, "held through more than two leases");
-        decode.runtime.fetch(handle, DST.to_vec(), 0);
+        decode.fetch(handle, &DST, 0);
         assert_eq!(decode.end_of(params.pdlink.transfer_id), End::Received);
         assert_eq!(prefill.end_of(params.pdlink.transfer_id), End::Sent);
     }
@@ -164,7 +164,7 @@ fn kv_3_a_lease_that_ends_under_the_copy_is_never_a_success() {
         });
         let params = prefill.offer(&SRC, 8, 1);
         let handle = decode.expect(&params);
-        decode.runtime.fetch(handle, DST.to_vec(), 0);
+        decode.fetch(handle, &DST, 0);
         assert_eq!(prefill.end_of(params.pdlink.transfer_id), End::Expired);
         let end = decode.end_of(params.pdlink.transfer_id);
         let named = matches!(end, End::Failed { failure: TransferFailure::Expired { .. }, fenced: true });
@@ -215,7 +215,7 @@ fn kv_7_and_kv_9_an_abort_in_any_state_frees_both_sides_and_no_write_lands_after
                     if state == "claimed" {
                         abort();
                     } else {
-                        decode.runtime.fetch(handle, DST.to_vec(), 0);
+                        decode.fetch(handle, &DST, 0);
                         first_piece(&hub);
                         if state == "copying" {
                             abort();
@@ -252,7 +252,7 @@ async fn kv_9_an_abort_that_comes_before_the_offer_is_remembered() {
     let transfer_id = TransferId::random();
     assert_eq!(admin.abort(transfer_id).await.unwrap(), AbortAnswer::Unknown);
     assert_eq!(admin.abort(transfer_id).await.unwrap(), AbortAnswer::Unknown);
-    let offer = Offer { transfer_id, request_id: String::new(), blocks: SRC.to_vec(), tokens: 8 };
+    let offer = Offer { transfer_id, request_id: String::new(), blocks: vec![SRC.to_vec()], tokens: 8 };
     prefill.runtime.offer(offer).unwrap();
     assert_eq!(prefill.end_of(transfer_id), End::Aborted);
     prefill.assert_at_rest();
@@ -272,7 +272,7 @@ fn kv_8_transfers_fail_at_once_when_either_runtime_shuts_down() {
             let params = prefill.offer(&SRC, 8, 1);
             let transfer_id = params.pdlink.transfer_id;
             let handle = decode.expect(&params);
-            decode.runtime.fetch(handle, DST.to_vec(), 0);
+            decode.fetch(handle, &DST, 0);
             first_piece(&hub);
             // Both ends report: the one that shuts down too (KV-1).
             let (survivor, ended) = if which == Role::Prefill { (decode, prefill) } else { (prefill, decode) };
@@ -306,7 +306,7 @@ fn kv_1_a_storm_of_faults_and_aborts_reports_each_transfer_once_on_each_side() {
             let params = prefill.offer(&blocks, 8, n.into());
             ids.push(params.pdlink.transfer_id);
             let handle = decode.expect(&params);
-            decode.runtime.fetch(handle, blocks.to_vec(), 0);
+            decode.fetch(handle, &blocks, 0);
             match n % 10 {
                 3 => decode.runtime.abort(params.pdlink.transfer_id),
                 7 => prefill.runtime.abort(params.pdlink.transfer_id),

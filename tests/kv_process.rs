@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use kv_worker::{PATIENCE, Plan, Worker};
 use pdlink::config::{DigestPolicy, KvSendType, Path, Role};
-use pdlink::kv::{BlockId, End, KvLink, TransferFailure, TransferParams};
+use pdlink::kv::{BlockId, End, TransferFailure, TransferParams};
 use pdlink::security::Secret;
 use pdlink::transport::{Fault, FaultPlan, Faulty, Shm, Tcp, TcpSetup, Transport, When};
 
@@ -122,7 +122,7 @@ fn child() {
             ("fetch", params) => {
                 let params = TransferParams::parse(&serde_json::from_str(params).unwrap()).unwrap();
                 let handle = worker.expect(&params);
-                worker.runtime.fetch(handle, DST.to_vec(), 0);
+                worker.fetch(handle, &DST, 0);
                 println!("\nkv: fetching");
             }
             ("report", _) => println!("\nkv: {:?}", worker.report().end),
@@ -152,7 +152,7 @@ fn here(role: Role, path: Path, send_type: KvSendType, delay_ms: u64) -> Worker 
 fn fetch_from(other: &mut Other, decode: &Worker, seed: u64) {
     let params = parse(&other.ask(&format!("offer {seed}")));
     let handle = decode.expect(&params);
-    decode.runtime.fetch(handle, DST.to_vec(), 0);
+    decode.fetch(handle, &DST, 0);
     assert_eq!(decode.end_of(params.pdlink.transfer_id), End::Received);
     assert_eq!(other.ask("report -"), "Sent");
     assert!(decode.cache.holds_tokens(&DST, 0, 8, seed));
@@ -167,7 +167,7 @@ fn kv_8_prefill_killed_under_a_transfer_and_restarted_at_its_address() {
         let mut prefill = Other::spawn(Role::Prefill, path, send_type, there_ms, "127.0.0.1:0");
         let params = parse(&prefill.ask("offer 1"));
         let handle = decode.expect(&params);
-        decode.runtime.fetch(handle, DST.to_vec(), 0);
+        decode.fetch(handle, &DST, 0);
         let waiting = parse(&prefill.ask("offer 2"));
         decode.expect(&waiting);
         std::thread::sleep(Duration::from_millis(200));

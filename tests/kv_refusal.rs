@@ -31,7 +31,7 @@ fn workers() -> (Worker, Worker) {
 /// Expects, fetches, and gives the failure, which must be fenced.
 fn failure(decode: &Worker, params: &TransferParams) -> TransferFailure {
     let handle = decode.expect(params);
-    decode.runtime.fetch(handle, vec![BlockId(0), BlockId(1)], 0);
+    decode.fetch(handle, &[BlockId(0), BlockId(1)], 0);
     match decode.end_of(params.pdlink.transfer_id) {
         End::Failed { failure, fenced: true } => failure,
         end => panic!("{end:?}"),
@@ -43,7 +43,7 @@ fn assert_works(prefill: &Worker, decode: &Worker) {
     let (src, dst) = ([BlockId(40), BlockId(41)], vec![BlockId(7), BlockId(3)]);
     let params = prefill.offer(&src, 8, 77);
     let handle = decode.expect(&params);
-    decode.runtime.fetch(handle, dst.clone(), 0);
+    decode.fetch(handle, &dst, 0);
     assert_eq!(decode.end_of(params.pdlink.transfer_id), End::Received);
     assert_eq!(prefill.end_of(params.pdlink.transfer_id), End::Sent);
     assert!(decode.cache.holds_tokens(&dst, 0, 8, 77));
@@ -58,7 +58,7 @@ fn edited_parameters_are_refused_before_anything_is_opened() {
     let edits: [fn(&mut TransferParams); 5] = [
         |params| params.remote_num_tokens = 4,
         |params| params.remote_block_ids[0][0] = BlockId(9),
-        |params| params.pdlink.endpoints = vec!["10.255.255.1:1".to_owned()],
+        |params| params.pdlink.ranks[0].endpoint = "10.255.255.1:1".to_owned(),
         |params| params.pdlink.transfer_id = TransferId::random(),
         |params| params.pdlink.weight_version = 9,
     ];
@@ -78,7 +78,7 @@ fn kv_3_references_that_do_not_hold_are_named() {
     let (prefill, decode) = workers();
     type Case = (fn(&mut TransferParams), fn(&TransferFailure) -> bool);
     let cases: [Case; 5] = [
-        (|params| params.pdlink.incarnation -= 1, |f| matches!(f, TransferFailure::StaleIncarnation { .. })),
+        (|params| params.pdlink.ranks[0].incarnation -= 1, |f| matches!(f, TransferFailure::StaleIncarnation { .. })),
         (|params| params.pdlink.geometry_digest ^= 1, |f| matches!(f, TransferFailure::BadReference { .. })),
         (|params| params.remote_num_tokens = 9, |f| matches!(f, TransferFailure::BadReference { .. })),
         (|params| params.pdlink.weight_version = 2, |f| matches!(f, TransferFailure::BadReference { .. })),
@@ -128,7 +128,7 @@ fn a_second_claim_and_a_used_up_transfer_are_refused() {
     let (first_refused, second_refused) = (refused(&decode), refused(&other));
     assert_ne!(first_refused, second_refused);
     let (winner, handle) = if first_refused { (&other, client) } else { (&decode, handle) };
-    winner.runtime.fetch(handle, vec![BlockId(0), BlockId(1)], 0);
+    winner.fetch(handle, &[BlockId(0), BlockId(1)], 0);
     assert_eq!(winner.end_of(params.pdlink.transfer_id), End::Received);
     assert_eq!(prefill.end_of(params.pdlink.transfer_id), End::Sent);
     assert!(matches!(failure(&decode, &params), TransferFailure::Unknown { .. }), "used up");
@@ -145,7 +145,7 @@ fn blocks_out_of_range_and_too_few_are_refused_on_both_sides() {
         let offer = |blocks: &[u32], tokens| pdlink::kv::Offer {
             transfer_id: TransferId::random(),
             request_id: String::new(),
-            blocks: blocks.iter().copied().map(BlockId).collect(),
+            blocks: vec![blocks.iter().copied().map(BlockId).collect()],
             tokens,
         };
         assert!(matches!(prefill.runtime.offer(offer(&[48], 4)), Err(KvError::Layout(_))));
@@ -156,7 +156,7 @@ fn blocks_out_of_range_and_too_few_are_refused_on_both_sides() {
         for (blocks, first_token) in bad {
             let params = prefill.offer(&[BlockId(0), BlockId(1)], 8, 1);
             let handle = decode.expect(&params);
-            decode.runtime.fetch(handle, blocks.iter().copied().map(BlockId).collect(), first_token);
+            decode.fetch(handle, &blocks.iter().copied().map(BlockId).collect::<Vec<_>>(), first_token);
             let end = decode.end_of(params.pdlink.transfer_id);
             let named = matches!(end, End::Failed { failure: TransferFailure::BadReference { .. }, fenced: true });
             assert!(named, "{send_type:?} {blocks:?}: {end:?}");
@@ -314,7 +314,7 @@ async fn kv_3_a_peer_cannot_touch_what_another_has_claimed() {
     let params = prefill.offer(&[BlockId(0), BlockId(1)], 8, 1);
     let transfer_id = params.pdlink.transfer_id;
     holder.say(&claim_of(&prefill, &params));
-    assert!(matches!(holder.hear().await.unwrap(), ToDecode::Granted(granted) if granted.blocks.len() == 2));
+    assert!(matches!(holder.hear().await.unwrap(), ToDecode::Granted(granted) if granted.blocks[0].len() == 2));
     let grabs = [
         claim_of(&prefill, &params),
         ToPrefill::Landed { transfer_id, first_token: 0, digest: None },

@@ -51,7 +51,7 @@ fn move_once(prefill: &Worker, decode: &Worker, tokens: u32, first_token: u32, s
     let params = prefill.offer(&src_blocks, tokens, seed);
     let transfer_id = params.pdlink.transfer_id;
     let handle = decode.expect(&params);
-    decode.runtime.fetch(handle, dst_blocks.clone(), first_token);
+    decode.fetch(handle, &dst_blocks, first_token);
     assert_eq!(decode.end_of(transfer_id), End::Received);
     assert_eq!(prefill.end_of(transfer_id), End::Sent);
     assert!(decode.cache.holds_tokens(&dst_blocks, first_token, tokens, seed), "byte for byte");
@@ -138,7 +138,7 @@ fn many_transfers_at_once_all_arrive_also_beyond_the_bound_in_flight() {
             let params = prefill.offer(&blocks(n), 7, n.into());
             expected.push(params.pdlink.transfer_id);
             let handle = decode.expect(&params);
-            decode.runtime.fetch(handle, blocks(199 - n).to_vec(), 0);
+            decode.fetch(handle, &blocks(199 - n), 0);
         }
         for worker in [&prefill, &decode] {
             let want = if std::ptr::eq(worker, &raw const prefill) { End::Sent } else { End::Received };
@@ -180,7 +180,7 @@ fn one_worker_can_be_both_ends() {
     let (src, dst) = ([BlockId(0), BlockId(1)], [BlockId(5), BlockId(3)]);
     let params = both.offer(&src, 8, 3);
     let handle = both.expect(&params);
-    both.runtime.fetch(handle, dst.to_vec(), 0);
+    both.fetch(handle, &dst, 0);
     let mut ends = [both.report(), both.report()].map(|report| (report.side, report.end));
     ends.sort_by_key(|(side, _)| *side);
     assert_eq!(ends, [(Side::Prefill, End::Sent), (Side::Decode, End::Received)]);
@@ -194,7 +194,7 @@ fn no_path_in_common_is_refused_by_name_never_replaced() {
     let decode = Plan::new("decode", Role::Decode).path(Path::Shm).start();
     let params = prefill.offer(&[BlockId(1)], 4, 1);
     let handle = decode.expect(&params);
-    decode.runtime.fetch(handle, vec![BlockId(1)], 0);
+    decode.fetch(handle, &[BlockId(1)], 0);
     let End::Failed { failure: TransferFailure::Incompatible { why, .. }, fenced: true } =
         decode.end_of(params.pdlink.transfer_id)
     else {

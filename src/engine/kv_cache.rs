@@ -83,7 +83,8 @@ impl KvCache {
     /// Reads the KV of the first `tokens` positions back from memory and folds it into one word.
     pub(super) fn digest(&self, blocks: &[BlockId], tokens: usize) -> u64 {
         let tokens = u32::try_from(tokens).expect("contexts are shorter than 2^32 tokens");
-        kv::digest(&self.layout, &self.regions, Span { blocks, first_token: 0, tokens }).expect("blocks of this cache")
+        kv::digest(&self.layout, &self.regions, Span { blocks: &[blocks], first_token: 0, tokens })
+            .expect("blocks of this cache")
     }
 
     /// Overwrites blocks that nobody may read any more.

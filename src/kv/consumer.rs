@@ -7,6 +7,7 @@ use super::channel::{Mode, Receive, ReceiveAction, ReceiveEvent};
 use super::core::{Core, Event, Timer, TimerKey, micros};
 use super::messages::{Claim, Granted, Place, ToDecode, ToPrefill};
 use super::past::Gone;
+use super::run_list::by_group;
 use super::{BlockId, End, Extent, LayoutError, TransferFailure};
 use crate::config::KvSendType;
 use crate::control::{ControlError, TransferId};
@@ -25,7 +26,7 @@ pub(super) struct Receiving {
     peer: String,
     claim: Claim,
     granted: Option<Granted>,
-    blocks: Vec<BlockId>,
+    blocks: Vec<Vec<BlockId>>,
     first_token: u32,
     /// What carries it, kept also after the peer was lost: it knows whether the peer's process is gone.
     link: Option<Arc<dyn Link>>,
@@ -95,10 +96,10 @@ impl Core {
         }
     }
 
-    pub(super) fn fetch(&mut self, transfer_id: TransferId, blocks: Vec<BlockId>, first_token: u32) {
+    pub(super) fn fetch(&mut self, transfer_id: TransferId, blocks: Vec<Vec<BlockId>>, first_token: u32) {
         let digest = self.wants_digest();
         let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
-        receiving.record.blocks = blocks.len() as u64;
+        receiving.record.blocks = blocks.iter().map(|group| group.len() as u64).sum();
         receiving.record.digest_checked = digest;
         receiving.blocks = blocks;
         receiving.first_token = first_token;
@@ -341,8 +342,8 @@ impl Core {
         let reached = self.peers.get(&receiving.peer).and_then(|peer| peer.reached());
         let (Some(reached), Some(granted)) = (reached, &receiving.granted) else { return Err(lost(&receiving.peer)) };
         let extent = Extent {
-            src_blocks: &granted.blocks,
-            dst_blocks: &receiving.blocks,
+            src_blocks: &by_group(&granted.blocks),
+            dst_blocks: &by_group(&receiving.blocks),
             first_token: receiving.first_token,
             tokens: granted.tokens,
         };

@@ -48,7 +48,7 @@ pub(super) enum Command {
     },
     Fetch {
         transfer_id: TransferId,
-        blocks: Vec<BlockId>,
+        blocks: Vec<Vec<BlockId>>,
         first_token: u32,
     },
     Release(TransferId),

@@ -19,6 +19,7 @@
 
 use std::sync::Arc;
 
+use super::run_list::only_group;
 use super::{BlockId, LayerPlacement, Layout, LayoutError};
 use crate::memory::{Region, to_usize};
 
@@ -29,8 +30,8 @@ const LUMP_BYTES: u64 = 8192;
 /// The blocks of one request on one side.
 #[derive(Debug, Clone, Copy)]
 pub struct Span<'a> {
-    /// Cover tokens `first_token..`, in order.
-    pub blocks: &'a [BlockId],
+    /// For each KV group, cover tokens `first_token..`, in order.
+    pub blocks: &'a [&'a [BlockId]],
     /// A multiple of the block size.
     pub first_token: u32,
     pub tokens: u32,
@@ -40,7 +41,8 @@ pub struct Span<'a> {
 pub fn digest(layout: &Layout, regions: &[Arc<Region>], span: Span<'_>) -> Result<u64, LayoutError> {
     let geometry = layout.geometry();
     let block_size = geometry.block_size;
-    let Span { blocks, first_token, tokens } = span;
+    let Span { first_token, tokens, .. } = span;
+    let blocks = only_group(span.blocks)?;
     layout.check_blocks(blocks)?;
     if !first_token.is_multiple_of(block_size) {
         return Err(LayoutError::FirstToken { first_token, block_size });
@@ -49,7 +51,8 @@ pub fn digest(layout: &Layout, regions: &[Arc<Region>], span: Span<'_>) -> Resul
     if blocks.len() < needed {
         return Err(LayoutError::Uncovered { blocks: blocks.len(), block_size, first_token, tokens });
     }
-    let mut reader = Reader { layout, regions, span: Span { blocks: &blocks[..needed], ..span }, buffer: Vec::new() };
+    let blocks = [&blocks[..needed]];
+    let mut reader = Reader { layout, regions, span: Span { blocks: &blocks, ..span }, buffer: Vec::new() };
     let mut total = 0_u64;
     let mut primary = 0;
     for rank in 0..geometry.tp_size {
@@ -137,7 +140,7 @@ impl Reader<'_> {
         let heads = geometry.heads_of(rank);
         let content = geometry.content_bytes();
         let mut sum = 0_u64;
-        for (&block, index) in self.span.blocks.iter().zip(0..) {
+        for (&block, index) in self.span.blocks[0].iter().zip(0..) {
             let token = self.span.first_token + index * geometry.block_size;
             let tokens = (self.span.tokens - token).min(geometry.block_size);
             for half in 0..geometry.halves() {
@@ -170,7 +173,7 @@ impl Reader<'_> {
         let geometry = self.layout.geometry();
         let heads = geometry.heads_of(rank);
         let mut sum = 0_u64;
-        for (&block, index) in self.span.blocks.iter().zip(0..) {
+        for (&block, index) in self.span.blocks[0].iter().zip(0..) {
             let rows = Rows {
                 offset: placement.base + u64::from(block.0) * placement.block_stride,
                 count: heads.count,
@@ -221,7 +224,7 @@ mod tests {
     use super::*;
 
     fn of(cache: &Cache, blocks: &[BlockId], first_token: u32, tokens: u32) -> u64 {
-        digest(&cache.layout, &cache.regions, Span { blocks, first_token, tokens }).unwrap()
+        digest(&cache.layout, &cache.regions, Span { blocks: &[blocks], first_token, tokens }).unwrap()
     }
 
     proptest! {
@@ -286,8 +289,9 @@ mod tests {
         let shape = Shape { num_blocks: 2, ..Shape::default() };
         let cache = Cache::patterned(&shape, Arrangement::SplitKv, 1);
         let size = shape.block_size;
-        let span =
-            |blocks, first_token, tokens| digest(&cache.layout, &cache.regions, Span { blocks, first_token, tokens });
+        let span = |blocks: &[_], first_token, tokens| {
+            digest(&cache.layout, &cache.regions, Span { blocks: &[blocks], first_token, tokens })
+        };
         assert!(matches!(span(&[BlockId(2)], 0, size), Err(LayoutError::Block { .. })));
         assert!(matches!(span(&[BlockId(1)], 0, size + 1), Err(LayoutError::Uncovered { .. })));
         assert!(matches!(span(&[BlockId(1)], 1, size), Err(LayoutError::FirstToken { .. })));

@@ -21,6 +21,8 @@ pub enum KvError {
     WrongRole { what: &'static str, role: &'static str },
     #[error("transfer {transfer_id}: {tokens} tokens need {needed} blocks, {given} were given")]
     WrongBlockCount { transfer_id: TransferId, tokens: u32, needed: u32, given: usize },
+    #[error("transfer {transfer_id}: blocks were given for {given} KV groups, the cache has {groups}")]
+    WrongGroupCount { transfer_id: TransferId, groups: usize, given: usize },
     #[error("transfer {transfer_id}: block {block} is beyond the cache's {num_blocks} blocks")]
     BlockOutOfRange { transfer_id: TransferId, block: u32, num_blocks: u32 },
     #[error("cannot start the KV runtime: {0}")]

@@ -62,6 +62,8 @@ pub enum LayoutError {
     BeyondRegion { rank: usize, layer: usize, region: u16, len: u64 },
     #[error("rank {rank}, layer {layer}: region {region} is named, there are {regions}")]
     NoRegion { rank: usize, layer: usize, region: u16, regions: usize },
+    #[error("blocks are given for {given} KV groups, the cache has {groups}")]
+    Groups { given: usize, groups: usize },
     #[error("first token {first_token} is no multiple of block size {block_size}")]
     FirstToken { first_token: u32, block_size: u32 },
     #[error("{blocks} blocks of {block_size} tokens do not cover tokens {first_token} to {tokens}")]

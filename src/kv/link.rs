@@ -10,8 +10,8 @@ pub struct Offer {
     pub transfer_id: TransferId,
     /// The engine's own id of the request, for people who read logs on both sides.
     pub request_id: String,
-    /// The blocks that cover tokens `0..tokens`, in order.
-    pub blocks: Vec<BlockId>,
+    /// For each KV group the blocks that cover tokens `0..tokens`, in order.
+    pub blocks: Vec<Vec<BlockId>>,
     pub tokens: u32,
 }
 
@@ -26,17 +26,19 @@ pub struct TransferHandle {
 /// thread: it must not block, and may call back into the link.
 pub trait KvLink: Send + Sync {
     /// Prefill: holds `offer.blocks` under a lease from now on. The engine keeps them as they are until the report
-    /// (`Sent`, `Expired`, `Aborted` or `Failed`), and then frees them. The answer goes into the response.
+    /// (`Sent`, `Expired`, `Aborted` or `Failed`), and then frees them. The answer goes into the response. A runtime
+    /// that holds not all ranks names only its own in it: such an engine's scheduler has a [`super::ParamsMaker`].
     fn offer(&self, offer: Offer) -> Result<TransferParams, KvError>;
 
     /// Decode, as soon as the request is known: claims the transfer and renews its lease from now on, also while the
     /// request waits for blocks. A claim that prefill refuses is reported at once (`Failed`).
     fn expect(&self, params: &TransferParams) -> Result<TransferHandle, KvError>;
 
-    /// Decode, once blocks are there: moves the KV of tokens `first_token..` into `blocks`, which cover them in order.
+    /// Decode, once blocks are there: moves the KV of tokens `first_token..` into `blocks`, which cover them in order,
+    /// one list for each KV group.
     /// `first_token` must be a multiple of both sides' block sizes. Ends in `Received`, `Failed` or `Aborted`. Does
     /// nothing if the transfer was reported already.
-    fn fetch(&self, handle: TransferHandle, blocks: Vec<BlockId>, first_token: u32);
+    fn fetch(&self, handle: TransferHandle, blocks: Vec<Vec<BlockId>>, first_token: u32);
 
     /// Decode: nothing to load (all of it is cached here), or the client left before `fetch`. Ends in `Released`.
     fn release(&self, handle: TransferHandle);

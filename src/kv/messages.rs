@@ -74,8 +74,8 @@ pub struct Claim {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
     pub transfer_id: TransferId,
-    /// Decode's blocks, from `first_token` on.
-    pub blocks: Vec<BlockId>,
+    /// Decode's blocks, from `first_token` on, for each KV group.
+    pub blocks: Vec<Vec<BlockId>>,
     pub first_token: u32,
     pub path: Path,
     pub grant: GrantToken,
@@ -129,8 +129,8 @@ pub enum ToDecode {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Granted {
     pub transfer_id: TransferId,
-    /// Prefill's blocks, from token 0.
-    pub blocks: Vec<BlockId>,
+    /// Prefill's blocks, from token 0, for each KV group.
+    pub blocks: Vec<Vec<BlockId>>,
     pub tokens: u32,
     pub weight_version: u64,
     pub lease_ms: u64,

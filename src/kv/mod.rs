@@ -12,6 +12,7 @@
 //! Invariants KV-1 to KV-9 are stated in `docs/architecture.md`; the machines and the tests name those that they hold.
 #![forbid(unsafe_code)]
 
+mod card;
 mod channel;
 mod clients;
 mod consumer;
@@ -36,6 +37,7 @@ mod runtime;
 mod testing;
 
 pub use crate::control::{Role, RuntimeStatus, TransferId};
+pub use card::{ParamsMaker, RankCard};
 pub use digest::{Span, digest, row as digest_row, row_key as digest_row_key};
 pub use error::KvError;
 pub use geometry::{BlockId, Geometry, HeadRange, LayerPlacement};
@@ -43,7 +45,9 @@ pub use layout::{Layout, LayoutError, MemoryMap, RankMemory};
 pub use link::{KvLink, Offer, TransferHandle};
 pub use messages::{Claim, Ending, Granted, InfoError, PeerInfo, Place, ToDecode, ToPrefill};
 pub use metrics::KvMetrics;
-pub use params::{BLOCKS_MAX, KvRequest, PARAMS_VERSION, ParamsError, PdlinkParams, TransferParams};
+pub use params::{
+    BLOCKS_MAX, GROUPS_MAX, KvRequest, PARAMS_VERSION, ParamsError, PdlinkParams, RankEndpoint, TransferParams,
+};
 pub use report::{End, Report, TransferFailure};
 pub use run_list::{Extent, PairPlan};
 pub use runtime::{KvRuntime, ReportSink, RuntimeConfig};

@@ -12,10 +12,12 @@ use crate::control::TransferId;
 use crate::security::{Secret, prove, proves};
 
 /// Version of the `pdlink` object.
-pub const PARAMS_VERSION: u32 = 1;
-/// Most blocks one transfer may have: 8 M tokens at vLLM's block size 16.
+pub const PARAMS_VERSION: u32 = 2;
+/// Most blocks one transfer may have, over all KV groups: 8 M tokens at vLLM's block size 16 and one group.
 pub const BLOCKS_MAX: usize = 512 * 1024;
-const ENDPOINTS_MAX: usize = 1024;
+/// Most KV groups of one cache.
+pub const GROUPS_MAX: usize = 64;
+const RANKS_MAX: usize = 1024;
 const TEXT_BYTES_MAX: usize = 1024;
 const SEAL_PURPOSE: &str = "transfer parameters";
 
@@ -39,7 +41,7 @@ pub struct TransferParams {
     pub remote_request_id: String,
     pub remote_host: String,
     pub remote_port: u16,
-    /// One list per KV group; there is one group.
+    /// One list per KV group.
     pub remote_block_ids: Vec<Vec<BlockId>>,
     pub tp_size: u32,
     pub remote_num_tokens: u32,
@@ -52,17 +54,25 @@ pub struct TransferParams {
 pub struct PdlinkParams {
     pub version: u32,
     pub transfer_id: TransferId,
-    /// Draws a line between a worker and its restarted self (KV-8). Hex, because JSON numbers end at 53 bits elsewhere.
-    #[serde(with = "hex64")]
-    pub incarnation: u64,
-    /// `host:port` of the control listener of each runtime that holds a part.
-    pub endpoints: Vec<String>,
+    /// One for each of prefill's ranks, in order. Ranks that one process holds have the same.
+    pub ranks: Vec<RankEndpoint>,
     /// Digest of prefill's geometry.
     #[serde(with = "hex64")]
     pub geometry_digest: u64,
     pub weight_version: u64,
     /// See the module's header. 64 hex digits.
     pub seal: String,
+}
+
+/// Where the KV of one rank is to be had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RankEndpoint {
+    /// `host:port` of the control listener of the runtime that holds the rank.
+    pub endpoint: String,
+    /// Draws a line between a worker and its restarted self (KV-8). Hex, because JSON numbers end at 53 bits elsewhere.
+    #[serde(with = "hex64")]
+    pub incarnation: u64,
 }
 
 /// Why parameters were refused.
@@ -82,6 +92,8 @@ pub enum ParamsError {
     TooLarge { what: &'static str, is: usize, max: usize },
     #[error("kv_transfer_params of transfer {transfer_id} were edited on the way, or made under another run's secret")]
     BrokenSeal { transfer_id: TransferId },
+    #[error("kv_transfer_params cannot be made from these rank cards: {0}")]
+    Cards(String),
 }
 
 impl KvRequest {
@@ -163,24 +175,26 @@ fn malformed(error: &dyn std::fmt::Display) -> ParamsError {
 fn check_bounds(value: &Value) -> Result<(), ParamsError> {
     let count = |pointer: &str| value.pointer(pointer).and_then(Value::as_array).map_or(0, Vec::len);
     let within = |what, is, max| if is > max { Err(ParamsError::TooLarge { what, is, max }) } else { Ok(()) };
-    within("remote_block_ids", count("/remote_block_ids/0"), BLOCKS_MAX)?;
-    within("the number of KV groups", count("/remote_block_ids"), 1)?;
-    within("pdlink.endpoints", count("/pdlink/endpoints"), ENDPOINTS_MAX)?;
+    let list = |pointer: &str| value.pointer(pointer).and_then(Value::as_array).into_iter().flatten();
+    let blocks = list("/remote_block_ids").map(|group| group.as_array().map_or(0, Vec::len)).sum();
+    within("remote_block_ids", blocks, BLOCKS_MAX)?;
+    within("the number of KV groups", count("/remote_block_ids"), GROUPS_MAX)?;
+    within("pdlink.ranks", count("/pdlink/ranks"), RANKS_MAX)?;
     let texts = ["/remote_engine_id", "/remote_request_id", "/remote_host", "/pdlink/seal"];
-    let endpoints = value.pointer("/pdlink/endpoints").and_then(Value::as_array).into_iter().flatten();
+    let endpoints = list("/pdlink/ranks").filter_map(|rank| rank.get("endpoint"));
     let longest = texts.iter().filter_map(|pointer| value.pointer(pointer)).chain(endpoints);
     let longest = longest.filter_map(Value::as_str).map(str::len).max().unwrap_or(0);
     within("the longest text", longest, TEXT_BYTES_MAX)
 }
 
-mod hex64 {
+pub(super) mod hex64 {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    pub(super) fn serialize<S: Serializer>(value: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::kv) fn serialize<S: Serializer>(value: &u64, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&format!("{value:016x}"))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    pub(in crate::kv) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
         let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
         // `from_str_radix` takes a sign; a digest has none.
         let plain = text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -209,8 +223,7 @@ mod tests {
             pdlink: PdlinkParams {
                 version: PARAMS_VERSION,
                 transfer_id: TransferId([7; 16]),
-                incarnation: u64::MAX - 1,
-                endpoints: vec!["127.0.0.1:14579".to_owned()],
+                ranks: vec![RankEndpoint { endpoint: "127.0.0.1:14579".to_owned(), incarnation: u64::MAX - 1 }],
                 geometry_digest: 3,
                 weight_version: 0,
                 seal: String::new(),
@@ -249,8 +262,9 @@ mod tests {
             ("/tp_size", json!(2)),
             ("/remote_num_tokens", json!(31)),
             ("/pdlink/transfer_id", json!("08".repeat(16))),
-            ("/pdlink/incarnation", json!("0000000000000001")),
-            ("/pdlink/endpoints", json!(["10.0.0.1:14579"])),
+            ("/pdlink/ranks/0/incarnation", json!("0000000000000001")),
+            ("/pdlink/ranks/0/endpoint", json!("10.0.0.1:14579")),
+            ("/pdlink/ranks", json!([])),
             ("/pdlink/geometry_digest", json!("0000000000000004")),
             ("/pdlink/weight_version", json!(1)),
             ("/pdlink/seal", json!("00".repeat(32))),
@@ -276,13 +290,19 @@ mod tests {
             TransferParams::parse(&value)
         };
         assert!(matches!(edited("/pdlink", Value::Null), Err(ParamsError::Foreign)));
-        assert!(matches!(edited("/pdlink/version", json!(2)), Err(ParamsError::Version { theirs: 2 })));
+        assert!(matches!(edited("/pdlink/version", json!(1)), Err(ParamsError::Version { theirs: 1 })));
         assert!(matches!(edited("/pdlink/version", json!("1")), Err(ParamsError::Malformed(_))));
         assert!(matches!(edited("/remote_port", json!(70_000)), Err(ParamsError::Malformed(_))));
         assert!(matches!(edited("/remote_block_ids", json!([[-1]])), Err(ParamsError::Malformed(_))));
-        assert!(matches!(edited("/remote_block_ids", json!([[1], [2]])), Err(ParamsError::TooLarge { .. })));
+        assert!(matches!(
+            edited("/remote_block_ids", json!(vec![[1]; GROUPS_MAX + 1])),
+            Err(ParamsError::TooLarge { .. })
+        ));
         assert!(matches!(edited("/remote_host", json!("h".repeat(2000))), Err(ParamsError::TooLarge { .. })));
-        assert!(matches!(edited("/pdlink/incarnation", json!("+00000000000001")), Err(ParamsError::Malformed(_))));
+        assert!(matches!(
+            edited("/pdlink/ranks/0/incarnation", json!("+00000000000001")),
+            Err(ParamsError::Malformed(_))
+        ));
         assert!(matches!(edited("/pdlink/transfer_id", json!("x")), Err(ParamsError::Malformed(_))));
         let nil = json!([vec![0; BLOCKS_MAX + 1]]);
         assert!(matches!(edited("/remote_block_ids", nil), Err(ParamsError::TooLarge { .. })));

@@ -9,6 +9,7 @@ use super::core::{Core, Event, Timer, TimerKey, micros};
 use super::digest::{Span, digest};
 use super::messages::{Claim, Ending, Granted, Place, ToDecode, ToPrefill};
 use super::past::Gone;
+use super::run_list::by_group;
 use super::{BlockId, Extent, Offer, TransferFailure};
 use crate::control::TransferId;
 use crate::telemetry::{Side, TransferRecord};
@@ -41,7 +42,7 @@ impl Core {
     pub(super) fn offer(&mut self, offer: Offer, weight_version: u64) {
         let (now, transfer_id) = (Instant::now(), offer.transfer_id);
         let mut record = self.blank_record(transfer_id, Side::Prefill);
-        record.blocks = offer.blocks.len() as u64;
+        record.blocks = offer.blocks.iter().map(|group| group.len() as u64).sum();
         record.tokens = offer.tokens.into();
         record.weight_version = weight_version;
         let sending = Sending {
@@ -347,7 +348,8 @@ impl Core {
             SendAction::StartDigest => {
                 let (serial, first_token) = (sending.serial, sending.first_token);
                 let first_block = (first_token / self.shared.layout.geometry().block_size) as usize;
-                let blocks = sending.offer.blocks.get(first_block..).unwrap_or_default().to_vec();
+                let from_first = |group: &Vec<BlockId>| group.get(first_block..).unwrap_or_default().to_vec();
+                let blocks = sending.offer.blocks.iter().map(from_first).collect();
                 let tokens = sending.offer.tokens;
                 return self.start_digest(Side::Prefill, transfer_id, serial, blocks, first_token, tokens);
             }
@@ -374,8 +376,8 @@ impl Core {
         };
         let Some(sending) = self.sending.get_mut(&transfer_id) else { return };
         let extent = Extent {
-            src_blocks: &sending.offer.blocks,
-            dst_blocks: &place.blocks,
+            src_blocks: &by_group(&sending.offer.blocks),
+            dst_blocks: &by_group(&place.blocks),
             first_token: place.first_token,
             tokens: sending.offer.tokens,
         };
@@ -427,7 +429,7 @@ impl Core {
         record.wait_us = micros(Some(sending.offered), begun);
         record.copy_us = micros(begun, sending.landed);
         record.validate_us = micros(sending.landed, Some(Instant::now()));
-        self.report(transfer_id, end, sending.offer.blocks.len(), sending.record);
+        self.report(transfer_id, end, sending.offer.blocks.iter().map(Vec::len).sum(), sending.record);
     }
 
     /// Digests here if it is little, beside the loop if it is much.
@@ -436,14 +438,14 @@ impl Core {
         side: Side,
         transfer_id: TransferId,
         serial: u64,
-        blocks: Vec<BlockId>,
+        blocks: Vec<Vec<BlockId>>,
         first_token: u32,
         tokens: u32,
     ) {
         let (shared, events) = (Arc::clone(&self.shared), self.events.clone());
         let bytes = u64::from(tokens.saturating_sub(first_token)) * shared.layout.geometry().token_bytes();
         let work = move || {
-            let span = Span { blocks: &blocks, first_token, tokens };
+            let span = Span { blocks: &by_group(&blocks), first_token, tokens };
             // Blocks and tokens were checked when the transfer began. If they are wrong all the same, the digest is too.
             let digest = digest(&shared.layout, &shared.regions, span).unwrap_or_else(|error| {
                 tracing::error!(%transfer_id, %error, "cannot digest");

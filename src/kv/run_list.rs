@@ -50,10 +50,10 @@ struct GroupKey {
 /// Which tokens a transfer moves, and the blocks that hold them.
 #[derive(Debug, Clone, Copy)]
 pub struct Extent<'a> {
-    /// All of prefill's blocks, from token 0.
-    pub src_blocks: &'a [BlockId],
-    /// Decode's blocks, from `first_token`.
-    pub dst_blocks: &'a [BlockId],
+    /// All of prefill's blocks, from token 0, for each KV group.
+    pub src_blocks: &'a [&'a [BlockId]],
+    /// Decode's blocks, from `first_token`, for each KV group.
+    pub dst_blocks: &'a [&'a [BlockId]],
     pub first_token: u32,
     pub tokens: u32,
 }
@@ -107,6 +107,7 @@ impl PairPlan {
 
     fn granules(&self, extent: Extent<'_>) -> Result<Vec<Granule>, LayoutError> {
         let Extent { src_blocks, dst_blocks, first_token, tokens } = extent;
+        let (src_blocks, dst_blocks) = (only_group(src_blocks)?, only_group(dst_blocks)?);
         for (side, blocks, from) in [(self.src, src_blocks, 0), (self.dst, dst_blocks, first_token)] {
             if first_token % side.block_size != 0 {
                 return Err(LayoutError::FirstToken { first_token, block_size: side.block_size });
@@ -133,6 +134,19 @@ impl PairPlan {
                 Granule { src_block, src_token, dst_block, dst_token }
             })
             .collect())
+    }
+}
+
+/// The lists of all groups, borrowed.
+pub(super) fn by_group(blocks: &[Vec<BlockId>]) -> Vec<&[BlockId]> {
+    blocks.iter().map(Vec::as_slice).collect()
+}
+
+/// The blocks of the cache's one group.
+pub(super) fn only_group<'a>(blocks: &[&'a [BlockId]]) -> Result<&'a [BlockId], LayoutError> {
+    match blocks {
+        [blocks] => Ok(blocks),
+        _ => Err(LayoutError::Groups { given: blocks.len(), groups: 1 }),
     }
 }
 
@@ -274,7 +288,8 @@ mod tests {
         let shape = Shape { layers: 3, num_blocks: 8, ..Shape::default() };
         let (src, dst) = (blocks(&[2, 3, 4]), blocks(&[5, 6, 7]));
         let tokens = 3 * shape.block_size;
-        let extent = Extent { src_blocks: &src, dst_blocks: &dst, first_token: 0, tokens };
+        let (src, dst): (&[_], &[_]) = (&[&src[..]], &[&dst[..]]);
+        let extent = Extent { src_blocks: src, dst_blocks: dst, first_token: 0, tokens };
         let runs = plan(shape.clone(), Arrangement::SplitKv, Arrangement::SplitKv).runs(extent).unwrap();
         assert_eq!((runs.segments.len(), runs.runs()), (3, 3), "a region and a run for each layer");
         let runs = plan(shape.clone(), Arrangement::TokenMajor, Arrangement::TokenMajor).runs(extent).unwrap();
@@ -282,7 +297,7 @@ mod tests {
         let runs = plan(shape.clone(), Arrangement::LayersInBlock, Arrangement::LayersInBlock).runs(extent).unwrap();
         assert_eq!((runs.segments.len(), runs.runs()), (1, 1), "all layers of a block are adjacent");
         let scattered = blocks(&[5, 7, 6]);
-        let extent = Extent { dst_blocks: &scattered, ..extent };
+        let extent = Extent { dst_blocks: &[&scattered], ..extent };
         let runs = plan(shape, Arrangement::SplitKv, Arrangement::SplitKv).runs(extent).unwrap();
         assert_eq!((runs.segments.len(), runs.runs()), (3, 9), "posts stay O(layers)");
     }
@@ -292,8 +307,8 @@ mod tests {
         let shape = Shape { num_blocks: 4, block_size: 4, ..Shape::default() };
         let plan = plan(shape, Arrangement::SplitKv, Arrangement::HeadMajor);
         let (good, short, beyond) = (blocks(&[0, 1]), blocks(&[0]), blocks(&[0, 4]));
-        let runs = |src_blocks, dst_blocks, first_token, tokens| {
-            plan.runs(Extent { src_blocks, dst_blocks, first_token, tokens })
+        let runs = |src: &[_], dst: &[_], first_token, tokens| {
+            plan.runs(Extent { src_blocks: &[src], dst_blocks: &[dst], first_token, tokens })
         };
         assert!(runs(&good, &good, 0, 8).is_ok());
         assert_eq!(runs(&good, &short, 4, 8).unwrap().bytes(), 2 * runs(&good, &good, 0, 8).unwrap().bytes() / 4);
@@ -307,7 +322,7 @@ mod tests {
 
     impl RunList {
         fn default_for(plan: &PairPlan) -> Self {
-            plan.runs(Extent { src_blocks: &[], dst_blocks: &[], first_token: 0, tokens: 0 }).unwrap()
+            plan.runs(Extent { src_blocks: &[&[]], dst_blocks: &[&[]], first_token: 0, tokens: 0 }).unwrap()
         }
     }
 
@@ -345,7 +360,7 @@ mod tests {
             let dst = Cache::patterned(&dst_shape, dst_arr, !seed);
             let src_blocks = src_shape.scattered_blocks(tokens, seed);
             let dst_blocks = dst_shape.scattered_blocks(tokens - first_token, seed ^ 1);
-            let extent = Extent { src_blocks: &src_blocks, dst_blocks: &dst_blocks, first_token, tokens };
+            let extent = Extent { src_blocks: &[&src_blocks], dst_blocks: &[&dst_blocks], first_token, tokens };
             let want = oracle_copy(&src, &dst, extent);
             let runs = PairPlan::new(&src.layout, &dst.layout).unwrap().runs(extent).unwrap();
             for segment in &runs.segments {
@@ -366,7 +381,7 @@ mod tests {
         let dst = Cache::patterned(&Shape { tp_size: 2, ..shape.clone() }, Arrangement::HeadMajor, 2);
         let (src_blocks, dst_blocks) = (blocks(&[4, 1]), blocks(&[0, 3]));
         let tokens = shape.block_size + 1;
-        let extent = Extent { src_blocks: &src_blocks, dst_blocks: &dst_blocks, first_token: 0, tokens };
+        let extent = Extent { src_blocks: &[&src_blocks], dst_blocks: &[&dst_blocks], first_token: 0, tokens };
         let want = oracle_copy(&src, &dst, extent);
         for segment in &PairPlan::new(&src.layout, &dst.layout).unwrap().runs(extent).unwrap().segments {
             for run in &segment.runs {

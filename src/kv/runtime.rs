@@ -17,7 +17,7 @@ use super::core::{Command, Core, Event};
 use super::link::{KvLink, Offer, TransferHandle};
 use super::past::Records;
 use super::{
-    BLOCKS_MAX, BlockId, Geometry, KvError, KvMetrics, Layout, PARAMS_VERSION, PdlinkParams, RankMemory, Report,
+    BLOCKS_MAX, BlockId, Geometry, KvError, KvMetrics, Layout, ParamsMaker, RankCard, RankMemory, Report,
     TransferParams,
 };
 use crate::config::{KvConfig, KvSendType, Role};
@@ -55,6 +55,8 @@ pub type ReportSink = Box<dyn Fn(Report) + Send + Sync>;
 /// A running KV link.
 pub struct KvRuntime {
     shared: Arc<Shared>,
+    card: RankCard,
+    params: ParamsMaker,
     events: mpsc::UnboundedSender<Event>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -67,8 +69,6 @@ pub(super) struct Shared {
     pub(super) layout: Arc<Layout>,
     pub(super) regions: Vec<Arc<Region>>,
     pub(super) secret: Secret,
-    pub(super) host: String,
-    pub(super) port: u16,
     pub(super) geometry_digest: u64,
     pub(super) weight_version: AtomicU64,
     pub(super) records: Mutex<Records>,
@@ -145,13 +145,22 @@ impl KvRuntime {
             layout: Arc::new(layout),
             regions,
             secret: config.secret,
-            host: config.advertise_host,
-            port: address.port(),
             weight_version: AtomicU64::new(config.weight_version),
             records: Mutex::default(),
             metrics: config.metrics,
             live: Mutex::default(),
         });
+        let card = RankCard {
+            engine_id: shared.engine_id.clone(),
+            rank: 0,
+            tp_size: shared.layout.geometry().tp_size,
+            endpoint: endpoint(&config.advertise_host, address.port()),
+            incarnation: shared.incarnation,
+            geometry_digest: shared.geometry_digest,
+            weight_version: config.weight_version,
+        };
+        let cards: Vec<RankCard> = (0..card.tp_size).map(|rank| RankCard { rank, ..card.clone() }).collect();
+        let params = ParamsMaker::new(cards, shared.secret.clone())?;
         let (events, queue) = mpsc::unbounded_channel();
         let core = Core::new(config.kv, config.send_type, Arc::clone(&shared), transports, events.clone(), reports);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -168,12 +177,17 @@ impl KvRuntime {
             .name("pdlink-kv".to_owned())
             .spawn(move || runtime.block_on(core.run(listener, queue)))
             .map_err(|error| start("the thread", &error))?;
-        Ok(Self { shared, events, thread: Mutex::new(Some(thread)) })
+        Ok(Self { shared, card, params, events, thread: Mutex::new(Some(thread)) })
     }
 
     /// `host:port` of the control listener, as peers are told.
     pub fn address(&self) -> String {
-        endpoint(&self.shared.host, self.shared.port)
+        self.card.endpoint.clone()
+    }
+
+    /// What the scheduler of the engine is to know of this rank; of the first, if several are here.
+    pub fn card(&self) -> RankCard {
+        RankCard { weight_version: self.shared.weight_version.load(Relaxed), ..self.card.clone() }
     }
 
     pub fn incarnation(&self) -> u64 {
@@ -200,6 +214,9 @@ impl KvRuntime {
 
     fn check_offer(&self, offer: &Offer) -> Result<(), KvError> {
         let Offer { transfer_id, blocks, tokens, .. } = offer;
+        let [blocks] = &blocks[..] else {
+            return Err(KvError::WrongGroupCount { transfer_id: *transfer_id, groups: 1, given: blocks.len() });
+        };
         let geometry = self.shared.layout.geometry();
         let needed = geometry.blocks_for(*tokens);
         if blocks.len() != needed as usize || blocks.len() > BLOCKS_MAX || blocks.is_empty() {
@@ -207,31 +224,6 @@ impl KvRuntime {
             return Err(KvError::WrongBlockCount { transfer_id, tokens: *tokens, needed, given });
         }
         Ok(self.shared.layout.check_blocks(blocks)?)
-    }
-
-    fn params(&self, offer: &Offer) -> TransferParams {
-        let shared = &self.shared;
-        TransferParams {
-            do_remote_prefill: true,
-            do_remote_decode: false,
-            remote_engine_id: shared.engine_id.clone(),
-            remote_request_id: offer.request_id.clone(),
-            remote_host: shared.host.clone(),
-            remote_port: shared.port,
-            remote_block_ids: vec![offer.blocks.clone()],
-            tp_size: shared.layout.geometry().tp_size,
-            remote_num_tokens: offer.tokens,
-            pdlink: PdlinkParams {
-                version: PARAMS_VERSION,
-                transfer_id: offer.transfer_id,
-                incarnation: shared.incarnation,
-                endpoints: vec![self.address()],
-                geometry_digest: shared.geometry_digest,
-                weight_version: shared.weight_version.load(Relaxed),
-                seal: String::new(),
-            },
-        }
-        .sealed(&shared.secret)
     }
 }
 
@@ -241,8 +233,9 @@ impl KvLink for KvRuntime {
             return Err(KvError::WrongRole { what: "offering KV", role: "decode" });
         }
         self.check_offer(&offer)?;
-        let params = self.params(&offer);
-        let (transfer_id, blocks) = (offer.transfer_id, offer.blocks.len());
+        let transfer_id = offer.transfer_id;
+        let blocks = offer.blocks.iter().map(Vec::len).sum();
+        let params = self.params.params(transfer_id, offer.request_id.clone(), offer.blocks.clone(), offer.tokens);
         self.shared.enter(Side::Prefill, transfer_id, blocks)?;
         let weight_version = params.pdlink.weight_version;
         self.command(Command::Offer { offer, weight_version })
@@ -255,15 +248,16 @@ impl KvLink for KvRuntime {
             return Err(KvError::WrongRole { what: "expecting KV", role: "prefill" });
         }
         params.check_seal(&self.shared.secret)?;
-        let [endpoint] = &params.pdlink.endpoints[..] else {
-            return Err(KvError::Endpoints { count: params.pdlink.endpoints.len() });
+        let ranks = &params.pdlink.ranks;
+        let Some(rank) = ranks.first().filter(|first| ranks.iter().all(|rank| rank == *first)) else {
+            return Err(KvError::Endpoints { count: ranks.len() });
         };
         let transfer_id = params.pdlink.transfer_id;
         self.shared.enter(Side::Decode, transfer_id, 0)?;
         let command = Command::Expect {
             transfer_id,
-            peer: endpoint.clone(),
-            incarnation: params.pdlink.incarnation,
+            peer: rank.endpoint.clone(),
+            incarnation: rank.incarnation,
             geometry_digest: params.pdlink.geometry_digest,
             weight_version: params.pdlink.weight_version,
             tokens: params.remote_num_tokens,
@@ -272,7 +266,7 @@ impl KvLink for KvRuntime {
         Ok(TransferHandle { transfer_id })
     }
 
-    fn fetch(&self, handle: TransferHandle, blocks: Vec<BlockId>, first_token: u32) {
+    fn fetch(&self, handle: TransferHandle, blocks: Vec<Vec<BlockId>>, first_token: u32) {
         // After the runtime has gone every transfer has been reported already.
         let _ = self.command(Command::Fetch { transfer_id: handle.transfer_id, blocks, first_token });
     }
@@ -299,6 +293,7 @@ impl KvLink for KvRuntime {
 
     fn set_weight_version(&self, weight_version: u64) {
         self.shared.weight_version.store(weight_version, Relaxed);
+        self.params.set_weight_version(weight_version);
         let _ = self.command(Command::WeightVersion(weight_version));
     }
 }

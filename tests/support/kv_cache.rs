@@ -302,9 +302,9 @@ pub fn oracle_copy(src: &Cache, dst: &Cache, extent: Extent<'_>) -> Vec<Vec<u8>>
     let (from, mut to) = (src.bytes(), dst.bytes());
     let content = usize::try_from(a.content_bytes()).unwrap();
     for token in extent.first_token..end {
-        let src_block = extent.src_blocks[(token / a.block_size) as usize];
+        let src_block = extent.src_blocks[0][(token / a.block_size) as usize];
         let relative = token - extent.first_token;
-        let dst_block = extent.dst_blocks[(relative / b.block_size) as usize];
+        let dst_block = extent.dst_blocks[0][(relative / b.block_size) as usize];
         for rank in 0..b.tp_size {
             let heads = b.heads_of(rank);
             for head in 0..heads.count {

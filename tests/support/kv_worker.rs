@@ -110,8 +110,13 @@ impl Worker {
     pub fn offer(&self, blocks: &[BlockId], tokens: u32, seed: u64) -> TransferParams {
         self.cache.put_tokens(blocks, 0, tokens, seed);
         let transfer_id = TransferId::random();
-        let offer = Offer { transfer_id, request_id: "cmpl-test".to_owned(), blocks: blocks.to_vec(), tokens };
+        let offer = Offer { transfer_id, request_id: "cmpl-test".to_owned(), blocks: vec![blocks.to_vec()], tokens };
         self.runtime.offer(offer).unwrap()
+    }
+
+    /// Fetches into the blocks of the cache's one group.
+    pub fn fetch(&self, handle: TransferHandle, blocks: &[BlockId], first_token: u32) {
+        self.runtime.fetch(handle, vec![blocks.to_vec()], first_token);
     }
 
     pub fn expect(&self, params: &TransferParams) -> TransferHandle {

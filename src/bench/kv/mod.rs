@@ -255,7 +255,7 @@ impl Rig {
             std::thread::sleep(CLAIM_PAUSE);
         }
         let fetched = Instant::now();
-        self.decode.runtime.fetch(handle, blocks, 0);
+        self.decode.runtime.fetch(handle, vec![blocks], 0);
         let report = self.reports.recv_timeout(PATIENCE).context("no end of a transfer")?;
         let ended = Instant::now();
         ensure!(report.end == End::Received, "transfer {} failed: {:?}", report.transfer_id, report.end);

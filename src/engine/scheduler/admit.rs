@@ -57,7 +57,7 @@ impl Scheduler {
         let first_token = u32::try_from(sequence.computed).expect("prompts are shorter than 2^32 tokens");
         // Entered first: the report may come before `fetch` returns.
         self.loading.insert(handle.transfer_id, (key, sequence));
-        self.parts.link.fetch(handle, blocks, first_token);
+        self.parts.link.fetch(handle, vec![blocks], first_token);
     }
 }
 

@@ -129,7 +129,8 @@ impl Scheduler {
         let rest = blocks.split_off(prompt_len.div_ceil(self.parts.blocks.cache.block_size()));
         self.parts.blocks.give_back(rest);
         let tokens = u32::try_from(prompt_len).expect("prompts are shorter than 2^32 tokens");
-        let offer = Offer { transfer_id, request_id: sequence.request_id.clone(), blocks: blocks.clone(), tokens };
+        let offer =
+            Offer { transfer_id, request_id: sequence.request_id.clone(), blocks: vec![blocks.clone()], tokens };
         let held = Held { group: sequence.group, external_id: sequence.external_id.clone(), blocks };
         // Entered first: the report may come before `offer` returns.
         let before = self.held.insert(transfer_id, held);

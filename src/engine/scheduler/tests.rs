@@ -40,7 +40,7 @@ impl FakeLink {
 
 impl KvLink for FakeLink {
     fn offer(&self, offer: Offer) -> Result<TransferParams, KvError> {
-        self.note(Call::Offer { blocks: offer.blocks.len(), tokens: offer.tokens });
+        self.note(Call::Offer { blocks: offer.blocks[0].len(), tokens: offer.tokens });
         Ok(params(offer.transfer_id, offer.tokens))
     }
 
@@ -49,8 +49,8 @@ impl KvLink for FakeLink {
         Ok(TransferHandle { transfer_id: params.pdlink.transfer_id })
     }
 
-    fn fetch(&self, _: TransferHandle, blocks: Vec<BlockId>, first_token: u32) {
-        self.note(Call::Fetch { blocks, first_token });
+    fn fetch(&self, _: TransferHandle, mut blocks: Vec<Vec<BlockId>>, first_token: u32) {
+        self.note(Call::Fetch { blocks: blocks.remove(0), first_token });
     }
 
     fn release(&self, _: TransferHandle) {
@@ -90,8 +90,7 @@ fn params(transfer_id: TransferId, tokens: u32) -> TransferParams {
         pdlink: PdlinkParams {
             version: 1,
             transfer_id,
-            incarnation: 0,
-            endpoints: Vec::new(),
+            ranks: Vec::new(),
             geometry_digest: 0,
             weight_version: 0,
             seal: String::new(),
