@@ -1,0 +1,9 @@
+"""The link between prefill and decode.
+
+The package holds the runtime as a native module, `pdlink.vllm` with the KV connectors that vLLM loads by name, and the
+`pdlink` command. Nothing here imports vLLM except `pdlink.vllm`.
+"""
+
+from ._native import PdlinkError, __version__
+
+__all__ = ["PdlinkError", "__version__"]

@@ -1,0 +1,12 @@
+"""vLLM's KV connectors, under the names that users choose.
+
+    --kv-transfer-config '{"kv_connector": "PdlinkConnector", "kv_connector_module_path": "pdlink.vllm", "kv_role": ...}'
+
+One source serves vLLM 0.24 to 0.33 and both of its model runners. Every instance has one side: the scheduler's
+(`scheduler`: which request is handed over or loaded) or a worker's (`worker`: block ids into the native runtime, ends out of
+it). No byte is moved and nothing is waited for in Python.
+"""
+
+from .connector import NixlConnector, P2pNcclConnector, PdlinkConnector
+
+__all__ = ["NixlConnector", "P2pNcclConnector", "PdlinkConnector"]

@@ -1,0 +1,114 @@
+"""What a vLLM engine was told about its link: `kv_transfer_config` and the keys we keep in `kv_connector_extra_config`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import _native
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+ROLES = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
+# Names the run's secret to a child process; the secret itself is in no environment and no argument.
+SECRET_FILE_ENV = "PDLINK_SECRET_FILE"
+LOG_ENV = "PDLINK_LOG"
+KNOWN = {
+    "kv",
+    "kv_host",
+    "kv_bind_host",
+    "kv_ports",
+    "kv_rank",
+    "kv_parallel_size",
+    "http_port",
+    "send_type",
+    "secret_file",
+    "log",
+    "log_format",
+}
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """Settings of this engine's link. Every address comes from the extra config: vLLM's own keys changed in 0.32."""
+
+    engine_id: str
+    role: str
+    host: str
+    bind_host: str
+    port: int
+    """Of this rank. 0 takes a free one."""
+    send_type: str
+    kv: dict[str, Any]
+    """`[kv]`, with the paths this connector prefers where none were given."""
+    secret_file: str | None
+    model: str
+    tp_rank: int
+    tp_size: int
+    log_filter: str
+    log_json: bool
+
+    @property
+    def prefills(self) -> bool:
+        return self.role != "decode"
+
+
+def read(vllm_config: VllmConfig, paths: list[str] | None, tp_rank: int) -> LinkConfig:
+    """The settings of rank `tp_rank`; `paths` is the connector's own preference."""
+    transfer = vllm_config.kv_transfer_config
+    extra = dict(transfer.kv_connector_extra_config or {})
+    unknown = sorted(extra.keys() - KNOWN)
+    if unknown:
+        raise _native.SettingsError(
+            f"kv_connector_extra_config has keys that pdlink does not know: {', '.join(unknown)}; "
+            f"it knows {', '.join(sorted(KNOWN))}"
+        )
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise _native.SettingsError(
+            f"pipeline_parallel_size is {parallel.pipeline_parallel_size}: pdlink hands KV over between tensor-parallel "
+            "ranks only; use --tensor-parallel-size"
+        )
+    kv = dict(extra.get("kv") or {})
+    if paths is not None:
+        kv.setdefault("paths", paths)
+    host = str(extra.get("kv_host") or "127.0.0.1")
+    return LinkConfig(
+        engine_id=str(transfer.engine_id),
+        role=ROLES[transfer.kv_role],
+        host=host,
+        bind_host=str(extra.get("kv_bind_host") or host),
+        port=_port(extra.get("kv_ports"), transfer.kv_port, parallel, tp_rank),
+        send_type=str(extra.get("send_type") or "GET"),
+        kv=kv,
+        secret_file=extra.get("secret_file") or os.environ.get(SECRET_FILE_ENV) or None,
+        model=_model(vllm_config.model_config),
+        tp_rank=tp_rank,
+        tp_size=parallel.tensor_parallel_size,
+        log_filter=str(extra.get("log") or os.environ.get(LOG_ENV) or "info"),
+        log_json=extra.get("log_format") == "json",
+    )
+
+
+def _port(ports: list[int] | None, first: int, parallel: Any, tp_rank: int) -> int:
+    """One port for each rank: as listed, else counted from `kv_port`."""
+    index = getattr(parallel, "data_parallel_index", 0) * parallel.tensor_parallel_size + tp_rank
+    if ports:
+        # A launcher lists the ranks of one engine; with several engines behind one server it lists all of theirs.
+        at = index if index < len(ports) else tp_rank
+        if at >= len(ports):
+            raise _native.SettingsError(
+                f"`kv_ports` in kv_connector_extra_config lists {len(ports)} ports, rank {tp_rank} of "
+                f"{parallel.tensor_parallel_size} needs one of its own"
+            )
+        return int(ports[at])
+    return int(first) + index
+
+
+def _model(model_config: Any) -> str:
+    """What must be equal on both sides for KV to mean the same."""
+    name = str(model_config.model).rstrip("/")
+    revision = getattr(model_config, "revision", None)
+    return f"{name}@{revision}" if revision else name

@@ -1,0 +1,72 @@
+"""What the scheduler's side, the workers and the metrics page say to each other. Plain data: all of it is pickled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+Blocks = list[list[int]]
+"""Block ids, one list for each KV cache group that is handed over."""
+
+
+@dataclass
+class Fetch:
+    request_id: str
+    blocks: Blocks
+    first_token: int
+
+
+@dataclass
+class Hold:
+    """Prefill's blocks of one request, to be offered when the step's forward has been made."""
+
+    request_id: str
+    transfer_id: str
+    label: str
+    blocks: Blocks
+    tokens: int
+
+
+@dataclass
+class StepMeta(KVConnectorMetadata):
+    """One step's orders to every worker, carried out in this order."""
+
+    expects: list[tuple[str, str, str]] = field(default_factory=list)
+    """Decode: request, transfer id, JSON text of the parameters."""
+    refusals: list[tuple[str, str]] = field(default_factory=list)
+    """Decode: a request whose parameters are no good, and why. Its load will fail."""
+    fetches: list[Fetch] = field(default_factory=list)
+    drops: list[str] = field(default_factory=list)
+    """Decode: requests that ended, or need nothing, before blocks were there."""
+    aborts: list[str] = field(default_factory=list)
+    """Decode: requests that ended while their KV was being loaded."""
+    holds: list[Hold] = field(default_factory=list)
+    closes: list[tuple[str, bool]] = field(default_factory=list)
+    """Prefill: a request with a hold has ended; True: nobody will come for it."""
+
+    def __bool__(self) -> bool:
+        orders = (self.expects, self.refusals, self.fetches, self.drops, self.aborts, self.holds, self.closes)
+        return any(orders)
+
+
+@dataclass
+class Card(KVConnectorHandshakeMetadata):
+    """What one rank tells the scheduler's side: `Link.card()`."""
+
+    text: str
+
+
+@dataclass
+class WorkerMeta(KVConnectorWorkerMetadata):
+    """Loads that failed while a lost peer may still write into their blocks (KV-7)."""
+
+    unfenced: set[str] = field(default_factory=set)
+
+    def aggregate(self, other: Any) -> WorkerMeta:
+        return WorkerMeta(self.unfenced | other.unfenced)

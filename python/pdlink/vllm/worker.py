@@ -1,0 +1,289 @@
+"""A worker's side: block ids into the native runtime, ends out of it.
+
+vLLM's engine dies of a report that it does not expect, and hangs on one that does not come. So each request has one entry
+here, and the entry decides what is reported (KV-1):
+
+- *decode*: one report for each started load, whatever became of it; none for a load that never started;
+- *prefill*: one report for each hold, and not before the scheduler's side has said that the request has ended.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from .. import _native
+from .config import LinkConfig
+from .geometry import CacheMap, describe
+from .metrics import PdlinkStats
+from .protocol import Blocks, Card, Fetch, Hold, StepMeta, WorkerMeta
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.pdlink.worker")
+
+
+@dataclass
+class _Load:
+    transfer_id: str | None = None
+    """None: the runtime knows nothing of it, or not any more."""
+    failure: str | None = None
+    fetch: Fetch | None = None
+
+
+@dataclass
+class _Held:
+    ended: bool = False
+    closed: bool = False
+
+
+@dataclass
+class Results:
+    """Reports since the last step, as vLLM takes them."""
+
+    sent: set[str] = field(default_factory=set)
+    received: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    invalid_blocks: set[int] = field(default_factory=set)
+    unfenced: set[str] = field(default_factory=set)
+
+
+class WorkerSide:
+    def __init__(self, config: LinkConfig, vllm_config: VllmConfig, kv_cache_config: Any):
+        self._config = config
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._caches: dict[str, torch.Tensor] = {}
+        self._link: _native.Link | None = None
+        self._map: CacheMap | None = None
+        self._loads: dict[str, _Load] = {}
+        self._held: dict[str, _Held] = {}
+        # Transfers under way, by side and transfer id, to the request.
+        self._expected: dict[str, str] = {}
+        self._offered: dict[str, str] = {}
+        self._holds: list[Hold] = []
+        self._closes: list[tuple[str, bool]] = []
+        self._results = Results()
+        self._stats = PdlinkStats()
+        self._gauges = (0, 0)
+
+    # ---------------------------------------------------------------- memory and link
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._caches = kv_caches
+        self.open()
+
+    def open(self) -> None:
+        """Starts the runtime over the registered memory, as a new incarnation."""
+        config = self._config
+        _native.init_log(config.log_filter, config.log_json)
+        cache = describe(self._caches, self._vllm_config, self._kv_cache_config, config.model)
+        settings = {
+            "kv": config.kv,
+            "engine_id": config.engine_id,
+            "role": config.role,
+            "send_type": config.send_type,
+            "geometry": cache.geometry,
+            "rank": config.tp_rank,
+            "layers": cache.layers,
+            "num_blocks": cache.num_blocks,
+            "bind_host": config.bind_host,
+            "advertise_host": config.host,
+            "port": config.port,
+            "secret_file": config.secret_file,
+            "weight_version": 0,
+        }
+        self._map = cache
+        self._link = _native.Link(json.dumps(settings), cache.memory)
+        shape = ", ".join(f"{name} {value}" for name, value in cache.geometry.items() if value is not None)
+        logger.info("KV link of rank %d (%s) at %s: %s", config.tp_rank, config.role, self._link.address, shape)
+
+    def close(self) -> None:
+        """Ends every transfer with its report, and lets go of the memory."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.shutdown()
+            self._hear(link)
+        self._map = None
+
+    def card(self) -> Card | None:
+        return Card(self._link.card()) if self._link is not None else None
+
+    # ---------------------------------------------------------------- one step
+
+    def begin(self, meta: StepMeta) -> None:
+        """Carries out a step's orders. Holds wait until the forward has been made: see `finish`."""
+        for request_id, reason in meta.refusals:
+            self._loads[request_id] = _Load(failure=reason)
+        for request_id, transfer_id, params in meta.expects:
+            self._expect(request_id, transfer_id, params)
+        for fetch in meta.fetches:
+            self._fetch(fetch)
+        for request_id in meta.drops:
+            self._drop(request_id)
+        for request_id in meta.aborts:
+            load = self._loads.get(request_id)
+            if load is not None and load.transfer_id is not None and self._link is not None:
+                self._link.abort(load.transfer_id)
+        self._holds += meta.holds
+        self._closes += meta.closes
+
+    def finish(self) -> Results:
+        """Offers what the step has computed, and hands out the reports since the last step."""
+        for hold in self._holds:
+            self._offer(hold)
+        for request_id, unwanted in self._closes:
+            self._close_hold(request_id, unwanted)
+        self._holds, self._closes = [], []
+        if self._link is not None:
+            self._hear(self._link)
+        results, self._results = self._results, Results()
+        return results
+
+    # ---------------------------------------------------------------- decode
+
+    def _expect(self, request_id: str, transfer_id: str, params: str) -> None:
+        load = self._loads[request_id] = _Load()
+        try:
+            self._running().expect(params)
+        except _native.PdlinkError as error:
+            load.failure = str(error)
+        else:
+            load.transfer_id = transfer_id
+            self._expected[transfer_id] = request_id
+
+    def _fetch(self, fetch: Fetch) -> None:
+        load = self._loads.get(fetch.request_id)
+        if load is None:
+            load = self._loads[fetch.request_id] = _Load(failure="it was never announced to this worker")
+        load.fetch = fetch
+        if load.failure is not None:
+            self._load_ended(fetch.request_id, load)
+            return
+        try:
+            blocks = self._in_our_blocks(fetch.blocks)
+            self._running().fetch(load.transfer_id or "", blocks, fetch.first_token)
+        except _native.PdlinkError as error:
+            # Nothing was begun, so nothing will be reported: end it here, and at prefill.
+            load.failure = str(error)
+            if load.transfer_id is not None and self._link is not None:
+                self._link.abort(load.transfer_id)
+            self._load_ended(fetch.request_id, load)
+
+    def _drop(self, request_id: str) -> None:
+        """The request has ended, or loads nothing: prefill's hold ends, and nothing is reported."""
+        load = self._loads.pop(request_id, None)
+        if load is not None and load.transfer_id is not None and self._link is not None:
+            self._link.release(load.transfer_id)
+
+    def _load_ended(self, request_id: str, load: _Load, fenced: bool = True) -> None:
+        """The one report of a started load."""
+        del self._loads[request_id]
+        results = self._results
+        results.received.add(request_id)
+        if load.failure is None:
+            return
+        logger.warning("the KV of request %s was not loaded: %s", request_id, load.failure)
+        results.failed.add(request_id)
+        if load.fetch is not None:
+            results.invalid_blocks.update(block for group in load.fetch.blocks for block in group)
+        if not fenced:
+            results.unfenced.add(request_id)
+
+    # ---------------------------------------------------------------- prefill
+
+    def _offer(self, hold: Hold) -> None:
+        held = self._held[hold.request_id] = _Held()
+        try:
+            if hold.transfer_id in self._offered:
+                raise _native.DuplicateTransferError(f"transfer {hold.transfer_id} is in progress here already")
+            blocks = self._covering(hold.blocks, hold.tokens)
+            self._running().offer(hold.transfer_id, hold.label, blocks, hold.tokens)
+        except _native.PdlinkError as error:
+            logger.warning("the KV of request %s is not held: %s", hold.request_id, error)
+            held.ended = True
+        else:
+            self._offered[hold.transfer_id] = hold.request_id
+
+    def _close_hold(self, request_id: str, unwanted: bool) -> None:
+        held = self._held.get(request_id)
+        if held is None:
+            logger.error("request %s ended with blocks held that were never offered", request_id)
+            self._results.sent.add(request_id)
+            return
+        held.closed = True
+        if unwanted and not held.ended and self._link is not None:
+            transfer_id = next(id for id, request in self._offered.items() if request == request_id)
+            self._link.abort(transfer_id)
+        self._let_go(request_id, held)
+
+    def _let_go(self, request_id: str, held: _Held) -> None:
+        """The one report of a hold: after both its transfer and its request have ended."""
+        if held.ended and held.closed:
+            del self._held[request_id]
+            self._results.sent.add(request_id)
+
+    # ---------------------------------------------------------------- the runtime's reports
+
+    def _hear(self, link: _native.Link) -> None:
+        for report in link.take_reports():
+            self._stats.count(report)
+            if report.side == "prefill":
+                self._hold_reported(report)
+            else:
+                self._load_reported(report)
+
+    def _hold_reported(self, report: _native.Report) -> None:
+        request_id = self._offered.pop(report.transfer_id, None)
+        held = self._held.get(request_id) if request_id is not None else None
+        if request_id is None or held is None:
+            return
+        if report.end not in ("sent", "aborted"):
+            logger.warning("the KV of request %s was not taken: %s", request_id, report.failure or report.end)
+        held.ended = True
+        self._let_go(request_id, held)
+
+    def _load_reported(self, report: _native.Report) -> None:
+        request_id = self._expected.pop(report.transfer_id, None)
+        load = self._loads.get(request_id) if request_id is not None else None
+        if request_id is None or load is None or load.transfer_id != report.transfer_id:
+            return
+        load.transfer_id = None
+        if report.end != "received":
+            load.failure = report.failure or f"transfer {report.transfer_id} was {report.end}"
+        # Before the fetch there is nobody to tell: the request hears of it when its blocks are there.
+        if load.fetch is not None:
+            self._load_ended(request_id, load, report.fenced)
+
+    # ---------------------------------------------------------------- small things
+
+    def _running(self) -> _native.Link:
+        if self._link is None:
+            raise _native.ShutDownError("the KV link is closed while the engine sleeps or ends")
+        return self._link
+
+    def _in_our_blocks(self, blocks: Blocks) -> Blocks:
+        return [self._map.blocks(group) for group in blocks] if self._map is not None else blocks
+
+    def _covering(self, blocks: Blocks, tokens: int) -> Blocks:
+        return [self._map.cover(group, tokens) for group in blocks] if self._map is not None else blocks
+
+    def worker_meta(self, results: Results) -> WorkerMeta | None:
+        return WorkerMeta(results.unfenced) if results.unfenced else None
+
+    def take_stats(self) -> PdlinkStats | None:
+        """What has changed since the last call."""
+        if self._link is not None:
+            gauges = self._link.status()
+            if gauges != self._gauges:
+                self._gauges = gauges
+                self._stats.gauges(*gauges)
+        if self._stats.is_empty():
+            return None
+        stats, self._stats = self._stats, PdlinkStats()
+        return stats

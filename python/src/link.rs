@@ -1,0 +1,257 @@
+//! One rank's runtime, as the worker side of the connector holds it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use pdlink::config::KvConfig;
+use pdlink::kv::{
+    BlockId, End, KvError, KvLink, KvMetrics, KvRuntime, Offer, RankMemory, Report as Ended, RuntimeConfig,
+    TransferHandle, TransferParams,
+};
+use pdlink::telemetry::names;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::maker::RankCard;
+use crate::settings::LinkSettings;
+use crate::{errors, regions, request, settings};
+
+/// How one transfer ended, with what the runtime recorded of it.
+#[pyclass(frozen, get_all, module = "pdlink")]
+pub(crate) struct Report {
+    transfer_id: String,
+    side: &'static str,
+    /// `sent`, `received`, `released`, `aborted`, `expired` or `failed`.
+    end: &'static str,
+    /// Of a failure: its short name, and what happened in words.
+    reason: Option<&'static str>,
+    failure: Option<String>,
+    /// False: a peer that cannot be asked may still write into decode's blocks.
+    fenced: bool,
+    path: Option<&'static str>,
+    bytes: u64,
+    wait_us: u64,
+    copy_us: u64,
+    validate_us: u64,
+    digest_checked: bool,
+}
+
+/// A running KV link. No call waits for a peer or for bytes; ends come by `take_reports`, one for each `offer` and each
+/// `expect` that did not raise.
+#[pyclass(frozen, module = "pdlink")]
+pub(crate) struct Link {
+    /// Gone after `shutdown`.
+    runtime: RwLock<Option<KvRuntime>>,
+    ended: Arc<Mutex<Vec<Ended>>>,
+    card: RankCard,
+    address: String,
+}
+
+#[pymethods]
+impl Link {
+    /// Borrows the memory, listens and starts the runtime's thread. `memory` is a list of (address, bytes, owner).
+    #[new]
+    fn new(py: Python<'_>, text: &str, memory: Vec<regions::Memory>) -> PyResult<Self> {
+        let link = LinkSettings::parse(text)?;
+        let regions = regions::borrow(memory)?;
+        py.detach(|| start(link, regions))
+    }
+
+    /// `host:port`, as peers are told.
+    #[getter]
+    fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// What the scheduler needs to make parameters, as JSON.
+    fn card(&self) -> PyResult<String> {
+        serde_json::to_string(&self.card).map_err(|error| errors::settings("the card", &error))
+    }
+
+    fn offer(&self, transfer_id: &str, request_id: String, blocks: Vec<Vec<u32>>, tokens: u32) -> PyResult<()> {
+        let blocks = group(blocks)?;
+        let offer = Offer { transfer_id: request::transfer_id(transfer_id)?, request_id, blocks, tokens };
+        self.with(|runtime| runtime.offer(offer).map(drop))
+    }
+
+    /// Claims what the JSON text of `kv_transfer_params` names.
+    fn expect(&self, params: &str) -> PyResult<()> {
+        let value = serde_json::from_str(params).map_err(|error| {
+            errors::MalformedParamsError::new_err(format!("kv_transfer_params are malformed: {error}"))
+        })?;
+        let params = TransferParams::parse(&value).map_err(|error| errors::params(&error))?;
+        self.with(|runtime| runtime.expect(&params).map(drop))
+    }
+
+    fn fetch(&self, transfer_id: &str, blocks: Vec<Vec<u32>>, first_token: u32) -> PyResult<()> {
+        let (handle, blocks) = (handle(transfer_id)?, group(blocks)?);
+        self.with(|runtime| {
+            runtime.fetch(handle, blocks, first_token);
+            Ok(())
+        })
+    }
+
+    fn release(&self, transfer_id: &str) -> PyResult<()> {
+        let handle = handle(transfer_id)?;
+        self.with(|runtime| {
+            runtime.release(handle);
+            Ok(())
+        })
+    }
+
+    fn abort(&self, transfer_id: &str) -> PyResult<()> {
+        let transfer_id = request::transfer_id(transfer_id)?;
+        self.with(|runtime| {
+            runtime.abort(transfer_id);
+            Ok(())
+        })
+    }
+
+    /// The ends since the last call, oldest first.
+    fn take_reports(&self) -> Vec<Report> {
+        let ended = std::mem::take(&mut *locked(&self.ended));
+        if ended.is_empty() {
+            return Vec::new();
+        }
+        let runtime = self.runtime.read().unwrap_or_else(PoisonError::into_inner);
+        ended.into_iter().map(|ended| report(runtime.as_ref(), ended)).collect()
+    }
+
+    /// Blocks held for decode, and transfers of either side that have not ended.
+    fn status(&self) -> PyResult<(u64, u64)> {
+        self.with(|runtime| {
+            let status = runtime.status();
+            Ok((status.held_blocks, status.transfers_active))
+        })
+    }
+
+    /// What is known of a recent transfer, as JSON.
+    fn record(&self, transfer_id: &str) -> PyResult<Option<String>> {
+        let transfer_id = request::transfer_id(transfer_id)?;
+        let record = self.with(|runtime| Ok(runtime.record(transfer_id)))?;
+        let text = record.map(|record| serde_json::to_string(&record)).transpose();
+        text.map_err(|error| errors::settings("a record", &error))
+    }
+
+    /// Ends every transfer with its report, closes every path and lets go of the memory. A second call does nothing.
+    fn shutdown(&self, py: Python<'_>) {
+        py.detach(|| {
+            let runtime = self.runtime.write().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(runtime) = runtime {
+                runtime.shutdown();
+            }
+        });
+    }
+}
+
+impl Link {
+    fn with<T>(&self, call: impl FnOnce(&KvRuntime) -> Result<T, KvError>) -> PyResult<T> {
+        let runtime = self.runtime.read().unwrap_or_else(PoisonError::into_inner);
+        let result = runtime.as_ref().ok_or(KvError::ShutDown).and_then(call);
+        result.map_err(|error| errors::kv(&error))
+    }
+}
+
+/// Our names of the link's metrics, for the page that vLLM serves.
+pub(crate) fn metric_names(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let names = HashMap::from([
+        ("transfers", names::KV_TRANSFERS),
+        ("bytes", names::KV_TRANSFER_BYTES),
+        ("digests", names::KV_DIGESTS_CHECKED),
+        ("seconds", names::KV_TRANSFER_SECONDS),
+        ("held", names::KV_BLOCKS_HELD),
+        ("active", names::KV_TRANSFERS_ACTIVE),
+    ]);
+    names.into_pyobject(py)
+}
+
+fn start(link: LinkSettings, regions: Vec<Arc<pdlink::memory::Region>>) -> PyResult<Link> {
+    let listener = link.listen()?;
+    let secret = settings::secret(link.secret_file.as_ref())?;
+    let port = listener.local_addr().map_or(link.port, |address| address.port());
+    let rank = RankMemory { rank: link.rank, regions, layers: link.layers, num_blocks: link.num_blocks };
+    let geometry_digest = link.geometry.digest();
+    let (engine_id, tp_size) = (link.engine_id.clone(), link.geometry.tp_size);
+    let ended = Arc::new(Mutex::new(Vec::new()));
+    let config = RuntimeConfig {
+        kv: &KvConfig { ..link.kv },
+        engine_id: link.engine_id,
+        role: link.role,
+        send_type: link.send_type,
+        geometry: link.geometry,
+        ranks: vec![rank],
+        secret,
+        listener,
+        advertise_host: link.advertise_host.clone(),
+        weight_version: link.weight_version,
+        transports: None,
+        // vLLM's page shows what the reports say: the runtime's own registry would have no reader.
+        metrics: KvMetrics::unregistered(),
+    };
+    let sink = ended.clone();
+    let runtime = KvRuntime::start(config, Box::new(move |end| locked(&sink).push(end)));
+    let runtime = runtime.map_err(|error| errors::kv(&error))?;
+    let card = RankCard {
+        engine_id,
+        rank: link.rank,
+        tp_size,
+        host: link.advertise_host,
+        port,
+        incarnation: runtime.incarnation(),
+        geometry_digest,
+        weight_version: link.weight_version,
+    };
+    let address = runtime.address();
+    Ok(Link { runtime: RwLock::new(Some(runtime)), ended, card, address })
+}
+
+fn report(runtime: Option<&KvRuntime>, ended: Ended) -> Report {
+    let record = runtime.and_then(|runtime| runtime.record(ended.transfer_id));
+    let record = record.filter(|record| record.side == ended.side);
+    let (reason, failure, fenced) = match &ended.end {
+        End::Failed { failure, fenced } => (Some(failure.name()), Some(failure.to_string()), *fenced),
+        _ => (None, None, true),
+    };
+    let number = |of: fn(&pdlink::telemetry::TransferRecord) -> u64| record.as_ref().map_or(0, of);
+    Report {
+        transfer_id: ended.transfer_id.to_string(),
+        side: ended.side.name(),
+        end: name(&ended.end),
+        reason,
+        failure,
+        fenced,
+        path: record.as_ref().and_then(|record| record.path).map(|path| path.name()),
+        bytes: number(|record| record.bytes),
+        wait_us: number(|record| record.wait_us),
+        copy_us: number(|record| record.copy_us),
+        validate_us: number(|record| record.validate_us),
+        digest_checked: record.as_ref().is_some_and(|record| record.digest_checked),
+    }
+}
+
+fn name(end: &End) -> &'static str {
+    match end {
+        End::Sent => "sent",
+        End::Received => "received",
+        End::Released => "released",
+        End::Aborted => "aborted",
+        End::Expired => "expired",
+        End::Failed { .. } => "failed",
+    }
+}
+
+fn handle(transfer_id: &str) -> PyResult<TransferHandle> {
+    Ok(TransferHandle { transfer_id: request::transfer_id(transfer_id)? })
+}
+
+/// The blocks of the one KV group.
+fn group(blocks: Vec<Vec<u32>>) -> PyResult<Vec<BlockId>> {
+    let [blocks] = <[_; 1]>::try_from(blocks).map_err(|given| {
+        errors::BlockCountError::new_err(format!("{} KV groups were given, 1 is expected", given.len()))
+    })?;
+    Ok(blocks.into_iter().map(BlockId).collect())
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

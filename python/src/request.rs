@@ -1,0 +1,50 @@
+//! `kv_transfer_params` of a request, as the scheduler meets them.
+
+use pdlink::kv::{KvRequest as Parsed, TransferId};
+use pyo3::prelude::*;
+
+use crate::errors;
+
+/// What a request asks of the link: `kind` is `plain`, `prefill` (hold the KV under `transfer_id`) or `decode` (load it).
+#[pyclass(frozen, get_all, module = "pdlink")]
+pub(crate) struct KvRequest {
+    kind: &'static str,
+    transfer_id: Option<String>,
+    /// Decode: tokens whose KV prefill holds, and prefill's own id of the request.
+    tokens: Option<u32>,
+    remote_request_id: Option<String>,
+}
+
+/// Reads the JSON text of `kv_transfer_params`. The seal is checked where the KV is claimed, by `Link.expect`.
+#[pyfunction]
+pub(crate) fn parse_request(text: &str) -> PyResult<KvRequest> {
+    let value = serde_json::from_str(text)
+        .map_err(|error| errors::MalformedParamsError::new_err(format!("kv_transfer_params are malformed: {error}")))?;
+    let parsed = Parsed::parse(Some(&value)).map_err(|error| errors::params(&error))?;
+    Ok(match parsed {
+        Parsed::Plain => KvRequest { kind: "plain", transfer_id: None, tokens: None, remote_request_id: None },
+        Parsed::Prefill { transfer_id } => KvRequest {
+            kind: "prefill",
+            transfer_id: Some(transfer_id.to_string()),
+            tokens: None,
+            remote_request_id: None,
+        },
+        Parsed::Decode(params) => KvRequest {
+            kind: "decode",
+            transfer_id: Some(params.pdlink.transfer_id.to_string()),
+            tokens: Some(params.remote_num_tokens),
+            remote_request_id: Some(params.remote_request_id.clone()),
+        },
+    })
+}
+
+/// A fresh transfer id, for requests whose router gave none.
+#[pyfunction]
+pub(crate) fn new_transfer_id() -> String {
+    TransferId::random().to_string()
+}
+
+/// The id that `text` names.
+pub(crate) fn transfer_id(text: &str) -> PyResult<TransferId> {
+    text.parse().map_err(|error| errors::MalformedParamsError::new_err(format!("{error}")))
+}
