@@ -30,6 +30,7 @@ exceptions! {
     ParamsVersionError(TransferParamsError),
     ParamsTooLargeError(TransferParamsError),
     BrokenSealError(TransferParamsError),
+    CardsError(TransferParamsError),
     LinkError(PdlinkError),
     LayoutError(LinkError),
     ControlError(LinkError),
@@ -37,6 +38,7 @@ exceptions! {
     EndpointsError(LinkError),
     WrongRoleError(LinkError),
     BlockCountError(LinkError),
+    GroupCountError(LinkError),
     BlockRangeError(LinkError),
     StartError(LinkError),
     NoPathError(LinkError),
@@ -61,6 +63,7 @@ pub(crate) fn params(error: &ParamsError) -> PyErr {
         ParamsError::Version { .. } => ParamsVersionError::new_err(text),
         ParamsError::TooLarge { .. } => ParamsTooLargeError::new_err(text),
         ParamsError::BrokenSeal { .. } => BrokenSealError::new_err(text),
+        ParamsError::Cards(_) => CardsError::new_err(text),
     }
 }
 
@@ -74,6 +77,7 @@ pub(crate) fn kv(error: &KvError) -> PyErr {
         KvError::Endpoints { .. } => EndpointsError::new_err(text),
         KvError::WrongRole { .. } => WrongRoleError::new_err(text),
         KvError::WrongBlockCount { .. } => BlockCountError::new_err(text),
+        KvError::WrongGroupCount { .. } => GroupCountError::new_err(text),
         KvError::BlockOutOfRange { .. } => BlockRangeError::new_err(text),
         KvError::Start(_) => StartError::new_err(text),
         KvError::NoPath { .. } => NoPathError::new_err(text),

@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use pdlink::config::KvConfig;
 use pdlink::kv::{
-    BlockId, End, KvError, KvLink, KvMetrics, KvRuntime, Offer, RankMemory, Report as Ended, RuntimeConfig,
-    TransferHandle, TransferParams,
+    End, KvError, KvLink, KvMetrics, KvRuntime, Offer, RankMemory, Report as Ended, RuntimeConfig, TransferHandle,
+    TransferParams,
 };
 use pdlink::telemetry::names;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::maker::RankCard;
+use crate::maker::block_ids;
 use crate::settings::LinkSettings;
 use crate::{errors, regions, request, settings};
 
@@ -43,7 +43,6 @@ pub(crate) struct Link {
     /// Gone after `shutdown`.
     runtime: RwLock<Option<KvRuntime>>,
     ended: Arc<Mutex<Vec<Ended>>>,
-    card: RankCard,
     address: String,
 }
 
@@ -65,12 +64,13 @@ impl Link {
 
     /// What the scheduler needs to make parameters, as JSON.
     fn card(&self) -> PyResult<String> {
-        serde_json::to_string(&self.card).map_err(|error| errors::settings("the card", &error))
+        let card = self.with(|runtime| Ok(runtime.card()))?;
+        serde_json::to_string(&card).map_err(|error| errors::settings("the card", &error))
     }
 
     fn offer(&self, transfer_id: &str, request_id: String, blocks: Vec<Vec<u32>>, tokens: u32) -> PyResult<()> {
-        let blocks = group(blocks)?;
-        let offer = Offer { transfer_id: request::transfer_id(transfer_id)?, request_id, blocks, tokens };
+        let transfer_id = request::transfer_id(transfer_id)?;
+        let offer = Offer { transfer_id, request_id, blocks: block_ids(blocks), tokens };
         self.with(|runtime| runtime.offer(offer).map(drop))
     }
 
@@ -84,9 +84,9 @@ impl Link {
     }
 
     fn fetch(&self, transfer_id: &str, blocks: Vec<Vec<u32>>, first_token: u32) -> PyResult<()> {
-        let (handle, blocks) = (handle(transfer_id)?, group(blocks)?);
+        let handle = handle(transfer_id)?;
         self.with(|runtime| {
-            runtime.fetch(handle, blocks, first_token);
+            runtime.fetch(handle, block_ids(blocks), first_token);
             Ok(())
         })
     }
@@ -168,10 +168,7 @@ pub(crate) fn metric_names(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 fn start(link: LinkSettings, regions: Vec<Arc<pdlink::memory::Region>>) -> PyResult<Link> {
     let listener = link.listen()?;
     let secret = settings::secret(link.secret_file.as_ref())?;
-    let port = listener.local_addr().map_or(link.port, |address| address.port());
     let rank = RankMemory { rank: link.rank, regions, layers: link.layers, num_blocks: link.num_blocks };
-    let geometry_digest = link.geometry.digest();
-    let (engine_id, tp_size) = (link.engine_id.clone(), link.geometry.tp_size);
     let ended = Arc::new(Mutex::new(Vec::new()));
     let config = RuntimeConfig {
         kv: &KvConfig { ..link.kv },
@@ -182,7 +179,7 @@ fn start(link: LinkSettings, regions: Vec<Arc<pdlink::memory::Region>>) -> PyRes
         ranks: vec![rank],
         secret,
         listener,
-        advertise_host: link.advertise_host.clone(),
+        advertise_host: link.advertise_host,
         weight_version: link.weight_version,
         transports: None,
         // vLLM's page shows what the reports say: the runtime's own registry would have no reader.
@@ -191,18 +188,8 @@ fn start(link: LinkSettings, regions: Vec<Arc<pdlink::memory::Region>>) -> PyRes
     let sink = ended.clone();
     let runtime = KvRuntime::start(config, Box::new(move |end| locked(&sink).push(end)));
     let runtime = runtime.map_err(|error| errors::kv(&error))?;
-    let card = RankCard {
-        engine_id,
-        rank: link.rank,
-        tp_size,
-        host: link.advertise_host,
-        port,
-        incarnation: runtime.incarnation(),
-        geometry_digest,
-        weight_version: link.weight_version,
-    };
     let address = runtime.address();
-    Ok(Link { runtime: RwLock::new(Some(runtime)), ended, card, address })
+    Ok(Link { runtime: RwLock::new(Some(runtime)), ended, address })
 }
 
 fn report(runtime: Option<&KvRuntime>, ended: Ended) -> Report {
@@ -242,14 +229,6 @@ fn name(end: &End) -> &'static str {
 
 fn handle(transfer_id: &str) -> PyResult<TransferHandle> {
     Ok(TransferHandle { transfer_id: request::transfer_id(transfer_id)? })
-}
-
-/// The blocks of the one KV group.
-fn group(blocks: Vec<Vec<u32>>) -> PyResult<Vec<BlockId>> {
-    let [blocks] = <[_; 1]>::try_from(blocks).map_err(|given| {
-        errors::BlockCountError::new_err(format!("{} KV groups were given, 1 is expected", given.len()))
-    })?;
-    Ok(blocks.into_iter().map(BlockId).collect())
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
