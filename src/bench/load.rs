@@ -36,10 +36,12 @@ pub enum Until {
 }
 
 /// What a load saw.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Seen {
     pub requests: u64,
     pub errors: u64,
+    /// What the first of them said.
+    pub first_error: Option<String>,
     pub seconds: f64,
     pub p50_us: u64,
     pub p90_us: u64,
@@ -90,27 +92,25 @@ pub async fn run(load: &Load) -> anyhow::Result<Seen> {
         let (targets, patience) = (load.targets.clone(), load.patience);
         connections.spawn(async move { ask_in_turn(&targets, &request, &quota, patience).await });
     }
-    let mut times = times()?;
-    let mut errors = 0;
+    // Nanoseconds up to an hour, three digits.
+    let mut times = Histogram::<u64>::new_with_bounds(1, 3_600_000_000_000, 3)?;
+    let (mut errors, mut first_error) = (0, None);
     while let Some(done) = connections.join_next().await {
-        let (seen, failed) = done?;
-        times.add(seen)?;
-        errors += failed;
+        let asked = done?;
+        asked.nanos.iter().for_each(|&nanos| times.saturating_record(nanos));
+        errors += asked.errors;
+        first_error = first_error.or(asked.first_error);
     }
     let at = |quantile| times.value_at_quantile(quantile) / 1000;
     Ok(Seen {
         requests: times.len(),
         errors,
+        first_error,
         seconds: started.elapsed().as_secs_f64(),
         p50_us: at(0.5),
         p90_us: at(0.9),
         p99_us: at(0.99),
     })
-}
-
-/// Nanoseconds up to an hour, three digits.
-fn times() -> anyhow::Result<Histogram<u64>> {
-    Ok(Histogram::new_with_bounds(1, 3_600_000_000_000, 3)?)
 }
 
 #[derive(Debug)]
@@ -135,15 +135,18 @@ impl Quota {
     }
 }
 
-/// One connection per target, used in turn for each request. Returns the times of good answers and the number of others.
-async fn ask_in_turn(
-    targets: &[SocketAddr],
-    request: &[u8],
-    quota: &Quota,
-    patience: Duration,
-) -> (Histogram<u64>, u64) {
-    let mut times = times().unwrap_or_else(|_| Histogram::new(3).expect("three digits are allowed"));
-    let mut errors = 0;
+/// What one connection saw.
+#[derive(Debug, Default)]
+struct Asked {
+    /// How long each good answer took.
+    nanos: Vec<u64>,
+    errors: u64,
+    first_error: Option<String>,
+}
+
+/// One connection per target, used in turn for each request.
+async fn ask_in_turn(targets: &[SocketAddr], request: &[u8], quota: &Quota, patience: Duration) -> Asked {
+    let mut seen = Asked::default();
     let mut clients: Vec<Client> = targets.iter().map(|&target| Client::new(target)).collect();
     while quota.take() {
         let started = Instant::now();
@@ -153,37 +156,47 @@ async fn ask_in_turn(
             }
             anyhow::Ok(())
         };
-        match tokio::time::timeout(patience, asked).await {
-            Ok(Ok(())) => times.saturating_record(u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX)),
-            _ => {
-                errors += 1;
-                clients.iter_mut().for_each(|client| client.stream = None);
+        let error = match tokio::time::timeout(patience, asked).await {
+            Ok(Ok(())) => {
+                seen.nanos.push(u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX));
+                continue;
             }
-        }
+            Ok(Err(error)) => format!("{error:#}"),
+            Err(_) => format!("no answer within {} s", patience.as_secs()),
+        };
+        seen.errors += 1;
+        seen.first_error.get_or_insert(error);
+        clients.iter_mut().for_each(|client| client.stream = None);
     }
-    (times, errors)
+    seen
 }
 
-struct Client {
+/// A connection to one target, made when first needed.
+pub(super) struct Client {
     target: SocketAddr,
     stream: Option<TcpStream>,
     buffer: Vec<u8>,
 }
 
 impl Client {
-    fn new(target: SocketAddr) -> Self {
+    pub(super) fn new(target: SocketAddr) -> Self {
         Self { target, stream: None, buffer: Vec::new() }
     }
 
+    /// The whole answer to the last request.
+    pub(super) fn answer(&self) -> &[u8] {
+        &self.buffer
+    }
+
     /// Sends the request and reads the whole answer.
-    async fn ask(&mut self, request: &[u8]) -> anyhow::Result<()> {
+    pub(super) async fn ask(&mut self, request: &[u8]) -> anyhow::Result<()> {
         if self.stream.is_none() {
-            let stream = TcpStream::connect(self.target).await?;
+            let stream = TcpStream::connect(self.target).await.context("connecting")?;
             stream.set_nodelay(true)?;
             self.stream = Some(stream);
         }
         let stream = self.stream.as_mut().context("connected above")?;
-        stream.write_all(request).await?;
+        stream.write_all(request).await.context("sending")?;
         self.buffer.clear();
         let mut ends = None;
         loop {
@@ -195,7 +208,7 @@ impl Client {
                 Some(Ending::LastChunk) if self.buffer.ends_with(b"\r\n0\r\n\r\n") => return Ok(()),
                 _ => {}
             }
-            ensure!(stream.read_buf(&mut self.buffer).await? > 0, "the answer ended early");
+            ensure!(stream.read_buf(&mut self.buffer).await.context("receiving")? > 0, "the answer ended early");
         }
     }
 }

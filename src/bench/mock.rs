@@ -123,7 +123,7 @@ async fn converse(mut stream: TcpStream, answer: &[u8], delay: Duration) -> std:
 }
 
 /// The length that a request's head announces; 0 without one.
-fn content_length(head: &[u8]) -> usize {
+pub(super) fn content_length(head: &[u8]) -> usize {
     let mut lines = head.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii);
     let value = lines.find_map(|line| {
         let (name, value) = line.split_at_checked(15)?;

@@ -9,6 +9,7 @@ pub mod load;
 pub mod mock;
 pub mod process;
 pub mod proxy;
+pub mod relay;
 pub mod soak;
 pub mod stats;
 pub mod table;

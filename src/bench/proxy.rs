@@ -1,8 +1,9 @@
 //! `pdlink bench proxy`: what the proxy costs, in processor time, latency and memory.
 //!
-//! Four kinds of process: the mock workers, the load, the proxy under test, and this one, which only measures. For each
-//! body size: a row without a proxy (a client that does both legs itself) and a row through it, at one connection for the
-//! latency that the proxy adds, and at many for its processor time per 1,000 requests.
+//! Five kinds of process: the mock workers, the load, the proxy under test, a bare relay, and this one, which only
+//! measures. For each body size: a row without a proxy (a client that does both legs itself), a row through a relay that
+//! does nothing but move the bytes, and a row through the proxy; at one connection for the latency that the proxy adds, and
+//! at many for its processor time per 1,000 requests. The relay says what of that time is the machine's.
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -17,11 +18,14 @@ use super::environment::Environment;
 use super::load::{self, Load, Seen, Until};
 use super::mock::{self, Mock};
 use super::process::{cpu_time, resident_bytes};
+use super::relay;
 
 /// Requests before each measurement, so that buffers, pools and caches are as in a running server.
 const WARM_UP_REQUESTS: u64 = 400;
 /// How long the mock holds each of `--inflight` requests.
 const HOLD: Duration = Duration::from_secs(12);
+/// Waves of `--inflight` requests.
+const WAVES: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Measures a proxy between mock workers
@@ -42,7 +46,7 @@ pub struct Args {
     /// Events of a streamed answer; 0 asks for one JSON object
     #[arg(long, default_value_t = 0)]
     events: u32,
-    /// Also hold this many requests in flight, twice, and show the proxy's memory
+    /// Also hold this many requests in flight, three times, and show the proxy's memory
     #[arg(long, default_value_t = 0)]
     inflight: usize,
     /// Seed of the prompts
@@ -63,7 +67,7 @@ pub struct Args {
     /// This process is one part of the scenario
     #[arg(long, hide = true)]
     part: Option<Part>,
-    /// Addresses for the load's part
+    /// Addresses for the load's or the relay's part
     #[arg(long, hide = true, value_delimiter = ',')]
     targets: Vec<SocketAddr>,
     /// How long the mock waits before an answer, in milliseconds
@@ -75,7 +79,27 @@ pub struct Args {
 enum Part {
     MockPrefill,
     MockDecode,
+    Relay,
     Load,
+}
+
+/// What a row's requests go through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Through {
+    Direct,
+    Relay,
+    Proxy,
+}
+
+impl Through {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Relay => "relay",
+            Self::Proxy => "proxy",
+        }
+    }
 }
 
 /// One line of the table.
@@ -83,11 +107,13 @@ enum Part {
 struct Row {
     prompt_bytes: usize,
     connections: usize,
-    through: &'static str,
+    through: Through,
     #[serde(flatten)]
     seen: Seen,
-    /// Processor time of the proxy per 1,000 requests, in milliseconds.
+    /// Processor time of the relay or proxy per 1,000 requests, in milliseconds.
     cpu_ms_per_1000: Option<f64>,
+    /// The proxy's as a multiple of the relay's.
+    cpu_of_relay: Option<f64>,
     /// Its p50 above that of a client that does both legs itself.
     added_p50_us: Option<i64>,
 }
@@ -103,6 +129,7 @@ struct Memory {
 #[derive(Debug, Clone, Serialize)]
 struct Wave {
     errors: u64,
+    first_error: Option<String>,
     peak_bytes: u64,
     after_bytes: u64,
 }
@@ -124,6 +151,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             let mock = Mock::Decode { events: args.events, delay: Duration::from_millis(args.delay_ms) };
             runtime.block_on(serve_mock(mock)).map(|()| ExitCode::SUCCESS)
         }
+        Some(Part::Relay) => runtime.block_on(serve_relay(args)).map(|()| ExitCode::SUCCESS),
         Some(Part::Load) => runtime.block_on(run_load(args)).map(|()| ExitCode::SUCCESS),
         None => measure(args),
     }
@@ -131,6 +159,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 async fn serve_mock(mock: Mock) -> anyhow::Result<()> {
     mock::serve(mock, |address| println!("{address}")).await?;
+    Ok(())
+}
+
+async fn serve_relay(args: &Args) -> anyhow::Result<()> {
+    relay::serve(&args.targets, |address| println!("{address}")).await?;
     Ok(())
 }
 
@@ -198,6 +231,8 @@ struct Bench<'a> {
     front: SocketAddr,
     legs: Vec<SocketAddr>,
     pid: Option<i32>,
+    relay: SocketAddr,
+    relay_pid: i32,
     _parts: Vec<Running>,
 }
 
@@ -212,10 +247,15 @@ impl<'a> Bench<'a> {
         decode.extend([format!("--events={}", args.events), format!("--delay-ms={}", delay.as_millis())]);
         let mut decode = Running::start(&decode)?;
         let legs: Vec<SocketAddr> = vec![prefill.line()?.parse()?, decode.line()?.parse()?];
+        let mut bare = words(&["bench", "proxy", "--part", "relay"]);
+        bare.push(format!("--targets={},{}", legs[0], legs[1]));
+        let mut bare = Running::start(&bare)?;
+        let (relay, relay_pid) = (bare.line()?.parse()?, bare.pid()?);
         if let Some(url) = &args.router_url {
             let front = url.trim_start_matches("http://").trim_end_matches('/').parse();
             let front = front.with_context(|| format!("--router-url must be http://IP:PORT, got `{url}`"))?;
-            return Ok(Self { args, front, legs, pid: args.router_pid, _parts: vec![prefill, decode] });
+            let _parts = vec![prefill, decode, bare];
+            return Ok(Self { args, front, legs, pid: args.router_pid, relay, relay_pid, _parts });
         }
         let mut line = words(&["proxy", "--port", "0", "--connector", "NixlConnector", "--connector-impl", "vllm"]);
         line.extend([format!("--prefill=http://{}", legs[0]), format!("--decode=http://{}", legs[1])]);
@@ -225,7 +265,7 @@ impl<'a> Bench<'a> {
         let front = ready.split(['/', ' ']).find_map(|word| word.parse().ok());
         let front = front.with_context(|| format!("the proxy said `{ready}`"))?;
         let pid = Some(proxy.pid()?);
-        Ok(Self { args, front, legs, pid, _parts: vec![prefill, decode, proxy] })
+        Ok(Self { args, front, legs, pid, relay, relay_pid, _parts: vec![prefill, decode, bare, proxy] })
     }
 
     fn load(
@@ -256,38 +296,40 @@ impl<'a> Bench<'a> {
         format!("--requests={}", if connections == 1 { requests.min(3_000) } else { requests })
     }
 
-    fn row(&self, prompt_bytes: usize, connections: usize, through_proxy: bool) -> anyhow::Result<Row> {
-        let front = [self.front];
-        let targets = if through_proxy { &front[..] } else { &self.legs[..] };
+    fn row(&self, prompt_bytes: usize, connections: usize, through: Through) -> anyhow::Result<Row> {
+        let (targets, pid) = match through {
+            Through::Direct => (&self.legs[..], None),
+            Through::Relay => (std::slice::from_ref(&self.relay), Some(self.relay_pid)),
+            Through::Proxy => (std::slice::from_ref(&self.front), self.pid),
+        };
         self.load(targets, prompt_bytes, connections, &format!("--requests={WARM_UP_REQUESTS}"))?;
-        let pid = self.pid.filter(|_| through_proxy);
         let before = pid.and_then(cpu_time);
         let seen = self.load(targets, prompt_bytes, connections, &self.until(prompt_bytes, connections))?;
-        ensure!(seen.errors == 0, "{} of {} requests failed", seen.errors, seen.errors + seen.requests);
+        let (failed, all) = (seen.errors, seen.errors + seen.requests);
+        ensure!(failed == 0, "{failed} of {all} requests failed, the first: {}", seen.first_error.unwrap_or_default());
         let spent = pid.and_then(cpu_time).zip(before).map(|(after, before)| after.saturating_sub(before));
         // Milliseconds per 1,000 requests are microseconds per request.
         let cpu_ms_per_1000 = spent.map(|spent| spent.as_secs_f64() * 1e6 / seen.requests as f64);
-        let through = if through_proxy { "proxy" } else { "direct" };
-        Ok(Row { prompt_bytes, connections, through, seen, cpu_ms_per_1000, added_p50_us: None })
+        Ok(Row { prompt_bytes, connections, through, seen, cpu_ms_per_1000, cpu_of_relay: None, added_p50_us: None })
     }
 
-    fn pair_of_rows(&self, prompt_bytes: usize, connections: usize) -> anyhow::Result<[Row; 2]> {
-        let direct = self.row(prompt_bytes, connections, false)?;
-        let mut proxy = self.row(prompt_bytes, connections, true)?;
-        proxy.added_p50_us = i64::try_from(proxy.seen.p50_us)
-            .ok()
-            .zip(i64::try_from(direct.seen.p50_us).ok())
-            .map(|(proxy, direct)| proxy - direct);
-        Ok([direct, proxy])
+    fn rows(&self, prompt_bytes: usize, connections: usize) -> anyhow::Result<[Row; 3]> {
+        let direct = self.row(prompt_bytes, connections, Through::Direct)?;
+        let mut relay = self.row(prompt_bytes, connections, Through::Relay)?;
+        let mut proxy = self.row(prompt_bytes, connections, Through::Proxy)?;
+        let added = |row: &Row| Some(i64::try_from(row.seen.p50_us).ok()? - i64::try_from(direct.seen.p50_us).ok()?);
+        (relay.added_p50_us, proxy.added_p50_us) = (added(&relay), added(&proxy));
+        proxy.cpu_of_relay = proxy.cpu_ms_per_1000.zip(relay.cpu_ms_per_1000).map(|(proxy, relay)| proxy / relay);
+        Ok([direct, relay, proxy])
     }
 
-    /// Holds `inflight` requests at once, twice: the second wave must not need more memory than the first.
+    /// Holds `inflight` requests at once, several times: no wave must need more memory than the first.
     fn memory(&self) -> anyhow::Result<Option<Memory>> {
         let (inflight, Some(pid)) = (self.args.inflight, self.pid) else { return Ok(None) };
         let now = || resident_bytes(pid).context("the proxy is gone");
         let before_bytes = now()?;
         let mut waves = Vec::new();
-        for _ in 0..2 {
+        for _ in 0..WAVES {
             let (stop, stopped) = std::sync::mpsc::channel::<()>();
             let sampler = std::thread::spawn(move || {
                 let mut peak = 0;
@@ -301,7 +343,8 @@ impl<'a> Bench<'a> {
             let seen = self.load(&[self.front], 200, inflight, &format!("--requests={inflight}"));
             drop(stop);
             let peak_bytes = sampler.join().unwrap_or(0);
-            waves.push(Wave { errors: seen?.errors, peak_bytes, after_bytes: now()? });
+            let Seen { errors, first_error, .. } = seen?;
+            waves.push(Wave { errors, first_error, peak_bytes, after_bytes: now()? });
         }
         Ok(Some(Memory { inflight, before_bytes, waves }))
     }
@@ -315,7 +358,7 @@ fn measure(args: &Args) -> anyhow::Result<ExitCode> {
     let bench = Bench::start(args, Duration::ZERO)?;
     for &prompt_bytes in &args.bodies {
         for &connections in &args.connections {
-            for row in bench.pair_of_rows(prompt_bytes, connections)? {
+            for row in bench.rows(prompt_bytes, connections)? {
                 println!("{}", row.line());
                 report.rows.push(row);
             }
@@ -337,22 +380,23 @@ fn measure(args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 const HEADINGS: &str =
-    "prompt bytes  connections  through   req/s  p50 us  p90 us  p99 us  added p50 us  proxy CPU ms/1000 requests";
+    "prompt bytes  connections  through   req/s  p50 us  p90 us  p99 us  added p50 us  CPU ms/1000 requests  of relay";
 
 impl Row {
     fn line(&self) -> String {
         let rate = self.seen.requests as f64 / self.seen.seconds;
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         format!(
-            "{:>12}  {:>11}  {:<7}  {rate:>6.0}  {:>6}  {:>6}  {:>6}  {:>12}  {:>27}",
+            "{:>12}  {:>11}  {:<7}  {rate:>6.0}  {:>6}  {:>6}  {:>6}  {:>12}  {:>20}  {:>8}",
             self.prompt_bytes,
             self.connections,
-            self.through,
+            self.through.name(),
             self.seen.p50_us,
             self.seen.p90_us,
             self.seen.p99_us,
             or_dash(self.added_p50_us.map(|added| added.to_string())),
             or_dash(self.cpu_ms_per_1000.map(|cpu| format!("{cpu:.1}"))),
+            or_dash(self.cpu_of_relay.map(|times| format!("{times:.2}"))),
         )
     }
 }
@@ -370,6 +414,9 @@ impl Memory {
                 mib(wave.after_bytes),
                 wave.errors,
             );
+            if let Some(error) = &wave.first_error {
+                lines += &format!(" (the first: {error})");
+            }
         }
         lines
     }

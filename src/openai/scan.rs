@@ -209,6 +209,8 @@ impl Scanner<'_> {
                     if self.peek() != Some(close) {
                         if object {
                             self.key()?;
+                        } else {
+                            self.at = integers(self.text, self.at);
                         }
                         continue;
                     }
@@ -244,6 +246,8 @@ impl Scanner<'_> {
                     self.skip_space();
                     if object {
                         self.key()?;
+                    } else {
+                        self.at = integers(self.text, self.at);
                     }
                     return Ok(false);
                 }
@@ -355,23 +359,43 @@ impl Scanner<'_> {
     }
 }
 
-/// Bytes that are screened in one step. Longer steps gain little on plain text and lose on text with many escapes.
-const BLOCK: usize = 32;
+/// Passes over a list's integers that are plain digits, as tokens are, each with the comma behind it and at most one space:
+/// where the value after them begins. What is anything else is left to the scanner.
+fn integers(text: &[u8], mut at: usize) -> usize {
+    let mut value = at;
+    while let Some(first @ b'0'..=b'9') = text.get(at) {
+        at += 1;
+        if *first != b'0' {
+            while let Some(b'0'..=b'9') = text.get(at) {
+                at += 1;
+            }
+        }
+        if text.get(at) != Some(&b',') {
+            break;
+        }
+        at += 1 + usize::from(text.get(at + 1) == Some(&b' '));
+        value = at;
+    }
+    value
+}
+
+/// Bytes that are screened in one step: byte by byte, which compilers turn into a few wide instructions.
+const BLOCK: usize = 64;
 
 /// Where plain string text ends: the first byte at or after `at` that stops it, else the end of the text.
 fn plain_run(text: &[u8], mut at: usize) -> usize {
     while let Some(block) = text.get(at..).and_then(|rest| rest.first_chunk::<BLOCK>()) {
-        let (words, _) = block.as_chunks::<8>();
-        let found: [u64; BLOCK / 8] = std::array::from_fn(|word| stops(u64::from_le_bytes(words[word])));
-        if found.iter().fold(0, |any, word| any | word) == 0 {
-            at += BLOCK;
-            continue;
-        }
-        for word in found {
-            if word != 0 {
-                return at + word.trailing_zeros() as usize / 8;
+        if block.iter().fold(false, |any, &byte| any | is_stop(byte)) {
+            let (words, _) = block.as_chunks::<8>();
+            for word in words {
+                let found = stops(u64::from_le_bytes(*word));
+                if found != 0 {
+                    return at + found.trailing_zeros() as usize / 8;
+                }
+                at += 8;
             }
-            at += 8;
+        } else {
+            at += BLOCK;
         }
     }
     text[at..].iter().position(|&byte| is_stop(byte)).map_or(text.len(), |offset| at + offset)
@@ -499,6 +523,12 @@ mod tests {
             }
             let object = text.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
             prop_assert_eq!(members(&text, |_| ()).is_ok(), object && reference_accepts(&text));
+        }
+
+        #[test]
+        fn any_list_is_judged_as_serde_json_judges_it(inside in "[0-9 ,.e\\-\\[\\]]{0,40}|([0-9]{1,6}, ?){0,20}[0-9]{0,2}") {
+            let text = format!("{{\"key\":[{inside}]}}");
+            prop_assert_eq!(members(text.as_bytes(), |_| ()).is_ok(), reference_accepts(text.as_bytes()));
         }
 
         #[test]

@@ -11,6 +11,7 @@ use tokio::time::sleep;
 
 use super::worker::Worker;
 use crate::control::TransferId;
+use crate::telemetry::log;
 
 /// How long a line may wait.
 pub(crate) const FLUSH_INTERVAL: Duration = Duration::from_millis(100);
@@ -76,9 +77,7 @@ pub(crate) async fn write(queues: Vec<Arc<AccessQueue>>) {
 pub(crate) fn flush(queues: &[Arc<AccessQueue>]) {
     for queue in queues {
         let Queued { lines, dropped } = queue.take();
-        for line in &lines {
-            write_line(line);
-        }
+        log::batched(|| lines.iter().for_each(write_line));
         if dropped > 0 {
             tracing::warn!(target: "access", dropped, "requests came faster than their lines could be written");
         }
