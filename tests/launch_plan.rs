@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use pdlink::config::{All2AllBackend, Config, ConnectorImpl, EngineKind, KvConnector, KvSendType, Path, Role};
 use pdlink::topology::ports::{PortError, PortWish, Ports};
-use pdlink::topology::vllm::{VllmProgram, VllmVersion};
+use pdlink::topology::host::{Gpus, Host, HostFault, ModelFault, doubts, faults};
+use pdlink::topology::vllm::{VllmProgram, Wheel};
 use pdlink::topology::{Plan, PlanError, Surroundings, WorkerPlan, plan};
 use serde_json::{Value, json};
 
@@ -50,9 +51,22 @@ fn pd(prefill: &[u32], decode: &[u32]) -> Config {
 }
 
 fn made(config: &Config, minor: u32, ports: &mut TablePorts) -> Result<Plan, PlanError> {
-    let vllm = VllmProgram { program: "/env/bin/vllm".to_owned(), version: VllmVersion::new(0, minor) };
-    let around = Surroundings { pdlink: "/bin/pdlink", vllm: Some(&vllm), secret_file: "/run/x/secret" };
+    made_with(config, &vllm(&format!("0.{minor}.0")), &[], ports)
+}
+
+fn vllm(release: &str) -> VllmProgram {
+    VllmProgram::new(vec!["/env/bin/vllm".to_owned()], release).expect("a version")
+}
+
+fn made_with(config: &Config, vllm: &VllmProgram, cores: &[u32], ports: &mut TablePorts) -> Result<Plan, PlanError> {
+    let around = Surroundings { pdlink: "/bin/pdlink", vllm: Some(vllm), cores, secret_file: "/run/x/secret" };
     plan(config, &around, ports)
+}
+
+/// With vLLM's build for CPU.
+fn planned_on_cpu(config: &Config, cores: u32) -> Plan {
+    let cores: Vec<u32> = (0..cores).collect();
+    made_with(config, &vllm("0.32.0+cpu"), &cores, &mut TablePorts::busy(&[])).expect("a plan")
 }
 
 fn planned(config: &Config, minor: u32) -> Plan {
@@ -170,7 +184,7 @@ fn native_connector_settings_are_accepted_by_every_version() {
         });
         want
     };
-    for (minor, policy) in [(23, false), (24, true), (32, true), (33, true)] {
+    for (minor, policy) in [(24, true), (32, true), (33, true), (34, true)] {
         let plan = planned(&config, minor);
         let (prefill, decode) = (&plan.workers[0], &plan.workers[1]);
         assert_eq!(kv_settings(prefill), want("kv_producer", 0, json!([14579, 40001]), 8100, policy), "0.{minor}");
@@ -180,7 +194,7 @@ fn native_connector_settings_are_accepted_by_every_version() {
             assert_eq!(worker.env["PDLINK_SECRET_FILE"], "/run/x/secret");
             assert!(worker.has_runtime);
         }
-        assert_eq!(plan.warnings.len(), usize::from(minor == 23), "0.{minor}: {:?}", plan.warnings);
+        assert_eq!(plan.warnings.len(), usize::from(minor == 34), "0.{minor}: {:?}", plan.warnings);
     }
 }
 
@@ -189,7 +203,7 @@ fn vllms_own_connectors_get_what_their_version_knows() {
     let mut config = pd(&[0, 1], &[2, 3]);
     config.pd_disagg.prefill_tp = Some(2);
     config.pd_disagg.connector_impl = ConnectorImpl::Vllm;
-    config.pd_disagg.kv_send_type = KvSendType::Get;
+    config.pd_disagg.kv_send_type = Some(KvSendType::Get);
 
     config.pd_disagg.kv_connector = KvConnector::NixlConnector;
     for minor in [24, 32, 33] {
@@ -231,13 +245,123 @@ fn vllms_own_connectors_get_what_their_version_knows() {
 
 #[test]
 fn versions_outside_of_the_tested_range_are_named() {
+    let mut own = pd(&[0], &[1]);
+    own.pd_disagg.connector_impl = ConnectorImpl::Vllm;
+    own.pd_disagg.kv_connector = KvConnector::NixlConnector;
     for (minor, warned) in [(20, true), (23, true), (24, false), (33, false), (34, true)] {
-        let plan = planned(&pd(&[0], &[1]), minor);
+        let plan = planned(&own, minor);
         let named = plan.warnings.iter().any(|warning| warning.contains(&format!("vLLM 0.{minor} is outside")));
         assert_eq!(named, warned, "0.{minor}: {:?}", plan.warnings);
     }
-    let error = made(&pd(&[0], &[1]), 19, &mut TablePorts::busy(&[])).expect_err("too old");
-    assert!(matches!(error, PlanError::TooOld { .. }), "{error}");
+    let refused = |config: &Config, minor| made(config, minor, &mut TablePorts::busy(&[])).expect_err("too old");
+    assert!(matches!(refused(&own, 19), PlanError::TooOld { .. }));
+    let error = refused(&pd(&[0], &[1]), 23);
+    assert!(matches!(error, PlanError::TooOldForNative { .. }) && error.to_string().contains("0.24"), "{error}");
+    own.pd_disagg.kv_send_type = Some(KvSendType::Put);
+    assert!(matches!(refused(&own, 23), PlanError::NoNixlPush { .. }));
+}
+
+#[test]
+fn who_drives_the_copy_chooses_vllms_nixl_class() {
+    let mut config = pd(&[0], &[1]);
+    config.pd_disagg.connector_impl = ConnectorImpl::Vllm;
+    config.pd_disagg.kv_connector = KvConnector::NixlConnector;
+    let cases = [
+        (None, "NixlConnector"),
+        (Some(KvSendType::Get), "NixlConnector"),
+        (Some(KvSendType::Put), "NixlPushConnector"),
+        (Some(KvSendType::PutAsync), "NixlPushConnector"),
+    ];
+    for (send_type, class) in cases {
+        config.pd_disagg.kv_send_type = send_type;
+        for worker in &planned(&config, 33).workers {
+            assert_eq!(kv_settings(worker)["kv_connector"], class, "{send_type:?}");
+        }
+    }
+    let native = pd(&[0], &[1]);
+    assert_eq!(native.pd_disagg.send_type(), KvSendType::PutAsync, "PRIME-RL's default");
+}
+
+#[test]
+fn workers_on_a_cpu_share_its_cores_and_its_memory() {
+    let mut config = pd(&[0], &[1]);
+    let plan = planned_on_cpu(&config, 2);
+    for worker in &plan.workers {
+        assert!(!worker.env.contains_key("CUDA_VISIBLE_DEVICES"));
+        assert_eq!(worker.env["VLLM_CPU_OMP_THREADS_BIND"], "nobind");
+        assert_eq!((worker.env["OMP_NUM_THREADS"].as_str(), worker.env["VLLM_ENABLE_V1_MULTIPROCESSING"].as_str()), ("1", "0"));
+        assert_eq!(flag(worker, "--gpu-memory-utilization"), Some("0.45"));
+        let extra = &kv_settings(worker)["kv_connector_extra_config"];
+        assert_eq!(extra["kv"]["paths"], json!(["shm", "tcp"]), "KV lies in host memory");
+    }
+    assert!(plan.notes.iter().any(|note| note.contains("0.32.0+cpu computes on the CPU")), "{:?}", plan.notes);
+
+    let binds = |plan: &Plan| {
+        plan.workers.iter().map(|worker| worker.env["VLLM_CPU_OMP_THREADS_BIND"].clone()).collect::<Vec<_>>()
+    };
+    let plan = planned_on_cpu(&config, 8);
+    assert_eq!(binds(&plan), ["1-3", "5-7"]);
+    assert!(plan.workers.iter().all(|worker| !worker.env.contains_key("VLLM_ENABLE_V1_MULTIPROCESSING")));
+    config.pd_disagg.prefill_gpu_ids = vec![0, 2];
+    config.pd_disagg.prefill_tp = Some(2);
+    let plan = planned_on_cpu(&config, 12);
+    assert_eq!(binds(&plan), ["1-3|4-6", "8-10"]);
+    assert_eq!(flag(&plan.workers[0], "--gpu-memory-utilization"), Some("0.3"));
+
+    // What is said wins: a size of the KV cache, cores by the role's environment, paths that reach host memory.
+    pass(&mut config, "", "kv_cache_memory_bytes", json!("128M"));
+    config.pd_disagg.decode_env.insert("VLLM_CPU_OMP_THREADS_BIND".to_owned(), "11".to_owned());
+    config.kv.paths = Some(vec![Path::Tcp]);
+    let plan = planned_on_cpu(&config, 12);
+    assert_eq!(flag(&plan.workers[0], "--kv-cache-memory-bytes"), Some("128M"));
+    assert_eq!((flag(&plan.workers[0], "--gpu-memory-utilization"), binds(&plan)[1].as_str()), (Some("0.9"), "11"));
+    assert_eq!(kv_settings(&plan.workers[0])["kv_connector_extra_config"]["kv"]["paths"], json!(["tcp"]));
+
+    config.kv.paths = Some(vec![Path::CudaIpc]);
+    let error = made_with(&config, &vllm("0.32.0+cpu"), &[0, 1], &mut TablePorts::busy(&[])).expect_err("no such path");
+    assert!(matches!(error, PlanError::PathsOfGpu { .. }) && error.is_configuration(), "{error}");
+
+    config.pd_disagg.connector_impl = ConnectorImpl::Vllm;
+    config.pd_disagg.kv_connector = KvConnector::NixlConnector;
+    assert_eq!(kv_settings(&planned_on_cpu(&config, 2).workers[0])["kv_buffer_device"], "cpu");
+}
+
+#[test]
+fn what_a_host_lacks_is_named_with_the_mend() {
+    let config = pd(&[0], &[7]);
+    let plan = planned(&config, 33);
+    let host = |gpus, model_fault| Host { gpus, cores: vec![0], model_fault };
+    let whole = host(Gpus::Count(8), None);
+    let with = |wheel| VllmProgram { wheel, python: Some("/env/bin/python".to_owned()), ..vllm("0.33.0") };
+    let ours = env!("CARGO_PKG_VERSION").to_owned();
+    let installed = with(Wheel::Installed { version: ours.clone() });
+    assert_eq!(faults(&config, &plan, &whole, Some(&installed)), []);
+    let cases = [
+        (with(Wheel::Missing), whole.clone(), "-m pip install"),
+        (with(Wheel::Installed { version: "9.9".to_owned() }), whole.clone(), "the connector in vLLM's environment is 9.9"),
+        (with(Wheel::Broken { version: ours, why: "ImportError: x".to_owned() }), whole.clone(), "ImportError: x"),
+        (installed.clone(), host(Gpus::Count(2), None), "GPU 7 (decode worker, `pd_disagg.decode_gpu_ids`)"),
+        (installed.clone(), host(Gpus::Count(0), None), "which has none"),
+        (installed.clone(), host(Gpus::Count(8), Some(ModelFault::Missing)), "the model `M` is a path"),
+        (installed.clone(), host(Gpus::Count(8), Some(ModelFault::NoModel)), "has no config.json"),
+    ];
+    for (vllm, host, want) in cases {
+        let found = faults(&config, &plan, &host, Some(&vllm));
+        assert!(found.len() == 1 && found[0].to_string().contains(want), "{want} in {found:?}");
+    }
+    // What cannot be told is no fault, and is said.
+    let unknown = host(Gpus::Unknown, None);
+    let stranger = vllm("0.33.0");
+    assert_eq!(faults(&config, &plan, &unknown, Some(&stranger)), []);
+    let said = doubts(&config, &plan, &unknown, Some(&stranger)).join("\n");
+    assert!(said.contains("connector is installed") && said.contains("GPU 0, 7"), "{said}");
+    // A wheel that is not used is not missed, and a CPU needs no GPU.
+    let mut own = config.clone();
+    own.pd_disagg.connector_impl = ConnectorImpl::Vllm;
+    assert_eq!(faults(&own, &plan, &whole, Some(&with(Wheel::Missing))), []);
+    let on_cpu = VllmProgram { wheel: Wheel::Missing, ..vllm("0.32.0+cpu") };
+    let found = faults(&config, &plan, &host(Gpus::Count(0), None), Some(&on_cpu));
+    assert!(matches!(found.as_slice(), [HostFault::NoWheel { .. }]), "{found:?}");
 }
 
 #[test]
@@ -363,7 +487,7 @@ fn reference_workers_are_told_what_differs_from_the_default() {
     config.inference.reference.num_blocks = 128;
     config.inference.enable_prefix_caching = Some(false);
     config.kv.paths = Some(vec![Path::Tcp]);
-    let around = Surroundings { pdlink: "/bin/pdlink", vllm: None, secret_file: "/run/x/secret" };
+    let around = Surroundings { pdlink: "/bin/pdlink", vllm: None, cores: &[], secret_file: "/run/x/secret" };
     let plan = plan(&config, &around, &mut TablePorts::busy(&[])).expect("no vllm is needed");
     assert_eq!(
         plan.workers[0].command.join(" "),

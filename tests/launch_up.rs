@@ -123,9 +123,11 @@ fn a_worker_that_never_serves_ends_the_run_with_its_last_lines() {
     assert_eq!(ended.code(), Some(1));
     assert!(said.contains("ended with status 3 before it was ready"), "{said}");
     assert!(
-        said.contains("ValueError: no such model") && said.contains("line 40") && !said.contains("line 7\n"),
-        "{said}"
+        said.contains("before it was ready: torch.OutOfMemoryError: CUDA out of memory."),
+        "the cause, not its echo: {said}"
     );
+    assert!(said.contains("→ lower `inference.gpu_memory_utilization`"), "the mend: {said}");
+    assert!(said.contains("line 40") && !said.contains("line 7\n"), "{said}");
     all_end(&processes);
 }
 
@@ -191,7 +193,7 @@ fn a_vllm_that_cannot_serve_is_refused_by_name() {
     let place = Place::new();
     let config = place.stand_in_config(PD);
     let cases: &[(&[(&str, &str)], &str)] = &[
-        (&[("STAND_IN_VERSION", "0.19.2")], "vLLM 0.19 is too old"),
+        (&[("STAND_IN_VERSION", "0.19.2")], "vLLM 0.19 is too old: pdlink knows 0.20 and later"),
         (&[("STAND_IN_VERSION", "what")], "names no version"),
         (&[("PATH", "/nowhere")], "`vllm` is not on the PATH"),
     ];
@@ -204,11 +206,68 @@ fn a_vllm_that_cannot_serve_is_refused_by_name() {
     untested.line_with("vLLM 0.34 is outside of the range pdlink is tested with (0.24 to 0.33)");
 }
 
+const NATIVE: &str = "[pd_disagg]\nenabled = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [1]\n";
+
+#[test]
+fn the_environment_of_vllm_is_asked_before_anything_starts() {
+    let place = Place::new().with_python();
+    let ours = env!("CARGO_PKG_VERSION");
+    let packages = |vllm: &str, wheel: &str, why: &str| format!(r#"{{"vllm": "{vllm}", "wheel": {wheel}, "why": {why}}}"#);
+    let config = place.stand_in_config(NATIVE);
+    let cases = [
+        (packages("0.32.0", "null", "null"), "pdlink's connector is not installed with vLLM 0.32.0"),
+        (packages("0.32.0", "\"9.9.9\"", "null"), "the connector in vLLM's environment is 9.9.9"),
+        (packages("0.32.0", &format!("\"{ours}\""), "\"ImportError: no GLIBC\""), "ImportError: no GLIBC"),
+        (packages("0.23.0", &format!("\"{ours}\""), "null"), "too old for pdlink's connector"),
+    ];
+    for (packages, want) in &cases {
+        let (ended, said) = place.up(&config, &[], &[("STAND_IN_PACKAGES", packages)]).ended();
+        assert_eq!(ended.code(), Some(1), "{said}");
+        assert!(said.contains(want) && !place.path("logs/prefill_0.log").exists(), "{want} in: {said}");
+    }
+    let mut dry = place.up(&config, &["--dry-run"], &[("STAND_IN_PACKAGES", &cases[0].0)]);
+    dry.line_with("warning: pdlink's connector is not installed");
+    assert!(dry.ended().0.success(), "a dry run is for another host, perhaps");
+
+    let good = packages("0.32.0+cpu", &format!("\"{ours}\""), "null");
+    let (ended, said) = place.up(&config, &["--dry-run"], &[("STAND_IN_PACKAGES", &good)]).ended();
+    assert!(ended.success() && !said.contains("warning"), "{said}");
+    assert!(said.contains("by shm, tcp") && said.contains("computes on the CPU"), "{said}");
+
+    let roles = ["--dry-run", "--pd_disagg.prefill_env.PYTHONPATH", "/a"];
+    let (ended, said) = place.up(&config, &roles, &[("STAND_IN_PACKAGES", &good)]).ended();
+    assert!(ended.success(), "the same vLLM under both: {said}");
+}
+
+#[test]
+fn a_model_that_is_not_there_is_refused_before_anything_starts() {
+    let place = Place::new();
+    let (ended, said) =
+        place.up(&place.stand_in_config(PD), &["--inference.model.name", "/no/such/model"], &[]).ended();
+    assert_eq!(ended.code(), Some(1), "{said}");
+    assert!(said.contains("the model `/no/such/model` is a path, and there is nothing"), "{said}");
+    assert!(!place.path("logs").exists());
+}
+
+#[test]
+fn a_start_is_told_as_the_log_tells_it() {
+    let place = Place::new();
+    let mut up = place.up(&place.stand_in_config(PD), &[], &[("STAND_IN_SLOW", "1")]);
+    up.line_with("loading weights, 100 %");
+    up.line_with("KV cache of 16,384 tokens");
+    let ready = up.line_with("ready after");
+    assert!(ready.ends_with(", KV cache of 16,384 tokens"), "{ready}");
+    up.signal(Signal::TERM);
+    assert!(up.ended().0.success());
+}
+
 #[test]
 fn machines_get_one_object_a_line() {
     let place = Place::new();
-    let mut up = place.up(&place.stand_in_config(PD), &["--json"], &[]);
+    let mut up = place.up(&place.stand_in_config(PD), &["--json"], &[("STAND_IN_SLOW", "1")]);
     let plan = up.event("plan");
+    let progress = up.event("progress");
+    assert_eq!((&progress["part"], &progress["percent"]), (&"weights".into(), &100.into()));
     assert_eq!(plan["plan"]["workers"].as_array().map(Vec::len), Some(2));
     let ready = up.event("ready");
     assert_eq!(ready["base_url"], plan["plan"]["proxy"]["base_url"]);

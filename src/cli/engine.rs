@@ -106,7 +106,7 @@ fn setup(args: &Args, config: &Config, host: &str, kv_listener: TcpListener) -> 
         advertise_host: advertised(host, &kv_listener)?,
         kv_listener,
         secret,
-        send_type: config.pd_disagg.kv_send_type,
+        send_type: config.pd_disagg.send_type(),
         wrap_path: None,
     })
 }

@@ -11,10 +11,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use crate::config::{Config, EngineKind};
+use crate::launcher::machine;
 use crate::launcher::ports::HeldPorts;
 use crate::launcher::run_dir::RunDir;
-use crate::launcher::vllm_program::{self, VllmError};
+use crate::launcher::vllm::program::{self, VllmError};
 use crate::security::Secret;
+use crate::topology::host::{self, Host};
 use crate::topology::vllm::{P2P_NCCL_LAST, TESTED, VllmProgram};
 use crate::topology::{Plan, Surroundings, needs_p2p_nccl, plan};
 
@@ -42,33 +44,50 @@ pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
     let config = load_config(&sources)?.config;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build()?;
     let outcome = runtime.block_on(async {
-        let vllm = match find_vllm(&config).await {
-            Err(error @ VllmError::NotFound) if args.dry_run => Some(assumed_vllm(&config, &error)),
+        let vllm = match find_vllm(&config, args.json).await {
+            Err(error @ VllmError::NotFound) if args.dry_run => assumed_vllm(&config, &error),
             found => found?,
         };
-        if args.dry_run {
-            dry_run(&config, vllm.as_ref(), args.json)
-        } else {
-            up(&config, vllm.as_ref(), args.json).await
-        }
+        let here = Here { vllm, host: machine::look(config.model_name()).await };
+        if args.dry_run { dry_run(&config, &here, args.json) } else { up(&config, &here, args.json).await }
     });
     runtime.shutdown_timeout(EXIT_TIMEOUT);
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-async fn find_vllm(config: &Config) -> Result<Option<VllmProgram>, VllmError> {
+/// What a run finds where it starts.
+struct Here {
+    /// The `vllm` that workers run; none with another engine.
+    vllm: Option<VllmProgram>,
+    host: Host,
+}
+
+/// How long the look for vLLM goes on before it is said that it does.
+const LOOK_SILENTLY: Duration = Duration::from_secs(2);
+
+async fn find_vllm(config: &Config, json: bool) -> Result<Option<VllmProgram>, VllmError> {
     if config.inference.engine != EngineKind::Vllm {
         return Ok(None);
     }
     let path = std::env::var_os("PATH");
-    vllm_program::find(config.launcher.vllm_program.as_deref(), path.as_deref()).await.map(Some)
+    let envs: Vec<_> = config.roles().iter().filter_map(|role| config.pd_disagg.env(*role)).collect();
+    let finding = program::find(config.launcher.vllm_program.as_deref(), path.as_deref(), &envs);
+    tokio::pin!(finding);
+    let found = tokio::select! {
+        found = &mut finding => found,
+        () = tokio::time::sleep(LOOK_SILENTLY) => {
+            stage::looking_for_vllm(json);
+            finding.await
+        }
+    };
+    found.map(Some)
 }
 
 /// What a dry run shows on a machine without vLLM: commands for the newest version known that has the connector.
-fn assumed_vllm(config: &Config, error: &VllmError) -> VllmProgram {
+fn assumed_vllm(config: &Config, error: &VllmError) -> Option<VllmProgram> {
     let version = if needs_p2p_nccl(config) { P2P_NCCL_LAST } else { TESTED.1 };
     stage::warn_on_stderr(&format!("{error}; the commands shown are for vLLM {version}"));
-    VllmProgram { program: "vllm".to_owned(), version }
+    VllmProgram::new(vec!["vllm".to_owned()], &format!("{version}.0"))
 }
 
 /// Every port that the run holds.
@@ -80,26 +99,31 @@ struct Sockets {
 }
 
 /// Makes the plan and holds its ports; says on stderr what should be changed.
-fn planned(config: &Config, vllm: Option<&VllmProgram>, secret_file: &str) -> anyhow::Result<(Plan, Sockets)> {
+fn planned(config: &Config, here: &Here, secret_file: &str) -> anyhow::Result<(Plan, Sockets)> {
     let pdlink = std::env::current_exe()?.to_string_lossy().into_owned();
-    let around = Surroundings { pdlink: &pdlink, vllm, secret_file };
+    let around = Surroundings { pdlink: &pdlink, vllm: here.vllm.as_ref(), cores: &here.host.cores, secret_file };
     let mut run = HeldPorts::on(config.host())?;
     let plan = plan(config, &around, &mut run).map_err(|error| {
         if error.is_configuration() { Usage::new(error.to_string()).into() } else { anyhow::Error::new(error) }
     })?;
-    for warning in &plan.warnings {
+    let doubts = host::doubts(config, &plan, &here.host, here.vllm.as_ref());
+    for warning in plan.warnings.iter().chain(&doubts) {
         stage::warn_on_stderr(warning);
     }
     let admin = config.proxy.admin_listen.as_deref().map(HeldPorts::for_admin).transpose()?;
     Ok((plan, Sockets { run, admin }))
 }
 
-fn dry_run(config: &Config, vllm: Option<&VllmProgram>, json: bool) -> anyhow::Result<()> {
+fn dry_run(config: &Config, here: &Here, json: bool) -> anyhow::Result<()> {
     let secret_file = match &config.security.secret_file {
         Some(path) => path.to_string_lossy().into_owned(),
         None => std::env::temp_dir().join("pdlink-RUN/secret").to_string_lossy().into_owned(),
     };
-    let (plan, _sockets) = planned(config, vllm, &secret_file)?;
+    let (plan, _sockets) = planned(config, here, &secret_file)?;
+    // The plan may be for another host than the one it is looked at.
+    for fault in host::faults(config, &plan, &here.host, here.vllm.as_ref()) {
+        stage::warn_on_stderr(&fault.to_string());
+    }
     let text = if json {
         format!("{:#}\n", plan.to_json())
     } else {
@@ -130,9 +154,13 @@ impl RunSecret {
     }
 }
 
-async fn up(config: &Config, vllm: Option<&VllmProgram>, json: bool) -> anyhow::Result<()> {
+async fn up(config: &Config, here: &Here, json: bool) -> anyhow::Result<()> {
     let secret = RunSecret::new(config)?;
-    let (plan, sockets) = planned(config, vllm, &secret.file.to_string_lossy())?;
+    let (plan, sockets) = planned(config, here, &secret.file.to_string_lossy())?;
+    let faults = host::faults(config, &plan, &here.host, here.vllm.as_ref());
+    if !faults.is_empty() {
+        anyhow::bail!(faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"));
+    }
     let stage = Stage::new(&plan, json);
     stage.announce(
         &serde_json::json!({ "event": "plan", "plan": plan.to_json() }),

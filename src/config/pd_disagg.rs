@@ -81,8 +81,11 @@ pub struct PdDisaggConfig {
     /// GPUs of the prefill workers. Needed with `enabled`. With the reference engine the ids are only worker slots: as many
     /// workers as runs of `tp` ids, and no GPU is touched.
     pub prefill_gpu_ids: Vec<u32>,
-    /// GPUs of the decode workers; as `prefill_gpu_ids`. The two lists may not share an id.
+    /// GPUs of the decode workers; as `prefill_gpu_ids`. The two lists share no id, but with `shared_gpus`.
     pub decode_gpu_ids: Vec<u32>,
+    /// Whether both roles may name the same GPU. Default false: a GPU serves one role. True is for trying PD out on one GPU, with
+    /// `[inference] gpu_memory_utilization` below 0.5; the roles then slow each other down.
+    pub shared_gpus: bool,
     /// Tensor-parallel ranks of one prefill worker. Default: `[inference.parallel] tp`. The roles may differ.
     #[schemars(range(min = 1, max = 1024))]
     pub prefill_tp: Option<u32>,
@@ -112,8 +115,9 @@ pub struct PdDisaggConfig {
     pub auto_ports: bool,
     /// How KV goes from prefill to decode. Default `P2pNcclConnector`.
     pub kv_connector: KvConnector,
-    /// Who drives the copy. Default `PUT_ASYNC`.
-    pub kv_send_type: KvSendType,
+    /// Who drives the copy. Default `PUT_ASYNC`; with the `NixlConnector` that vLLM ships `GET`, as vLLM means that name. There
+    /// `PUT` and `PUT_ASYNC` both choose vLLM's `NixlPushConnector`.
+    pub kv_send_type: Option<KvSendType>,
     /// Whose code stands behind the connector's name. Default `native`.
     pub connector_impl: ConnectorImpl,
     /// `all2all_backend` of prefill workers. Default: `[inference] all2all_backend`.
@@ -152,6 +156,14 @@ impl PdDisaggConfig {
         }
     }
 
+    /// Who drives the copy: what is given, else what the connector's name means to those who know it.
+    pub fn send_type(&self) -> KvSendType {
+        self.kv_send_type.unwrap_or(match (self.connector_impl, self.kv_connector) {
+            (ConnectorImpl::Vllm, KvConnector::NixlConnector) => KvSendType::Get,
+            _ => KvSendType::default(),
+        })
+    }
+
     /// Further environment variables of a role.
     pub fn env(&self, role: Role) -> Option<&BTreeMap<String, String>> {
         match role {
@@ -168,6 +180,7 @@ impl Default for PdDisaggConfig {
             enabled: false,
             prefill_gpu_ids: Vec::new(),
             decode_gpu_ids: Vec::new(),
+            shared_gpus: false,
             prefill_tp: None,
             decode_tp: None,
             host: None,
@@ -178,7 +191,7 @@ impl Default for PdDisaggConfig {
             decode_kv_port: 14580,
             auto_ports: true,
             kv_connector: KvConnector::default(),
-            kv_send_type: KvSendType::default(),
+            kv_send_type: None,
             connector_impl: ConnectorImpl::default(),
             prefill_all2all_backend: None,
             decode_all2all_backend: None,

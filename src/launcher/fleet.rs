@@ -14,6 +14,8 @@ use super::exit::Exit;
 use super::guarded::{GuardSetup, Guards};
 use super::life::{Cause, Limits};
 use super::logs::WorkerLog;
+use super::vllm::diagnosis::Diagnosis;
+use super::vllm::progress::Sign;
 use super::worker::{Ask, WorkerTask};
 
 /// Happenings that wait to be shown before a worker's task waits for the reader.
@@ -29,6 +31,8 @@ pub struct WorkerSpec {
     pub port: u16,
     pub command: Vec<String>,
     pub env: BTreeMap<String, String>,
+    /// Whether its log is vLLM's: then it tells how far the start is, and why it failed.
+    pub is_vllm: bool,
 }
 
 /// How all workers of a run are treated.
@@ -54,14 +58,27 @@ pub struct FleetEvent {
 pub enum Happening {
     /// Its process runs.
     Started { pid: u32 },
-    /// It serves.
-    Ready { took: Duration },
+    /// Its start has come so far.
+    Progress(Sign),
+    /// It serves; the tokens its KV cache holds where its log said so.
+    Ready { took: Duration, kv_tokens: Option<u64> },
     /// It ended by itself and is started again after `pause`.
-    Restarts { cause: Cause, pause: Duration, tail: Vec<String>, log: PathBuf },
+    Restarts { failure: Failure, pause: Duration },
     /// It ended by itself and the run must end for it.
-    GivenUp { cause: Cause, tail: Vec<String>, log: PathBuf },
+    GivenUp { failure: Failure },
     /// It ended because it was asked to.
     Ended { exit: Exit },
+}
+
+/// How a worker failed, as far as is known.
+#[derive(Debug, Clone)]
+pub struct Failure {
+    pub cause: Cause,
+    /// What its log says of why.
+    pub diagnosis: Option<Diagnosis>,
+    /// The last lines of its log.
+    pub tail: Vec<String>,
+    pub log: PathBuf,
 }
 
 /// Why a fleet could not be started.

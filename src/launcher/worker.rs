@@ -3,17 +3,23 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::exit::Exit;
-use super::fleet::{FleetEvent, FleetOptions, Happening, WorkerSpec};
+use super::fleet::{Failure, FleetEvent, FleetOptions, Happening, WorkerSpec};
 use super::guarded::{GuardReport, Guarded};
-use super::life::{Action, Event, Life, Notice};
-use super::logs::WorkerLog;
+use super::life::{Action, Cause, Event, Life, Notice};
+use super::logs::{Follower, WorkerLog};
 use super::probe;
+use super::vllm::diagnosis::diagnose;
+use super::vllm::progress::{self, Sign};
+
+/// How often the log of a starting worker is looked at.
+const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 
 type Probe = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -33,6 +39,36 @@ pub(super) struct WorkerTask {
     not_started: Option<Exit>,
     /// Where this start's lines begin in the log.
     log_position: u64,
+    start: Option<Start>,
+}
+
+/// What the log of a starting vLLM has told.
+struct Start {
+    follower: Follower,
+    look_at: Instant,
+    last: Option<Sign>,
+    kv_tokens: Option<u64>,
+}
+
+impl Start {
+    fn new(follower: Follower) -> Self {
+        Self { follower, look_at: Instant::now() + FOLLOW_EVERY, last: None, kv_tokens: None }
+    }
+
+    /// The newest sign in what has been written since the last look, if it is news.
+    fn look(&mut self) -> Option<Sign> {
+        self.look_at = Instant::now() + FOLLOW_EVERY;
+        let signs: Vec<Sign> = self.follower.lines().iter().filter_map(|line| progress::read(line)).collect();
+        for sign in &signs {
+            if let Sign::KvCache { tokens } = sign {
+                self.kv_tokens = Some(*tokens);
+            }
+        }
+        let newest = *signs.last()?;
+        let news = self.last != Some(newest);
+        self.last = Some(newest);
+        news.then_some(newest)
+    }
 }
 
 /// A request that is heard once.
@@ -72,6 +108,7 @@ impl WorkerTask {
             wake: None,
             not_started: None,
             log_position: 0,
+            start: None,
         }
     }
 
@@ -107,13 +144,18 @@ impl WorkerTask {
                 report = report_of(&mut self.guarded), if self.guarded.is_some() => match report {
                     GuardReport::Started { pid } => self.tell(Happening::Started { pid }).await,
                     GuardReport::Exited(exit) => {
-                        (self.guarded, self.probe, self.wake) = (None, None, None);
+                        (self.guarded, self.probe, self.wake, self.start) = (None, None, None, None);
                         return Event::Exited(exit);
                     }
                 },
                 () = answer_of(&mut self.probe), if self.probe.is_some() => {
                     self.probe = None;
                     return Event::Healthy;
+                }
+                () = sleep_until(self.start.as_ref().map_or(self.began, |start| start.look_at)), if self.start.is_some() => {
+                    if let Some(sign) = self.start.as_mut().and_then(Start::look) {
+                        self.tell(Happening::Progress(sign)).await;
+                    }
                 }
                 () = sleep_until(self.wake.unwrap_or(self.began)), if self.wake.is_some() => {
                     self.wake = None;
@@ -152,6 +194,7 @@ impl WorkerTask {
         match guarded {
             Ok(guarded) => {
                 self.guarded = Some(guarded);
+                self.start = spec.is_vllm.then(|| Start::new(self.log.follow(self.log_position)));
                 let (host, port) = (spec.host.clone(), spec.port);
                 self.probe = Some(Box::pin(async move { probe::until_ready(&host, port).await }));
             }
@@ -160,15 +203,26 @@ impl WorkerTask {
     }
 
     async fn notify(&mut self, notice: Notice) {
-        let tail = || self.log.tail(self.log_position, self.options.tail_lines);
-        let log = || self.log.path().to_owned();
         let happening = match notice {
-            Notice::Ready { took } => Happening::Ready { took },
+            Notice::Ready { took } => {
+                let mut start = self.start.take();
+                let kv_tokens = start.as_mut().and_then(|start| {
+                    start.look();
+                    start.kv_tokens
+                });
+                Happening::Ready { took, kv_tokens }
+            }
             Notice::Ended { exit } => Happening::Ended { exit },
-            Notice::Restarts { cause, pause } => Happening::Restarts { cause, pause, tail: tail(), log: log() },
-            Notice::GivenUp { cause } => Happening::GivenUp { cause, tail: tail(), log: log() },
+            Notice::Restarts { cause, pause } => Happening::Restarts { failure: self.failure(cause), pause },
+            Notice::GivenUp { cause } => Happening::GivenUp { failure: self.failure(cause) },
         };
         self.tell(happening).await;
+    }
+
+    fn failure(&self, cause: Cause) -> Failure {
+        let diagnosis = if self.spec.is_vllm { diagnose(self.log.end(self.log_position).lines()) } else { None };
+        let tail = self.log.tail(self.log_position, self.options.tail_lines);
+        Failure { cause, diagnosis, tail, log: self.log.path().to_owned() }
     }
 
     /// A launcher that listens no more ends the fleet by dropping it.

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use super::plan::{LinkPlan, Plan, ProxyPlan, WorkerPlan, reach};
+use super::cpu::{self, Share};
+use super::plan::{LinkPlan, Plan, ProxyPlan, WorkerPlan, count, reach};
 use super::ports::{PortError, PortWish, Ports};
-use super::vllm::{P2P_NCCL_LAST, TESTED, VERSION_FLOOR, VllmProgram, VllmVersion};
+use super::vllm::{
+    NATIVE_FLOOR, NIXL_PUSH_FLOOR, P2P_NCCL_LAST, TESTED, VERSION_FLOOR, VllmProgram, VllmVersion,
+};
 use super::{kv_transfer, reference, vllm_args};
-use crate::config::{Config, ConnectorImpl, EngineKind, KvConnector, Role, WeightBroadcastType};
+use crate::config::{Config, ConnectorImpl, EngineKind, KvConnector, KvSendType, Path, Role, WeightBroadcastType};
 use crate::security::SECRET_FILE_ENV;
 
 /// From this version on vLLM refuses to load adapters at run time with several API servers.
@@ -19,6 +22,8 @@ pub struct Surroundings<'a> {
     pub pdlink: &'a str,
     /// The `vllm` that workers run; needed with `engine = "vllm"` only.
     pub vllm: Option<&'a VllmProgram>,
+    /// Cores that workers on the CPU may share.
+    pub cores: &'a [u32],
     /// The file with the run's secret.
     pub secret_file: &'a str,
 }
@@ -32,6 +37,20 @@ pub enum PlanError {
     NoVllm,
     #[error("vLLM {version} is too old: pdlink knows {VERSION_FLOOR} and later, and is tested with {} to {}", TESTED.0, TESTED.1)]
     TooOld { version: VllmVersion },
+    #[error(
+        "vLLM {version} is too old for pdlink's connector, which needs {NATIVE_FLOOR} or later; update vLLM, or set \
+         `pd_disagg.connector_impl = \"vllm\"`"
+    )]
+    TooOldForNative { version: VllmVersion },
+    #[error(
+        "vLLM {version} ships no NixlPushConnector; set `pd_disagg.kv_send_type = \"GET\"`, or use vLLM {NIXL_PUSH_FLOOR} or later"
+    )]
+    NoNixlPush { version: VllmVersion },
+    #[error(
+        "`kv.paths` has {paths} alone, and vLLM {release} keeps its KV in host memory; name \"shm\" or \"tcp\", or leave the key \
+         out"
+    )]
+    PathsOfGpu { paths: String, release: String },
     #[error(
         "vLLM {version} ships no P2pNcclConnector any more (the last that did was {P2P_NCCL_LAST}); set `pd_disagg.connector_impl = \
          \"native\"`, or `pd_disagg.kv_connector = \"NixlConnector\"`"
@@ -53,7 +72,7 @@ pub enum PlanError {
 impl PlanError {
     /// Whether the configuration is at fault, rather than the host.
     pub fn is_configuration(&self) -> bool {
-        !matches!(self, Self::Port(_) | Self::NoVllm | Self::TooOld { .. })
+        !matches!(self, Self::Port(_) | Self::NoVllm | Self::TooOld { .. } | Self::TooOldForNative { .. })
     }
 }
 
@@ -68,25 +87,43 @@ pub fn plan(config: &Config, around: &Surroundings<'_>, ports: &mut dyn Ports) -
         slots.extend(chunks(config, *role)?.into_iter().enumerate().map(|(index, gpus)| (*role, index, gpus)));
     }
     let kv_parallel_size = count(slots.len());
+    let kv_paths = kv_paths(config, around.vllm)?;
+    let ranks: Vec<u32> = slots.iter().map(|(.., gpus)| count(gpus.len())).collect();
+    let shares = if is_on_cpu(config, around) { cpu::shares(around.cores, &ranks) } else { Vec::new() };
     let mut workers = Vec::new();
     for (rank, (role, index, gpus)) in slots.into_iter().enumerate() {
-        let slot = Slot { role, index: count(index), gpus, kv_rank: count(rank), kv_parallel_size };
-        workers.push(worker(config, around, ports, slot)?);
+        let share = shares.get(rank).map(|share| (share, ranks.iter().sum()));
+        let slot = Slot { role, index: count(index), gpus, kv_rank: count(rank), kv_parallel_size, share };
+        workers.push(worker(config, around, &kv_paths, ports, slot)?);
     }
     Ok(Plan {
         model: config.model_name().to_owned(),
         world_size: world_size(config, &workers),
-        link: link(config),
-        notes: notes(config),
+        link: link(config, kv_paths),
+        notes: notes(config, around),
         workers,
         proxy,
         warnings,
     })
 }
 
-/// Workers and ranks are far fewer than this type holds; the configuration bounds them by its lists.
-fn count(number: usize) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
+fn is_on_cpu(config: &Config, around: &Surroundings<'_>) -> bool {
+    config.inference.engine == EngineKind::Vllm && around.vllm.is_some_and(|vllm| vllm.on_cpu)
+}
+
+/// The paths KV may take: those for host memory where vLLM's build keeps it there and none are named.
+fn kv_paths(config: &Config, vllm: Option<&VllmProgram>) -> Result<Vec<Path>, PlanError> {
+    let of_host = |path: &Path| matches!(path, Path::Shm | Path::Tcp | Path::Nixl);
+    let vllm = vllm.filter(|vllm| vllm.on_cpu && config.inference.engine == EngineKind::Vllm && is_native(config));
+    match (vllm, &config.kv.paths) {
+        (None, _) => Ok(config.kv_paths()),
+        (Some(_), None) => Ok(vec![Path::Shm, Path::Tcp]),
+        (Some(_), Some(paths)) if paths.iter().any(of_host) => Ok(paths.clone()),
+        (Some(vllm), Some(paths)) => {
+            let paths = paths.iter().map(|path| path.name()).collect::<Vec<_>>().join(", ");
+            Err(PlanError::PathsOfGpu { paths, release: vllm.release.clone() })
+        }
+    }
 }
 
 /// Whether the run needs the `P2pNcclConnector` that vLLM itself used to ship.
@@ -94,6 +131,12 @@ pub fn needs_p2p_nccl(config: &Config) -> bool {
     let pd = &config.pd_disagg;
     let is_p2p = pd.kv_connector == KvConnector::P2pNcclConnector;
     pd.enabled && config.inference.engine == EngineKind::Vllm && pd.connector_impl == ConnectorImpl::Vllm && is_p2p
+}
+
+fn needs_nixl_push(config: &Config) -> bool {
+    let pd = &config.pd_disagg;
+    let is_nixl = pd.connector_impl == ConnectorImpl::Vllm && pd.kv_connector == KvConnector::NixlConnector;
+    pd.enabled && is_nixl && pd.send_type() != KvSendType::Get
 }
 
 fn check_vllm(config: &Config, around: &Surroundings<'_>, warnings: &mut Vec<String>) -> Result<(), PlanError> {
@@ -106,6 +149,12 @@ fn check_vllm(config: &Config, around: &Surroundings<'_>, warnings: &mut Vec<Str
     }
     if needs_p2p_nccl(config) && version > P2P_NCCL_LAST {
         return Err(PlanError::P2pGone { version });
+    }
+    if config.pd_disagg.enabled && is_native(config) && version < NATIVE_FLOOR {
+        return Err(PlanError::TooOldForNative { version });
+    }
+    if needs_nixl_push(config) && version < NIXL_PUSH_FLOOR {
+        return Err(PlanError::NoNixlPush { version });
     }
     if version.is_untested() {
         let (from, to) = TESTED;
@@ -137,26 +186,32 @@ fn chunks(config: &Config, role: Role) -> Result<Vec<Vec<u32>>, PlanError> {
     Ok(gpus.chunks(width).map(<[u32]>::to_vec).collect())
 }
 
-struct Slot {
+struct Slot<'a> {
     role: Role,
     index: u32,
     gpus: Vec<u32>,
     kv_rank: u32,
     kv_parallel_size: u32,
+    /// On a CPU: its cores, and the ranks of all workers.
+    share: Option<(&'a Share, u32)>,
 }
 
 fn worker(
     config: &Config,
     around: &Surroundings<'_>,
+    kv_paths: &[Path],
     ports: &mut dyn Ports,
-    slot: Slot,
+    slot: Slot<'_>,
 ) -> Result<WorkerPlan, PlanError> {
     let host = config.host();
     let reach = reach(host);
     let port = take_http_port(config, ports, &slot)?;
     let kv_ports = take_kv_ports(config, ports, &slot)?;
     let (engine, role) = (config.inference.engine, slot.role);
-    let mut env = BTreeMap::from([("CUDA_VISIBLE_DEVICES".to_owned(), list(&slot.gpus))]);
+    let mut env = BTreeMap::new();
+    if slot.share.is_none() {
+        env.insert("CUDA_VISIBLE_DEVICES".to_owned(), list(&slot.gpus));
+    }
     let has_runtime = engine == EngineKind::Reference || (role != Role::Both && is_native(config));
     if has_runtime {
         env.insert(SECRET_FILE_ENV.to_owned(), around.secret_file.to_owned());
@@ -167,11 +222,20 @@ fn worker(
             reference::command(around.pdlink, config, &reference::Seat { role, host, port, kv_port })
         }
         EngineKind::Vllm => {
-            let VllmProgram { program, version } = around.vllm.ok_or(PlanError::NoVllm)?;
             let (kv_rank, kv_parallel_size) = (slot.kv_rank, slot.kv_parallel_size);
-            let seat = kv_transfer::Seat { role, kv_rank, kv_parallel_size, reach: &reach, port, kv_ports: &kv_ports };
+            let cpu = slot.share.map(|(share, ranks)| kv_transfer::CpuSeat { share, ranks });
+            let seat = kv_transfer::Seat {
+                role,
+                kv_rank,
+                kv_parallel_size,
+                reach: &reach,
+                port,
+                kv_ports: &kv_ports,
+                kv_paths,
+                cpu,
+            };
             env.extend(vllm_args::env(config, &seat));
-            vllm_args::command(program, *version, config, host, &seat)?
+            vllm_args::command(around.vllm.ok_or(PlanError::NoVllm)?, config, host, &seat)?
         }
     };
     env.extend(config.pd_disagg.env(role).into_iter().flatten().map(|(name, value)| (name.clone(), value.clone())));
@@ -202,7 +266,7 @@ fn base(first: u16, index: u32) -> u16 {
     first.saturating_add(u16::try_from(index).unwrap_or(u16::MAX))
 }
 
-fn take_http_port(config: &Config, ports: &mut dyn Ports, slot: &Slot) -> Result<u16, PortError> {
+fn take_http_port(config: &Config, ports: &mut dyn Ports, slot: &Slot<'_>) -> Result<u16, PortError> {
     let purpose = format!("HTTP port of {} {}", slot.role.name(), slot.index);
     let key = if slot.role == Role::Prefill { "pd_disagg.prefill_port" } else { "pd_disagg.decode_port" };
     let base = base(config.pd_disagg.base_port(slot.role), slot.index);
@@ -211,7 +275,7 @@ fn take_http_port(config: &Config, ports: &mut dyn Ports, slot: &Slot) -> Result
 
 /// One KV port for each process that listens: a reference worker and vLLM's NIXL side channel have one, our runtime in
 /// vLLM has one per rank, and vLLM's `P2pNcclConnector` takes `kv_port` + rank. Plain vLLM workers have none.
-fn take_kv_ports(config: &Config, ports: &mut dyn Ports, slot: &Slot) -> Result<Vec<u16>, PortError> {
+fn take_kv_ports(config: &Config, ports: &mut dyn Ports, slot: &Slot<'_>) -> Result<Vec<u16>, PortError> {
     let pd = &config.pd_disagg;
     let ranks = u16::try_from(config.tp(slot.role)).unwrap_or(u16::MAX);
     let (row, apart) = match (config.inference.engine, slot.role, pd.connector_impl, pd.kv_connector) {
@@ -237,12 +301,9 @@ fn world_size(config: &Config, workers: &[WorkerPlan]) -> Option<u32> {
     (config.weight_broadcast_type() == WeightBroadcastType::Nccl).then(|| count(ranks + 1))
 }
 
-fn link(config: &Config) -> Option<LinkPlan> {
-    let paths = if is_native(config) || config.inference.engine == EngineKind::Reference {
-        config.kv_paths()
-    } else {
-        Vec::new()
-    };
+fn link(config: &Config, kv_paths: Vec<Path>) -> Option<LinkPlan> {
+    let has_runtime = is_native(config) || config.inference.engine == EngineKind::Reference;
+    let paths = if has_runtime { kv_paths } else { Vec::new() };
     config.pd_disagg.enabled.then_some(LinkPlan {
         connector: config.pd_disagg.kv_connector,
         connector_impl: config.pd_disagg.connector_impl,
@@ -250,8 +311,11 @@ fn link(config: &Config) -> Option<LinkPlan> {
     })
 }
 
-fn notes(config: &Config) -> Vec<String> {
+fn notes(config: &Config, around: &Surroundings<'_>) -> Vec<String> {
     let mut notes = Vec::new();
+    if let Some(vllm) = around.vllm.filter(|_| is_on_cpu(config, around)) {
+        notes.push(format!("vLLM {} computes on the CPU: GPU ids only number the workers", vllm.release));
+    }
     if config.inference.engine == EngineKind::Reference {
         notes.push("engine = \"reference\": GPU ids only number the workers, no GPU is used".to_owned());
     }

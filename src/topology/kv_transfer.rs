@@ -5,8 +5,9 @@
 
 use serde_json::{Map, Value, json};
 
+use super::cpu::Share;
 use super::vllm::VllmVersion;
-use crate::config::{Config, ConnectorImpl, KvConnector, LoadFailurePolicy, Role};
+use crate::config::{Config, ConnectorImpl, KvConnector, KvSendType, LoadFailurePolicy, Path, Role};
 
 /// The Python module in which vLLM finds our connectors, under the names it ships its own with.
 const NATIVE_MODULE: &str = "pdlink.vllm";
@@ -26,6 +27,18 @@ pub(super) struct Seat<'a> {
     pub port: u16,
     /// One per tensor-parallel rank; the first is the worker's KV port.
     pub kv_ports: &'a [u16],
+    /// Ways for KV to go, best first, with pdlink's own connector.
+    pub kv_paths: &'a [Path],
+    /// Where the worker computes on the CPU: its cores among those of all.
+    pub cpu: Option<CpuSeat<'a>>,
+}
+
+/// A worker's place among those that share one CPU and its memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CpuSeat<'a> {
+    pub share: &'a Share,
+    /// Ranks of all workers together.
+    pub ranks: u32,
 }
 
 impl Seat<'_> {
@@ -65,25 +78,33 @@ fn native(config: &Config, version: VllmVersion, seat: &Seat<'_>) -> Value {
         "kv_host": seat.reach,
         "kv_ports": seat.kv_ports,
         "http_port": seat.port,
-        "send_type": config.pd_disagg.kv_send_type.name(),
-        "kv": kv_settings(config),
+        "send_type": config.pd_disagg.send_type().name(),
+        "kv": kv_settings(config, seat.kv_paths),
     });
     settings
 }
 
 /// `[kv]` as the runtime reads it, with the paths that were chosen for this engine.
-fn kv_settings(config: &Config) -> Value {
+fn kv_settings(config: &Config, paths: &[Path]) -> Value {
     let mut kv = match serde_json::to_value(&config.kv) {
         Ok(Value::Object(kv)) => kv,
         _ => Map::new(),
     };
-    kv.insert("paths".to_owned(), json!(config.kv_paths()));
+    kv.insert("paths".to_owned(), json!(paths));
     kv.retain(|_, value| !value.is_null());
     Value::Object(kv)
 }
 
+/// vLLM's own NIXL classes. `NixlConnector` is the one in which decode reads, by the name that every version has.
 fn nixl(config: &Config, version: VllmVersion, seat: &Seat<'_>) -> Value {
-    let mut settings = json!({ "kv_connector": "NixlConnector", "kv_role": seat.kv_role() });
+    let connector = match config.pd_disagg.send_type() {
+        KvSendType::Get => "NixlConnector",
+        KvSendType::Put | KvSendType::PutAsync => "NixlPushConnector",
+    };
+    let mut settings = json!({ "kv_connector": connector, "kv_role": seat.kv_role() });
+    if seat.cpu.is_some() {
+        settings["kv_buffer_device"] = json!("cpu");
+    }
     add_failure_policy(&mut settings, config, version);
     settings
 }
@@ -98,7 +119,7 @@ fn p2p_nccl(config: &Config, seat: &Seat<'_>) -> Value {
         "kv_port": seat.kv_port(),
         "kv_connector_extra_config": {
             "http_port": seat.port.to_string(),
-            "send_type": config.pd_disagg.kv_send_type.name(),
+            "send_type": config.pd_disagg.send_type().name(),
         },
     })
 }

@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 mod builder;
+mod cpu;
+pub mod host;
 mod kv_transfer;
 mod plan;
 pub mod ports;

@@ -137,6 +137,11 @@ impl Plan {
     }
 }
 
+/// Workers, ranks and cores are far fewer than this type holds; the configuration bounds them by its lists.
+pub(super) fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
 /// `host:port`, with brackets round an IPv6 address.
 pub(super) fn address(host: &str, port: u16) -> String {
     if host.contains(':') && !host.starts_with('[') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }

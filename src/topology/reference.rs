@@ -36,7 +36,7 @@ pub(super) fn command(pdlink: &str, config: &Config, seat: &Seat<'_>) -> Vec<Str
     if let Some(enabled) = config.inference.enable_prefix_caching {
         command.extend([text("--inference.enable_prefix_caching"), enabled.to_string()]);
     }
-    command.extend([text("--pd_disagg.kv_send_type"), text(config.pd_disagg.kv_send_type.name())]);
+    command.extend([text("--pd_disagg.kv_send_type"), text(config.pd_disagg.send_type().name())]);
     command
 }
 

@@ -2,14 +2,20 @@
 
 use std::fmt;
 
-/// The oldest version whose settings are known here.
+/// The oldest version whose settings are known here. Only what vLLM itself ships works before [`NATIVE_FLOOR`].
 pub const VERSION_FLOOR: VllmVersion = VllmVersion::new(0, 20);
+
+/// The oldest version that pdlink's own connector is made for.
+pub const NATIVE_FLOOR: VllmVersion = VllmVersion::new(0, 24);
 
 /// The range pdlink is tested with, ends included.
 pub const TESTED: (VllmVersion, VllmVersion) = (VllmVersion::new(0, 24), VllmVersion::new(0, 33));
 
 /// The last version that ships `P2pNcclConnector`.
 pub const P2P_NCCL_LAST: VllmVersion = VllmVersion::new(0, 23);
+
+/// The oldest version known to ship `NixlPushConnector`.
+pub const NIXL_PUSH_FLOOR: VllmVersion = VllmVersion::new(0, 24);
 
 /// Release number of vLLM, patch level left out: settings change with the minor number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,11 +51,40 @@ impl fmt::Display for VllmVersion {
     }
 }
 
+/// Whether pdlink's own connector is in the environment of a `vllm`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wheel {
+    /// It could not be looked for: the program is no script of a Python that can be asked.
+    Unknown,
+    Missing,
+    /// It is installed and cannot be imported; the text says why.
+    Broken { version: String, why: String },
+    Installed { version: String },
+}
+
 /// The `vllm` that workers run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VllmProgram {
-    pub program: String,
+    /// What stands before `serve`: the program, or a Python and its arguments.
+    pub command: Vec<String>,
     pub version: VllmVersion,
+    /// As vLLM writes it: `0.32.0+cpu`.
+    pub release: String,
+    /// Whether this build computes on the CPU; vLLM itself decides so by its version's text.
+    pub on_cpu: bool,
+    /// The Python behind it, where it is known.
+    pub python: Option<String>,
+    pub wheel: Wheel,
+}
+
+impl VllmProgram {
+    /// A program of which only the version is known. `None` if `release` is no version.
+    pub fn new(command: Vec<String>, release: &str) -> Option<Self> {
+        let version = VllmVersion::parse(release)?;
+        let release = release.split_ascii_whitespace().last().unwrap_or_default().to_owned();
+        let on_cpu = release.contains("cpu");
+        Some(Self { command, version, release, on_cpu, python: None, wheel: Wheel::Unknown })
+    }
 }
 
 #[cfg(test)]
@@ -77,5 +112,13 @@ mod tests {
         }
         assert!(VllmVersion::new(0, 23).is_untested() && VllmVersion::new(1, 0).is_untested());
         assert!(!VllmVersion::new(0, 24).is_untested() && !VllmVersion::new(0, 33).is_untested());
+    }
+
+    #[test]
+    fn a_build_for_the_cpu_says_so_in_its_version() {
+        let on_cpu = |release| VllmProgram::new(Vec::new(), release).map(|program| (program.release, program.on_cpu));
+        assert_eq!(on_cpu("vllm 0.32.0+cpu"), Some(("0.32.0+cpu".to_owned(), true)));
+        assert_eq!(on_cpu("0.33.0+cu130"), Some(("0.33.0+cu130".to_owned(), false)));
+        assert_eq!(on_cpu("no version"), None);
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::builder::PlanError;
 use super::kv_transfer::{self, Seat};
 use super::redact;
-use super::vllm::VllmVersion;
+use super::vllm::VllmProgram;
 use crate::config::{Config, ConnectorImpl, KvConnector, Role};
 
 /// Arguments by name with underscores, in the order in which they are written.
@@ -62,10 +62,13 @@ const RESERVED: &[(&str, &str)] = &[
 /// A secret given as an argument goes by the environment instead, where other users cannot read it.
 const SECRET_ARGUMENTS: &[(&str, &str)] = &[("api_key", "VLLM_API_KEY"), ("hf_token", "HF_TOKEN")];
 
+/// What sets the size of the KV cache on a CPU, as an argument and in the environment.
+const KV_CACHE_BYTES: &str = "kv_cache_memory_bytes";
+const CPU_KV_CACHE_SPACE: &str = "VLLM_CPU_KVCACHE_SPACE";
+
 /// `vllm serve MODEL …`.
 pub(super) fn command(
-    program: &str,
-    version: VllmVersion,
+    vllm: &VllmProgram,
     config: &Config,
     host: &str,
     seat: &Seat<'_>,
@@ -76,13 +79,17 @@ pub(super) fn command(
     args.set("port", json!(seat.port));
     add_model(&mut args, config);
     add_engine(&mut args, config, role);
+    if let Some(cpu) = seat.cpu {
+        share_memory(&mut args, config, role, cpu.ranks);
+    }
     add_pass_through(&mut args, config, role)?;
     if role != Role::Both {
-        args.set("kv_transfer_config", kv_transfer::settings(config, version, seat));
+        args.set("kv_transfer_config", kv_transfer::settings(config, vllm.version, seat));
     } else if let Some(given) = &config.inference.kv_transfer_config {
         args.set("kv_transfer_config", given.clone());
     }
-    let mut command = vec![program.to_owned(), "serve".to_owned(), config.model_name().to_owned()];
+    let mut command = vllm.command.clone();
+    command.extend(["serve".to_owned(), config.model_name().to_owned()]);
     command.extend(args.render());
     Ok(command)
 }
@@ -130,6 +137,16 @@ fn add_engine(args: &mut Args, config: &Config, role: Role) {
     args.set_if("enable_eplb", inference.enable_eplb);
 }
 
+/// On a CPU the share of memory is one of the whole host's, and every rank takes it: together they take what one would.
+fn share_memory(args: &mut Args, config: &Config, role: Role, ranks: u32) {
+    let sized = config.inference.vllm.args(role).keys().any(|name| name.replace('-', "_") == KV_CACHE_BYTES)
+        || config.pd_disagg.env(role).is_some_and(|env| env.contains_key(CPU_KV_CACHE_SPACE));
+    if !sized {
+        let each = config.inference.gpu_memory_utilization / f64::from(ranks.max(1));
+        args.set("gpu_memory_utilization", json!((each * 1000.0).floor() / 1000.0));
+    }
+}
+
 fn add_pass_through(args: &mut Args, config: &Config, role: Role) -> Result<(), PlanError> {
     for (name, value) in config.inference.vllm.args(role) {
         let name = name.replace('-', "_");
@@ -163,6 +180,17 @@ pub(super) fn env(config: &Config, seat: &Seat<'_>) -> BTreeMap<String, String> 
         let variable = SECRET_ARGUMENTS.iter().find(|(secret, _)| *secret == name.replace('-', "_"));
         if let (Some((_, variable)), Some(value)) = (variable, value.as_str()) {
             set(variable, value);
+        }
+    }
+    if let Some(cpu) = seat.cpu {
+        set("VLLM_CPU_OMP_THREADS_BIND", &cpu.share.bind);
+        if let Some(threads) = cpu.share.threads {
+            set("OMP_NUM_THREADS", &threads.to_string());
+            // With cores to bind, vLLM binds them in a worker process of its own. Without, a single rank does as well inside
+            // the scheduler's process, which spares a process, its memory, and two loops that wait for each other.
+            if config.tp(seat.role) == 1 {
+                set("VLLM_ENABLE_V1_MULTIPROCESSING", "0");
+            }
         }
     }
     match (seat.role, config.pd_disagg.connector_impl, config.pd_disagg.kv_connector) {

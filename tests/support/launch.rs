@@ -26,9 +26,14 @@ done
 export STAND_IN_PORT="$port"
 printf '%s\n' "$@" > "$STAND_IN_RECORD/$port.argv"
 env > "$STAND_IN_RECORD/$port.env"
+echo "(EngineCore pid=7) INFO 11-22 21:10:28 [core.py:133] Initializing a V1 LLM engine (v0.33.0) with config: model='M'"
+printf 'Loading safetensors checkpoint shards:   0%% Completed | 0/2\rLoading safetensors checkpoint shards: 100%% Completed | 2/2\n' >&2
 if [ -n "$STAND_IN_FAILS" ]; then
+    echo "(EngineCore pid=7) ERROR 11-22 21:10:42 [core.py:906] Traceback (most recent call last):"
+    echo "(EngineCore pid=7) ERROR 11-22 21:10:42 [core.py:906] torch.OutOfMemoryError: CUDA out of memory."
     i=0; while [ $i -lt 40 ]; do i=$((i+1)); echo "line $i"; done
-    echo "ValueError: no such model" >&2
+    echo "Traceback (most recent call last):" >&2
+    echo "RuntimeError: Engine core initialization failed. See root cause above." >&2
     exit 3
 fi
 if [ -n "$STAND_IN_CHILDREN" ]; then
@@ -37,7 +42,16 @@ if [ -n "$STAND_IN_CHILDREN" ]; then
 fi
 if [ -n "$STAND_IN_STUBBORN" ]; then trap '' TERM; fi
 echo "$$" > "$STAND_IN_RECORD/$port.pid"
+if [ -n "$STAND_IN_SLOW" ]; then sleep 1; fi
+echo "(EngineCore pid=7) INFO 11-22 21:10:29 [kv_cache_utils.py:2327] GPU KV cache size: 16,384 tokens"
+if [ -n "$STAND_IN_SLOW" ]; then sleep 1; fi
 exec "$STAND_IN_PROGRAM" --exact stand_in_for_vllm --ignored --nocapture --test-threads 1
+"#;
+
+/// A Python as the launcher asks it: answers with what [`Place::with_python`] was given, and runs the stand-in.
+const PYTHON: &str = r#"#!/bin/sh
+if [ "$1" = "-c" ]; then echo "a warning of some import"; echo "pdlink-asks $STAND_IN_PACKAGES"; exit 0; fi
+exec /bin/sh "$@"
 "#;
 
 /// The body of the test that the stand-in runs as its program.
@@ -75,6 +89,17 @@ impl Place {
         std::fs::write(&program, STAND_IN).expect("write the stand-in");
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("make it executable");
         Self { folder }
+    }
+
+    /// Makes the stand-in a script of a Python, which says what STAND_IN_PACKAGES holds.
+    pub(crate) fn with_python(self) -> Self {
+        let python = self.path("bin/python3");
+        let script = STAND_IN.replacen("#!/bin/sh", &format!("#!{}", python.display()), 1);
+        for (path, text) in [(&python, PYTHON), (&self.path("bin/vllm"), &script)] {
+            std::fs::write(path, text).expect("write a program");
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).expect("make it executable");
+        }
+        self
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

@@ -14,7 +14,7 @@ use super::front::{Front, Listeners};
 use super::pairs::{PairError, meet};
 use super::stage::{Stage, seconds};
 use super::{RunSecret, Sockets};
-use crate::config::{Config, Path, Role};
+use crate::config::{Config, EngineKind, Path, Role};
 use crate::launcher::fleet::{Fleet, FleetEvent, FleetOptions, Happening, WorkerSpec};
 use crate::launcher::guarded::{GuardSetup, Guards};
 use crate::launcher::life::{Limits, seconds as duration};
@@ -159,9 +159,7 @@ impl<'a> Run<'a> {
         self.tell_front(event);
         self.stage.happening(event.worker, &event.happening);
         match &event.happening {
-            Happening::GivenUp { cause, tail, log } => {
-                Err(anyhow::anyhow!(self.stage.failure(event.worker, cause, tail, log)))
-            }
+            Happening::GivenUp { failure } => Err(anyhow::anyhow!(self.stage.failure(event.worker, failure))),
             _ => Ok(()),
         }
     }
@@ -171,7 +169,7 @@ impl<'a> Run<'a> {
         match event.happening {
             Happening::Ready { .. } => front.tell(worker, true),
             Happening::Restarts { .. } | Happening::GivenUp { .. } => front.tell(worker, false),
-            Happening::Started { .. } | Happening::Ended { .. } => {}
+            Happening::Started { .. } | Happening::Progress(_) | Happening::Ended { .. } => {}
         }
     }
 
@@ -266,6 +264,7 @@ fn spec(worker: &WorkerPlan) -> WorkerSpec {
         port: worker.port,
         command: worker.command.clone(),
         env: worker.env.clone(),
+        is_vllm: worker.engine == EngineKind::Vllm,
     }
 }
 

@@ -1,14 +1,15 @@
 //! What `up` says while it runs: spinners on a terminal, plain lines elsewhere, one JSON object a line for machines.
 
-use std::path::Path;
 use std::time::Duration;
 
 use console::{Term, style};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 
-use crate::launcher::fleet::Happening;
+use crate::launcher::exit::Exit;
+use crate::launcher::fleet::{Failure, Happening};
 use crate::launcher::life::Cause;
+use crate::launcher::vllm::progress::{Sign, grouped};
 use crate::topology::Plan;
 
 /// How often a spinner turns.
@@ -18,6 +19,8 @@ const TURN: Duration = Duration::from_millis(100);
 pub(super) struct Stage {
     form: Form,
     workers: Vec<String>,
+    /// The last sign of each worker's start that was said.
+    signs: Vec<Option<Sign>>,
 }
 
 enum Form {
@@ -38,7 +41,8 @@ impl Stage {
                 each: vec![ProgressBar::hidden(); workers.len()],
             },
         };
-        Self { form, workers }
+        let signs = vec![None; workers.len()];
+        Self { form, workers, signs }
     }
 
     fn name(&self, worker: usize) -> &str {
@@ -52,15 +56,17 @@ impl Stage {
         }
         match happening {
             Happening::Started { pid } => self.started(worker, *pid),
-            Happening::Ready { took } => {
-                let line = format!("{} {} ready after {}", style("✓").green(), self.name(worker), seconds(*took));
+            Happening::Progress(sign) => self.progress(worker, *sign),
+            Happening::Ready { took, kv_tokens } => {
+                let kv = kv_tokens.map(|tokens| format!(", KV cache of {} tokens", grouped(tokens))).unwrap_or_default();
+                let line = format!("{} {} ready after {}{kv}", style("✓").green(), self.name(worker), seconds(*took));
                 self.forget(worker);
                 self.say(&line);
             }
             Happening::Ended { .. } | Happening::GivenUp { .. } => self.forget(worker),
-            Happening::Restarts { cause, pause, tail, log } => {
+            Happening::Restarts { failure, pause } => {
                 self.forget(worker);
-                let text = self.failure(worker, cause, tail, log);
+                let text = self.failure(worker, failure);
                 self.warn(&format!("{text}\n  starting it again in {}", seconds(*pause)));
             }
         }
@@ -79,8 +85,24 @@ impl Stage {
         }
     }
 
+    /// One line per worker on a terminal; elsewhere a line for each part of the start, not for each step of it.
+    fn progress(&mut self, worker: usize, sign: Sign) {
+        let text = format!("{} {sign}", self.name(worker));
+        let Some(last) = self.signs.get_mut(worker) else { return };
+        let is_new_part = last.is_none_or(|last| !last.is_same_part(sign));
+        *last = Some(sign);
+        match &self.form {
+            Form::Spinners { each, .. } => each[worker].set_message(text),
+            Form::Lines if is_new_part => line(&format!("  {text}")),
+            Form::Lines | Form::Json => {}
+        }
+    }
+
     /// Takes a worker's spinner away.
     fn forget(&mut self, worker: usize) {
+        if let Some(sign) = self.signs.get_mut(worker) {
+            *sign = None;
+        }
         if let Form::Spinners { each, .. } = &self.form {
             each[worker].finish_and_clear();
         }
@@ -112,10 +134,17 @@ impl Stage {
         }
     }
 
-    /// Why a worker is gone, with its last lines.
-    pub(super) fn failure(&self, worker: usize, cause: &Cause, tail: &[String], log: &Path) -> String {
+    /// Why a worker is gone, what to do, and its last lines.
+    pub(super) fn failure(&self, worker: usize, failure: &Failure) -> String {
+        let Failure { cause, diagnosis, tail, log } = failure;
         let bar = |c: &str| style(c.to_owned()).for_stderr().dim();
         let mut text = format!("{} {}", self.name(worker), cause_text(cause));
+        if let Some(diagnosis) = diagnosis {
+            text.push_str(&format!(": {}", diagnosis.cause));
+        }
+        if let Some(mend) = mend(failure) {
+            text.push_str(&format!("\n  {} {mend}", style("→").for_stderr().bold()));
+        }
         for said in tail {
             text.push_str(&format!("\n  {} {said}", bar("│")));
         }
@@ -125,10 +154,32 @@ impl Stage {
     }
 }
 
+/// What to do about a failure: what its log tells, else what its end does.
+fn mend(failure: &Failure) -> Option<&'static str> {
+    let by_log = failure.diagnosis.as_ref().and_then(|diagnosis| diagnosis.mend);
+    by_log.or(match failure.cause {
+        Cause::Exited { exit: Exit::Signal(libc::SIGKILL), .. } => {
+            Some("if nobody sent it, the host or its container was out of memory: `dmesg`, or the container's memory limit")
+        }
+        Cause::Exited { exit: Exit::Signal(libc::SIGBUS), .. } => {
+            Some("/dev/shm may be full; in a container give it more shared memory (`--shm-size`)")
+        }
+        Cause::NotReadyInTime { .. } => Some("raise launcher.ready_timeout_s if it was still at work"),
+        Cause::Exited { .. } => None,
+    })
+}
+
 /// A warning, as loading the configuration tells its own.
 pub(super) fn warn_on_stderr(text: &str) {
     let label = style("warning:").for_stderr().yellow().bold();
     let _ = Term::stderr().write_line(&format!("{label} {text}"));
+}
+
+/// Said while the look for vLLM takes its time. Machines are not told: it is no event of the run.
+pub(super) fn looking_for_vllm(json: bool) {
+    if !json {
+        line("  looking at vLLM's environment (its first import can take a while)");
+    }
 }
 
 fn spinner_style() -> ProgressStyle {
@@ -167,16 +218,32 @@ fn millis(time: &Duration) -> u64 {
 }
 
 fn event_of(name: &str, happening: &Happening) -> Value {
-    let failure = |event: &str, cause: &Cause, tail: &[String], log: &Path| json!({ "event": event, "worker": name, "cause": cause_text(cause), "last_lines": tail, "log": log });
     match happening {
         Happening::Started { pid } => json!({ "event": "started", "worker": name, "pid": pid }),
-        Happening::Ready { took } => json!({ "event": "worker_ready", "worker": name, "took_ms": millis(took) }),
+        Happening::Progress(sign) => {
+            json!({ "event": "progress", "worker": name, "part": sign.name(), "percent": sign.percent() })
+        }
+        Happening::Ready { took, kv_tokens } => {
+            json!({ "event": "worker_ready", "worker": name, "took_ms": millis(took), "kv_cache_tokens": kv_tokens })
+        }
         Happening::Ended { exit } => json!({ "event": "ended", "worker": name, "how": exit.to_string() }),
-        Happening::GivenUp { cause, tail, log } => failure("given_up", cause, tail, log),
-        Happening::Restarts { cause, pause, tail, log } => {
-            let mut event = failure("restarts", cause, tail, log);
+        Happening::GivenUp { failure } => failure_event("given_up", name, failure),
+        Happening::Restarts { failure, pause } => {
+            let mut event = failure_event("restarts", name, failure);
             event["pause_ms"] = json!(millis(pause));
             event
         }
     }
+}
+
+fn failure_event(event: &str, name: &str, failure: &Failure) -> Value {
+    json!({
+        "event": event,
+        "worker": name,
+        "cause": cause_text(&failure.cause),
+        "diagnosis": failure.diagnosis.as_ref().map(|diagnosis| &diagnosis.cause),
+        "mend": mend(failure),
+        "last_lines": failure.tail,
+        "log": failure.log,
+    })
 }

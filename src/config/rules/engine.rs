@@ -1,6 +1,6 @@
 //! What the workers run: arguments passed on to vLLM, and the shape of the reference engine.
 
-use crate::config::{All2AllBackend, EngineKind, VllmArgs};
+use crate::config::{All2AllBackend, EngineKind, Role, VllmArgs};
 
 use super::Bench;
 
@@ -15,6 +15,22 @@ const ARGS_OF_OURS: &[(&str, &str)] = &[
     ("uds", "pd_disagg.host"),
 ];
 
+/// Arguments that decide what a block of KV is. Both roles must agree on them, whoever moves the blocks.
+const ARGS_OF_KV: &[&str] = &[
+    "attention_backend",
+    "block_size",
+    "disable_hybrid_kv_cache_manager",
+    "dtype",
+    "hf_overrides",
+    "kv_cache_dtype",
+    "quantization",
+    "revision",
+    "tokenizer",
+];
+
+/// Environment variables that do the same.
+const ENV_OF_KV: &[&str] = &["VLLM_KV_CACHE_LAYOUT", "VLLM_SSM_CONV_STATE_LAYOUT", "VLLM_USE_V2_MODEL_RUNNER"];
+
 pub(super) fn judge(bench: &mut Bench<'_>) {
     match bench.config.inference.engine {
         EngineKind::Vllm => vllm(bench),
@@ -27,6 +43,9 @@ fn vllm(bench: &mut Bench<'_>) {
     let args = &config.inference.vllm;
     for (table, args) in [("", &args.all), (".prefill", &args.prefill), (".decode", &args.decode)] {
         args_of_ours(bench, table, args);
+    }
+    if config.pd_disagg.enabled {
+        roles_agree(bench);
     }
     let backends = [
         ("inference.all2all_backend", Some(config.inference.all2all_backend)),
@@ -44,6 +63,22 @@ fn vllm(bench: &mut Bench<'_>) {
     if config.inference.enable_eplb && !config.inference.enable_expert_parallel {
         let message = "is true, but without expert parallelism vLLM has no experts to balance and refuses to start";
         bench.warn(&["inference.enable_eplb"], message, "set inference.enable_expert_parallel = true");
+    }
+}
+
+fn roles_agree(bench: &mut Bench<'_>) {
+    let vllm = &bench.config.inference.vllm;
+    let (prefill, decode) = (vllm.args(Role::Prefill), vllm.args(Role::Decode));
+    for name in ARGS_OF_KV.iter().filter(|name| prefill.get(**name) != decode.get(**name)) {
+        let keys = [format!("inference.vllm.decode.{name}"), format!("inference.vllm.prefill.{name}")];
+        let message = "differs between the roles, and decides what a block of KV is: decode may not be able to use prefill's";
+        bench.warn(&[&keys[0], &keys[1]], message, format!("give it once, as inference.vllm.{name}"));
+    }
+    let pd = &bench.config.pd_disagg;
+    for name in ENV_OF_KV.iter().filter(|name| pd.prefill_env.get(**name) != pd.decode_env.get(**name)) {
+        let keys = [format!("pd_disagg.decode_env.{name}"), format!("pd_disagg.prefill_env.{name}")];
+        let message = "differs between the roles, and decides how KV lies in memory: decode may not be able to use prefill's";
+        bench.warn(&[&keys[0], &keys[1]], message, "give both roles the same value");
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::config::Role;
+use crate::config::{EngineKind, Role};
 
 use super::Bench;
 
@@ -64,11 +64,34 @@ fn overlap(bench: &mut Bench<'_>, prefill: &str, decode: &str) {
     let set = |ids: &[u32]| ids.iter().copied().collect::<BTreeSet<u32>>();
     let (ours, theirs) = (set(&bench.config.pd_disagg.prefill_gpu_ids), set(&bench.config.pd_disagg.decode_gpu_ids));
     let shared: Vec<String> = ours.intersection(&theirs).map(ToString::to_string).collect();
-    if !shared.is_empty() {
+    if shared.is_empty() {
+        return;
+    }
+    let gpus = shared.join(", ");
+    if !bench.config.pd_disagg.shared_gpus {
         bench.refuse(
             &[decode, prefill],
-            format!("shares GPU {} with {prefill}: a GPU serves one role", shared.join(", ")),
-            "give each role GPUs of its own",
+            format!("shares GPU {gpus} with {prefill}: a GPU serves one role"),
+            "give each role GPUs of its own, or set pd_disagg.shared_gpus = true to try PD out on one",
+        );
+    } else if both_take_more_than_there_is(bench) {
+        let share = bench.config.inference.gpu_memory_utilization;
+        bench.warn(
+            &["inference.gpu_memory_utilization", "pd_disagg.shared_gpus"],
+            format!("is {share}, and two workers share GPU {gpus}: the second to start will find no memory"),
+            "set it below 0.5",
         );
     }
+}
+
+/// Whether two workers on one GPU ask for more than all of its memory. Arguments passed on may say otherwise.
+fn both_take_more_than_there_is(bench: &Bench<'_>) -> bool {
+    let inference = &bench.config.inference;
+    let says_otherwise = |role| {
+        let args = inference.vllm.args(role);
+        ["gpu_memory_utilization", "kv_cache_memory_bytes"].iter().any(|name| args.contains_key(*name))
+    };
+    let on_gpu = inference.engine == EngineKind::Vllm;
+    let said = says_otherwise(Role::Prefill) || says_otherwise(Role::Decode);
+    on_gpu && !said && inference.gpu_memory_utilization > 0.5
 }
