@@ -1,6 +1,7 @@
 //! `pdlink bench`: one subcommand per scenario. A scenario is a module of [`crate::bench`], a variant here and a line in [`run`].
 
 mod kv;
+mod serve;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -35,6 +36,9 @@ enum Scenario {
     KvPeer,
     /// What the proxy costs between mock workers: processor time, added latency, memory.
     Proxy(proxy::Args),
+    /// A deployment as its clients see it: time to the first token, between tokens, and the hand-off's part of it.
+    #[command(after_help = super::SOURCES_HELP)]
+    Serve(serve::ServeArgs),
     /// A fleet under streaming clients while its workers are killed: wrong answers, unclear endings, blocks left held.
     Soak(SoakArgs),
 }
@@ -98,6 +102,7 @@ pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
         Scenario::Kv(args) => kv::run(args),
         Scenario::KvPeer => crate::bench::kv::serve_peer().map(|()| ExitCode::SUCCESS),
         Scenario::Proxy(args) => proxy::run(&args),
+        Scenario::Serve(args) => serve::run(args, &sources),
         Scenario::Soak(args) => run_soak(&args, &sources),
     }
 }

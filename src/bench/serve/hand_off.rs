@@ -1,0 +1,106 @@
+//! The hand-off's part of each answer, from the records that decode's runtime keeps of its transfers.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use tokio::task::JoinSet;
+
+use super::stream::Answer;
+use crate::bench::client;
+use crate::telemetry::{Side, TransferOutcome, TransferRecord};
+
+/// Records asked for at once: workers answer them beside their work.
+const ASKED_AT_ONCE: usize = 16;
+
+/// What one transfer took, as decode saw it.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct HandOff {
+    pub(super) path: &'static str,
+    pub(super) bytes: u64,
+    pub(super) wait: Duration,
+    pub(super) copy: Duration,
+    pub(super) validate: Duration,
+    /// All three of the time to the first token.
+    pub(super) share: f64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Page {
+    records: Vec<Entry>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Entry {
+    record: TransferRecord,
+}
+
+/// Asks the proxy at `address` for the transfers of these answers. One whose record is gone, or that has none (a request
+/// that one worker served alone, or vLLM's own connector), is left out.
+pub(super) async fn of(address: &str, answers: &[Answer], patience: Duration) -> Vec<HandOff> {
+    let mut waiting: Vec<(String, Duration)> =
+        answers.iter().filter_map(|answer| Some((answer.transfer_id.clone()?, answer.first))).collect();
+    let mut asking = JoinSet::new();
+    let mut found = Vec::new();
+    loop {
+        while asking.len() < ASKED_AT_ONCE
+            && let Some((id, first)) = waiting.pop()
+        {
+            let address = address.to_owned();
+            asking.spawn(async move {
+                let page = client::get_text(&address, &format!("/admin/transfers/{id}"), patience).await.ok()?;
+                read(&page, first)
+            });
+        }
+        match asking.join_next().await {
+            Some(hand_off) => found.extend(hand_off.ok().flatten()),
+            None => return found,
+        }
+    }
+}
+
+/// Reads a page of records. Of several ranks, the request waited for the slowest.
+fn read(page: &str, first: Duration) -> Option<HandOff> {
+    let page: Page = serde_json::from_str(page).ok()?;
+    let whole = |record: &TransferRecord| record.wait_us + record.copy_us + record.validate_us;
+    let records: Vec<TransferRecord> = page.records.into_iter().map(|entry| entry.record).collect();
+    let of_decode = |record: &&TransferRecord| record.side == Side::Decode && record.outcome == TransferOutcome::Done;
+    let slowest = records.iter().filter(of_decode).max_by_key(|record| whole(record))?;
+    let bytes = records.iter().filter(of_decode).map(|record| record.bytes).sum();
+    let first_us = u64::try_from(first.as_micros()).unwrap_or(u64::MAX).max(1);
+    Some(HandOff {
+        path: slowest.path.map_or("none", |path| path.name()),
+        bytes,
+        wait: Duration::from_micros(slowest.wait_us),
+        copy: Duration::from_micros(slowest.copy_us),
+        validate: Duration::from_micros(slowest.validate_us),
+        share: whole(slowest) as f64 / first_us as f64,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_slowest_rank_of_decode_counts() {
+        let record = |side: &str, copy_us: u64, outcome: serde_json::Value| {
+            json!({ "worker": "w", "record": {
+                "transfer_id": "00", "side": side, "engine_id": "e", "peer_engine_id": null, "path": "shm", "bytes": 100,
+                "runs": 1, "posts": 1, "blocks": 1, "tokens": 16, "wait_us": 10, "copy_us": copy_us, "validate_us": 30,
+                "digest_checked": false, "weight_version": 0, "outcome": outcome,
+            }})
+        };
+        let page = |records: Vec<serde_json::Value>| json!({ "records": records, "errors": [] }).to_string();
+        let done = || json!("done");
+        let first = Duration::from_micros(1000);
+        let text =
+            page(vec![record("prefill", 900, done()), record("decode", 20, done()), record("decode", 60, done())]);
+        let read_one = read(&text, first).expect("a hand-off");
+        assert_eq!((read_one.copy, read_one.bytes, read_one.path), (Duration::from_micros(60), 200, "shm"));
+        assert!((read_one.share - 0.1).abs() < 1e-9, "{}", read_one.share);
+        assert_eq!(read(&page(vec![record("decode", 20, json!({ "failed": "x" }))]), first), None);
+        assert_eq!(read("{}", first), None);
+    }
+}

@@ -1,0 +1,205 @@
+//! What was seen, in rows and tables.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::Pace;
+use super::hand_off::HandOff;
+use super::load::Seen;
+use crate::bench::environment::Environment;
+use crate::bench::stats::Samples;
+use crate::bench::table::Table;
+
+/// Milliseconds below which so many of the samples lie.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Quantiles {
+    pub p50: f64,
+    pub p90: f64,
+    pub p99: f64,
+}
+
+impl Quantiles {
+    fn of(values: impl Iterator<Item = f64>) -> Option<Self> {
+        let samples: Samples = values.collect();
+        Some(Self { p50: samples.quantile(0.5)?, p90: samples.quantile(0.9)?, p99: samples.quantile(0.99)? })
+    }
+
+    fn of_times(times: impl Iterator<Item = Duration>) -> Option<Self> {
+        Self::of(times.map(|time| time.as_secs_f64() * 1000.0))
+    }
+}
+
+/// The hand-off's part of a row, as decode's runtime recorded it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HandOffs {
+    /// Transfers with a record. Those without were served by one worker alone, or their record is gone.
+    pub transfers: usize,
+    /// How many went by which path.
+    pub paths: BTreeMap<&'static str, usize>,
+    pub bytes_mean: f64,
+    pub wait_ms: Quantiles,
+    pub copy_ms: Quantiles,
+    pub validate_ms: Quantiles,
+    /// All three together, as a part of the time to the first token (0 to 1).
+    pub share_of_ttft: Quantiles,
+}
+
+impl HandOffs {
+    fn of(hand_offs: &[HandOff]) -> Option<Self> {
+        let times = |part: fn(&HandOff) -> Duration| Quantiles::of_times(hand_offs.iter().map(part));
+        let mut paths = BTreeMap::new();
+        for hand_off in hand_offs {
+            *paths.entry(hand_off.path).or_insert(0) += 1;
+        }
+        Some(Self {
+            transfers: hand_offs.len(),
+            paths,
+            bytes_mean: hand_offs.iter().map(|hand_off| hand_off.bytes as f64).sum::<f64>() / hand_offs.len() as f64,
+            wait_ms: times(|hand_off| hand_off.wait)?,
+            copy_ms: times(|hand_off| hand_off.copy)?,
+            validate_ms: times(|hand_off| hand_off.validate)?,
+            share_of_ttft: Quantiles::of(hand_offs.iter().map(|hand_off| hand_off.share))?,
+        })
+    }
+}
+
+/// One prompt length at one load, at one of the two servers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Row {
+    pub server: &'static str,
+    pub prompt_tokens: usize,
+    /// As the server counted them, on average; differs from what was asked for where prompts are text.
+    pub prompt_tokens_seen: Option<f64>,
+    pub output_tokens: u32,
+    pub load: String,
+    /// Answered in full.
+    pub requests: usize,
+    pub errors: usize,
+    /// The first few errors, in words.
+    pub error_examples: Vec<String>,
+    pub seconds: f64,
+    pub ttft_ms: Option<Quantiles>,
+    /// Between tokens.
+    pub itl_ms: Option<Quantiles>,
+    /// Of all answers together.
+    pub tokens_per_second: f64,
+    pub hand_off: Option<HandOffs>,
+}
+
+impl Row {
+    pub(super) fn new(
+        server: &'static str,
+        prompt_tokens: usize,
+        output_tokens: u32,
+        pace: Pace,
+        seen: &Seen,
+        hand_offs: &[HandOff],
+    ) -> Self {
+        let answers = &seen.answers;
+        let seconds = seen.took.as_secs_f64();
+        let tokens: f64 = answers.iter().map(|answer| f64::from(answer.tokens)).sum();
+        let counted: Vec<f64> = answers.iter().filter_map(|answer| answer.prompt_tokens.map(f64::from)).collect();
+        Self {
+            server,
+            prompt_tokens,
+            prompt_tokens_seen: (!counted.is_empty()).then(|| counted.iter().sum::<f64>() / counted.len() as f64),
+            output_tokens,
+            load: pace.to_string(),
+            requests: answers.len(),
+            errors: seen.errors,
+            error_examples: seen.told.clone(),
+            seconds,
+            ttft_ms: Quantiles::of_times(answers.iter().map(|answer| answer.first)),
+            itl_ms: Quantiles::of_times(answers.iter().flat_map(|answer| answer.gaps.iter().copied())),
+            tokens_per_second: if seconds > 0.0 { tokens / seconds } else { 0.0 },
+            hand_off: HandOffs::of(hand_offs),
+        }
+    }
+
+    /// One line for a person who waits for the table.
+    pub(super) fn in_words(&self) -> String {
+        let errors = match (self.errors, self.error_examples.first()) {
+            (0, _) | (_, None) => String::new(),
+            (errors, Some(first)) => format!(", {errors} error(s), the first: {first}"),
+        };
+        let ttft = self.ttft_ms.map_or_else(|| "-".to_owned(), |ttft| format!("{:.1} ms", ttft.p50));
+        let Self { server, prompt_tokens, load, requests, seconds, .. } = self;
+        format!("{server}, {prompt_tokens} tokens, {load}: {requests} answers in {seconds:.1} s, TTFT {ttft}{errors}")
+    }
+}
+
+/// All rows.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    #[serde(flatten)]
+    pub environment: Environment,
+    pub rows: Vec<Row>,
+}
+
+/// p50, p90 and p99 as cells.
+fn cells(quantiles: Option<Quantiles>) -> [String; 3] {
+    let Some(Quantiles { p50, p90, p99 }) = quantiles else { return ["-"; 3].map(str::to_owned) };
+    [p50, p90, p99].map(|value| format!("{value:.2}"))
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut table = Table::new(
+            &[
+                "server", "load", "prompt", "answer", "requests", "errors", "TTFT p50", "p90", "p99 ms", "ITL p50",
+                "p90", "p99 ms", "tokens/s",
+            ],
+            2,
+        );
+        for row in &self.rows {
+            let mut line = vec![row.server.to_owned(), row.load.clone(), row.prompt_tokens.to_string()];
+            line.extend([row.output_tokens.to_string(), row.requests.to_string(), row.errors.to_string()]);
+            line.extend(cells(row.ttft_ms));
+            line.extend(cells(row.itl_ms));
+            line.push(format!("{:.1}", row.tokens_per_second));
+            table.row(line);
+        }
+        write!(f, "\n{table}")?;
+        self.hand_off(f)
+    }
+}
+
+impl Report {
+    /// The hand-off, where there are records of it.
+    fn hand_off(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let with_records = || self.rows.iter().filter_map(|row| Some((row, row.hand_off.as_ref()?)));
+        if with_records().next().is_none() {
+            return writeln!(f, "\nno records of hand-offs: plain workers, or a connector that keeps none");
+        }
+        let mut table = Table::new(
+            &[
+                "hand-off",
+                "path",
+                "prompt",
+                "transfers",
+                "MiB each",
+                "wait p50",
+                "p99 ms",
+                "copy p50",
+                "p99 ms",
+                "validate p50",
+                "p99 ms",
+                "of TTFT p50",
+            ],
+            2,
+        );
+        for (row, hand_off) in with_records() {
+            let paths: Vec<&str> = hand_off.paths.keys().copied().collect();
+            let mut line = vec![row.load.clone(), paths.join(", "), row.prompt_tokens.to_string()];
+            line.extend([hand_off.transfers.to_string(), format!("{:.2}", hand_off.bytes_mean / f64::from(1 << 20))]);
+            for part in [hand_off.wait_ms, hand_off.copy_ms, hand_off.validate_ms] {
+                line.extend([format!("{:.2}", part.p50), format!("{:.2}", part.p99)]);
+            }
+            line.push(format!("{:.1} %", hand_off.share_of_ttft.p50 * 100.0));
+            table.row(line);
+        }
+        write!(f, "\n{table}")
+    }
+}
