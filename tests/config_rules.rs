@@ -378,10 +378,14 @@ fn roles_that_would_not_understand_each_other_are_warned_of() {
     );
     let told = warnings(&differ);
     assert!(told.contains("a.toml:8: inference.vllm.decode.block_size: differs between the roles"), "{told}");
-    assert!(told.contains("a.toml:6: pd_disagg.decode_env.VLLM_KV_CACHE_LAYOUT: differs") && !told.contains("max_num_seqs"), "{told}");
+    assert!(
+        told.contains("a.toml:6: pd_disagg.decode_env.VLLM_KV_CACHE_LAYOUT: differs") && !told.contains("max_num_seqs"),
+        "{told}"
+    );
     assert_eq!(warnings(&format!("{two}[inference.vllm]\nblock_size = 32\n")), "");
 
-    let one = "[inference]\n[pd_disagg]\nenabled = true\nshared_gpus = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [0]\n";
+    let one =
+        "[inference]\n[pd_disagg]\nenabled = true\nshared_gpus = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [0]\n";
     assert!(warnings(one).contains("two workers share GPU 0"), "{}", warnings(one));
     assert_eq!(warnings(&one.replace("[inference]", "[inference]\ngpu_memory_utilization = 0.4")), "");
     assert!(errors(&one.replace("shared_gpus = true\n", "")).contains("pd_disagg.shared_gpus = true"));

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use pdlink::config::{All2AllBackend, Config, ConnectorImpl, EngineKind, KvConnector, KvSendType, Path, Role};
-use pdlink::topology::ports::{PortError, PortWish, Ports};
 use pdlink::topology::host::{Gpus, Host, HostFault, ModelFault, doubts, faults};
+use pdlink::topology::ports::{PortError, PortWish, Ports};
 use pdlink::topology::vllm::{VllmProgram, Wheel};
 use pdlink::topology::{Plan, PlanError, Surroundings, WorkerPlan, plan};
 use serde_json::{Value, json};
@@ -289,7 +289,10 @@ fn workers_on_a_cpu_share_its_cores_and_its_memory() {
     for worker in &plan.workers {
         assert!(!worker.env.contains_key("CUDA_VISIBLE_DEVICES"));
         assert_eq!(worker.env["VLLM_CPU_OMP_THREADS_BIND"], "nobind");
-        assert_eq!((worker.env["OMP_NUM_THREADS"].as_str(), worker.env["VLLM_ENABLE_V1_MULTIPROCESSING"].as_str()), ("1", "0"));
+        assert_eq!(
+            (worker.env["OMP_NUM_THREADS"].as_str(), worker.env["VLLM_ENABLE_V1_MULTIPROCESSING"].as_str()),
+            ("1", "0")
+        );
         assert_eq!(flag(worker, "--gpu-memory-utilization"), Some("0.45"));
         let extra = &kv_settings(worker)["kv_connector_extra_config"];
         assert_eq!(extra["kv"]["paths"], json!(["shm", "tcp"]), "KV lies in host memory");
@@ -338,7 +341,11 @@ fn what_a_host_lacks_is_named_with_the_mend() {
     assert_eq!(faults(&config, &plan, &whole, Some(&installed)), []);
     let cases = [
         (with(Wheel::Missing), whole.clone(), "-m pip install"),
-        (with(Wheel::Installed { version: "9.9".to_owned() }), whole.clone(), "the connector in vLLM's environment is 9.9"),
+        (
+            with(Wheel::Installed { version: "9.9".to_owned() }),
+            whole.clone(),
+            "the connector in vLLM's environment is 9.9",
+        ),
         (with(Wheel::Broken { version: ours, why: "ImportError: x".to_owned() }), whole.clone(), "ImportError: x"),
         (installed.clone(), host(Gpus::Count(2), None), "GPU 7 (decode worker, `pd_disagg.decode_gpu_ids`)"),
         (installed.clone(), host(Gpus::Count(0), None), "which has none"),

@@ -212,7 +212,8 @@ const NATIVE: &str = "[pd_disagg]\nenabled = true\nprefill_gpu_ids = [0]\ndecode
 fn the_environment_of_vllm_is_asked_before_anything_starts() {
     let place = Place::new().with_python();
     let ours = env!("CARGO_PKG_VERSION");
-    let packages = |vllm: &str, wheel: &str, why: &str| format!(r#"{{"vllm": "{vllm}", "wheel": {wheel}, "why": {why}}}"#);
+    let packages =
+        |vllm: &str, wheel: &str, why: &str| format!(r#"{{"vllm": "{vllm}", "wheel": {wheel}, "why": {why}}}"#);
     let config = place.stand_in_config(NATIVE);
     let cases = [
         (packages("0.32.0", "null", "null"), "pdlink's connector is not installed with vLLM 0.32.0"),

@@ -158,10 +158,11 @@ impl PdDisaggConfig {
 
     /// Who drives the copy: what is given, else what the connector's name means to those who know it.
     pub fn send_type(&self) -> KvSendType {
-        self.kv_send_type.unwrap_or(match (self.connector_impl, self.kv_connector) {
-            (ConnectorImpl::Vllm, KvConnector::NixlConnector) => KvSendType::Get,
-            _ => KvSendType::default(),
-        })
+        match (self.kv_send_type, self.connector_impl, self.kv_connector) {
+            (Some(given), ..) => given,
+            (None, ConnectorImpl::Vllm, KvConnector::NixlConnector) => KvSendType::Get,
+            (None, ..) => KvSendType::default(),
+        }
     }
 
     /// Further environment variables of a role.

@@ -173,6 +173,9 @@ impl<'a> Guard<'a> {
                 Wake::ChildEnded | Wake::Time => {}
             }
         }
+        // With nothing alive below, whoever ended since the last look is our own child; left alone it would stay a zombie of
+        // the launcher for as long as that runs.
+        self.reap();
         if let (true, Some(run_dir)) = (self.launcher_gone, &self.options.run_dir) {
             let _ = std::fs::remove_dir_all(run_dir);
         }

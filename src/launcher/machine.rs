@@ -47,7 +47,11 @@ fn count_device_files(folder: &Path) -> u32 {
 fn cores() -> Vec<u32> {
     let Ok(allowed) = rustix::thread::sched_getaffinity(None) else { return Vec::new() };
     let number = |core: usize| u32::try_from(core).unwrap_or(u32::MAX);
-    (0..rustix::thread::CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).map(number).filter(is_first_sibling).collect()
+    (0..rustix::thread::CpuSet::MAX_CPU)
+        .filter(|core| allowed.is_set(*core))
+        .map(number)
+        .filter(is_first_sibling)
+        .collect()
 }
 
 /// Whether this logical core is the first of its physical one. A core that says nothing of itself stands alone.

@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use super::cpu::{self, Share};
 use super::plan::{LinkPlan, Plan, ProxyPlan, WorkerPlan, count, reach};
 use super::ports::{PortError, PortWish, Ports};
-use super::vllm::{
-    NATIVE_FLOOR, NIXL_PUSH_FLOOR, P2P_NCCL_LAST, TESTED, VERSION_FLOOR, VllmProgram, VllmVersion,
-};
+use super::vllm::{NATIVE_FLOOR, NIXL_PUSH_FLOOR, P2P_NCCL_LAST, TESTED, VERSION_FLOOR, VllmProgram, VllmVersion};
 use super::{kv_transfer, reference, vllm_args};
 use crate::config::{Config, ConnectorImpl, EngineKind, KvConnector, KvSendType, Path, Role, WeightBroadcastType};
 use crate::security::SECRET_FILE_ENV;
@@ -307,6 +305,7 @@ fn link(config: &Config, kv_paths: Vec<Path>) -> Option<LinkPlan> {
     config.pd_disagg.enabled.then_some(LinkPlan {
         connector: config.pd_disagg.kv_connector,
         connector_impl: config.pd_disagg.connector_impl,
+        send_type: config.pd_disagg.send_type(),
         paths,
     })
 }

@@ -62,9 +62,8 @@ mod tests {
     #[test]
     fn cores_are_shared_without_overlap_or_not_bound_at_all() {
         let cores = |number: u32| (0..number).collect::<Vec<_>>();
-        let binds = |cores: &[u32], ranks: &[u32]| {
-            shares(cores, ranks).into_iter().map(|share| share.bind).collect::<Vec<_>>()
-        };
+        let binds =
+            |cores: &[u32], ranks: &[u32]| shares(cores, ranks).into_iter().map(|share| share.bind).collect::<Vec<_>>();
         assert_eq!(binds(&cores(2), &[1, 1]), ["nobind", "nobind"]);
         assert_eq!(shares(&cores(2), &[1, 1])[0].threads, Some(1));
         assert_eq!(shares(&cores(5), &[1, 1])[0].threads, Some(2));

@@ -55,7 +55,9 @@ pub enum HostFault {
         match count { 0 => "none".to_owned(), 1 => "GPU 0 alone".to_owned(), count => format!("GPUs 0 to {}", count - 1) }
     )]
     NoGpu { gpu: u32, role: &'static str, key: &'static str, count: u32 },
-    #[error("the model `{name}` is a path, and there is nothing; set `inference.model.name` to a folder or to a name of the hub")]
+    #[error(
+        "the model `{name}` is a path, and there is nothing; set `inference.model.name` to a folder or to a name of the hub"
+    )]
     NoModelFolder { name: String },
     #[error(
         "the model's folder `{name}` has no config.json (nor params.json): it is no model that vLLM can load; set \

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::redact;
-use crate::config::{ConnectorImpl, EngineKind, KvConnector, Path, Role};
+use crate::config::{ConnectorImpl, EngineKind, KvConnector, KvSendType, Path, Role};
 
 /// Everything that a run starts.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,6 +28,8 @@ pub struct Plan {
 pub struct LinkPlan {
     pub connector: KvConnector,
     pub connector_impl: ConnectorImpl,
+    /// Who drives the copy.
+    pub send_type: KvSendType,
     /// Allowed paths, best first; with `connector_impl = "vllm"` none: vLLM's class chooses for itself.
     pub paths: Vec<Path>,
 }
@@ -122,6 +124,7 @@ impl Plan {
         if let Some(link) = &self.link {
             plan["kv_connector"] = json!(link.connector.name());
             plan["connector_impl"] = json!(link.connector_impl.name());
+            plan["kv_send_type"] = json!(link.send_type.name());
             plan["kv_paths"] = json!(link.paths.iter().map(|path| path.name()).collect::<Vec<_>>());
         }
         if let Some(world_size) = self.world_size {

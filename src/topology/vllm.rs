@@ -58,8 +58,13 @@ pub enum Wheel {
     Unknown,
     Missing,
     /// It is installed and cannot be imported; the text says why.
-    Broken { version: String, why: String },
-    Installed { version: String },
+    Broken {
+        version: String,
+        why: String,
+    },
+    Installed {
+        version: String,
+    },
 }
 
 /// The `vllm` that workers run.

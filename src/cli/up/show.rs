@@ -36,7 +36,7 @@ fn title(plan: &Plan) -> String {
         Some(link) => {
             let paths: Vec<&str> = link.paths.iter().map(|path| path.name()).collect();
             let by = if paths.is_empty() { "as vLLM does".to_owned() } else { format!("by {}", paths.join(", ")) };
-            format!("{} ({}), {by}", link.connector.name(), link.connector_impl.name())
+            format!("{} ({}, {}), {by}", link.connector.name(), link.connector_impl.name(), link.send_type.name())
         }
         None => "plain workers".to_owned(),
     };

@@ -58,7 +58,8 @@ impl Stage {
             Happening::Started { pid } => self.started(worker, *pid),
             Happening::Progress(sign) => self.progress(worker, *sign),
             Happening::Ready { took, kv_tokens } => {
-                let kv = kv_tokens.map(|tokens| format!(", KV cache of {} tokens", grouped(tokens))).unwrap_or_default();
+                let kv =
+                    kv_tokens.map(|tokens| format!(", KV cache of {} tokens", grouped(tokens))).unwrap_or_default();
                 let line = format!("{} {} ready after {}{kv}", style("✓").green(), self.name(worker), seconds(*took));
                 self.forget(worker);
                 self.say(&line);
@@ -158,9 +159,9 @@ impl Stage {
 fn mend(failure: &Failure) -> Option<&'static str> {
     let by_log = failure.diagnosis.as_ref().and_then(|diagnosis| diagnosis.mend);
     by_log.or(match failure.cause {
-        Cause::Exited { exit: Exit::Signal(libc::SIGKILL), .. } => {
-            Some("if nobody sent it, the host or its container was out of memory: `dmesg`, or the container's memory limit")
-        }
+        Cause::Exited { exit: Exit::Signal(libc::SIGKILL), .. } => Some(
+            "if nobody sent it, the host or its container was out of memory: `dmesg`, or the container's memory limit",
+        ),
         Cause::Exited { exit: Exit::Signal(libc::SIGBUS), .. } => {
             Some("/dev/shm may be full; in a container give it more shared memory (`--shm-size`)")
         }

@@ -71,13 +71,15 @@ fn roles_agree(bench: &mut Bench<'_>) {
     let (prefill, decode) = (vllm.args(Role::Prefill), vllm.args(Role::Decode));
     for name in ARGS_OF_KV.iter().filter(|name| prefill.get(**name) != decode.get(**name)) {
         let keys = [format!("inference.vllm.decode.{name}"), format!("inference.vllm.prefill.{name}")];
-        let message = "differs between the roles, and decides what a block of KV is: decode may not be able to use prefill's";
+        let message =
+            "differs between the roles, and decides what a block of KV is: decode may not be able to use prefill's";
         bench.warn(&[&keys[0], &keys[1]], message, format!("give it once, as inference.vllm.{name}"));
     }
     let pd = &bench.config.pd_disagg;
     for name in ENV_OF_KV.iter().filter(|name| pd.prefill_env.get(**name) != pd.decode_env.get(**name)) {
         let keys = [format!("pd_disagg.decode_env.{name}"), format!("pd_disagg.prefill_env.{name}")];
-        let message = "differs between the roles, and decides how KV lies in memory: decode may not be able to use prefill's";
+        let message =
+            "differs between the roles, and decides how KV lies in memory: decode may not be able to use prefill's";
         bench.warn(&[&keys[0], &keys[1]], message, "give both roles the same value");
     }
 }

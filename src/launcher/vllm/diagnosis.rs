@@ -68,10 +68,7 @@ const KNOWN: &[(&[&str], &str)] = &[
         &["outgoing traffic has been disabled"],
         "HF_HUB_OFFLINE is set and the model is not in the cache: fetch it first, or name its folder in `inference.model.name`",
     ),
-    (
-        &["No module named 'pdlink"],
-        "install pdlink's wheel in vLLM's environment (`pip install pdlink-*.whl`)",
-    ),
+    (&["No module named 'pdlink"], "install pdlink's wheel in vLLM's environment (`pip install pdlink-*.whl`)"),
     (
         &["NIXL is not available"],
         "install NIXL in vLLM's environment (`pip install nixl`), or set `pd_disagg.connector_impl = \"native\"`",
@@ -94,19 +91,19 @@ const KNOWN: &[(&[&str], &str)] = &[
         "the GPU ids in `[pd_disagg]` are not on this host, or the driver is not loaded (`nvidia-smi`)",
     ),
     (&["invalid device ordinal"], "a GPU id in `[pd_disagg]` is not on this host (`nvidia-smi -L`)"),
-    (
-        &["Failed to infer device type"],
-        "vLLM sees no GPU here: check `nvidia-smi`, or install vLLM's build for CPU",
-    ),
+    (&["Failed to infer device type"], "vLLM sees no GPU here: check `nvidia-smi`, or install vLLM's build for CPU"),
     (&["NVIDIA driver on your system is too old"], "update the driver, or install a vLLM built for an older CUDA"),
     (&["no kernel image is available"], "this build of vLLM has no code for that GPU: install one that has"),
+    (&["Cannot use FlashAttention", "not supported"], "choose another backend by `inference.vllm.attention_backend`"),
     (
-        &["Cannot use FlashAttention", "not supported"],
-        "choose another backend by `inference.vllm.attention_backend`",
+        &["No space left on device"],
+        "a disk or /dev/shm is full; in a container give it more shared memory (`--shm-size`)",
     ),
-    (&["No space left on device"], "a disk or /dev/shm is full; in a container give it more shared memory (`--shm-size`)"),
     (&["nixl", "NIXL_ERR_BACKEND"], "UCX found no transport: leave UCX_TLS unset, or have `tcp` in it"),
-    (&["does not match", "local world size"], "VLLM_CPU_OMP_THREADS_BIND needs one list for each rank, separated by `|`"),
+    (
+        &["does not match", "local world size"],
+        "VLLM_CPU_OMP_THREADS_BIND needs one list for each rank, separated by `|`",
+    ),
 ];
 
 /// Exceptions that only say that another process failed, or that follow from the end.

@@ -74,8 +74,10 @@ pub enum VllmError {
     NoVersion { program: PathBuf, status: ExitStatus, output: String },
     #[error("{python} has no vLLM installed; install it there, or set `launcher.vllm_program`")]
     NotInstalled { python: PathBuf },
-    #[error("the two roles would run different versions of vLLM: {prefill} by the environment of prefill, {decode} by that of \
-             decode; make `pd_disagg.prefill_env` and `pd_disagg.decode_env` name the same installation")]
+    #[error(
+        "the two roles would run different versions of vLLM: {prefill} by the environment of prefill, {decode} by that of \
+             decode; make `pd_disagg.prefill_env` and `pd_disagg.decode_env` name the same installation"
+    )]
     RolesDiffer { prefill: String, decode: String },
 }
 
@@ -202,12 +204,7 @@ async fn ask_version(program: &Path, command: Vec<String>, env: &[(&str, &str)])
     })
 }
 
-async fn run(
-    program: &Path,
-    args: &[&str],
-    what: &'static str,
-    env: &[(&str, &str)],
-) -> Result<Output, VllmError> {
+async fn run(program: &Path, args: &[&str], what: &'static str, env: &[(&str, &str)]) -> Result<Output, VllmError> {
     let child =
         Command::new(program).args(args).envs(env.iter().copied()).stdin(Stdio::null()).kill_on_drop(true).output();
     match tokio::time::timeout(VERSION_TIMEOUT, child).await {
@@ -252,7 +249,10 @@ mod tests {
     #[test]
     fn what_python_says_becomes_a_program() {
         let cases = [
-            (r#"{"vllm": "0.32.0+cpu", "wheel": "0.1.0", "why": null}"#, Some(Wheel::Installed { version: "0.1.0".into() })),
+            (
+                r#"{"vllm": "0.32.0+cpu", "wheel": "0.1.0", "why": null}"#,
+                Some(Wheel::Installed { version: "0.1.0".into() }),
+            ),
             (r#"{"vllm": "0.32.0", "wheel": null, "why": null}"#, Some(Wheel::Missing)),
             (
                 r#"{"vllm": "0.32.0", "wheel": "0.1.0", "why": "ImportError: x"}"#,

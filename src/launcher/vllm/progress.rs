@@ -11,21 +11,15 @@ pub enum Sign {
     /// The engine's process has imported its packages and builds the engine.
     Engine,
     /// Weights are read; how much of them where it is said.
-    Weights {
-        percent: Option<u8>,
-    },
+    Weights { percent: Option<u8> },
     /// Weights are in memory.
     WeightsLoaded,
     /// `torch.compile` and its warm-up.
     Compiling,
     /// The KV cache is allocated.
-    KvCache {
-        tokens: u64,
-    },
+    KvCache { tokens: u64 },
     /// CUDA graphs are captured; how many of them where it is said.
-    Capturing {
-        percent: Option<u8>,
-    },
+    Capturing { percent: Option<u8> },
     /// The engine stands; the HTTP server comes.
     EngineUp,
     /// The HTTP server starts.
@@ -145,32 +139,57 @@ mod tests {
     fn lines_of_all_versions_are_known_by_their_words() {
         let engine = "(EngineCore_DP0 pid=212) INFO 10-06 12:00:40";
         let cases = [
-            (format!("{engine} [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: model='M'"), Some(Sign::Engine)),
-            (format!("{engine} [gpu_model_runner.py:5040] Starting to load model M..."), Some(Sign::Weights { percent: None })),
+            (
+                format!("{engine} [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: model='M'"),
+                Some(Sign::Engine),
+            ),
+            (
+                format!("{engine} [gpu_model_runner.py:5040] Starting to load model M..."),
+                Some(Sign::Weights { percent: None }),
+            ),
             (
                 "Loading safetensors checkpoint shards:  50% Completed | 2/4 [00:01<00:01, 1.32it/s]".to_owned(),
                 Some(Sign::Weights { percent: Some(50) }),
             ),
-            (
-                "Multi-thread loading shards: 100% Completed | 4/4".to_owned(),
-                None,
-            ),
+            ("Multi-thread loading shards: 100% Completed | 4/4".to_owned(), None),
             (format!("{engine} [default_loader.py:272] Loading weights took 3.22 seconds"), Some(Sign::WeightsLoaded)),
-            (format!("{engine} [gpu_model_runner.py:1801] Model loading took 14.2488 GiB and 5.1 seconds"), Some(Sign::WeightsLoaded)),
-            (format!("{engine} [backends.py:319] Compiling a graph for compile range (1, 2048) takes 6.40 s"), Some(Sign::Compiling)),
-            (format!("{engine} [backends.py:690] Dynamo bytecode transform time: 4.59 s"), Some(Sign::Compiling)),
-            (format!("{engine} [kv_cache_utils.py:1307] GPU KV cache size: 83,024 tokens"), Some(Sign::KvCache { tokens: 83_024 })),
             (
-                format!("{engine} [kv_cache_utils.py:2327] CPU KV cache size: 16,384 tokens, Maximum concurrency for 2,048 tokens per request: 8.00x"),
+                format!("{engine} [gpu_model_runner.py:1801] Model loading took 14.2488 GiB and 5.1 seconds"),
+                Some(Sign::WeightsLoaded),
+            ),
+            (
+                format!("{engine} [backends.py:319] Compiling a graph for compile range (1, 2048) takes 6.40 s"),
+                Some(Sign::Compiling),
+            ),
+            (format!("{engine} [backends.py:690] Dynamo bytecode transform time: 4.59 s"), Some(Sign::Compiling)),
+            (
+                format!("{engine} [kv_cache_utils.py:1307] GPU KV cache size: 83,024 tokens"),
+                Some(Sign::KvCache { tokens: 83_024 }),
+            ),
+            (
+                format!(
+                    "{engine} [kv_cache_utils.py:2327] CPU KV cache size: 16,384 tokens, Maximum concurrency for 2,048 tokens per request: 8.00x"
+                ),
                 Some(Sign::KvCache { tokens: 16_384 }),
             ),
             (
-                "Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  36%|███▋      | 4/11 [00:00<00:01]".to_owned(),
+                "Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  36%|███▋      | 4/11 [00:00<00:01]"
+                    .to_owned(),
                 Some(Sign::Capturing { percent: Some(36) }),
             ),
-            (format!("{engine} [core.py:402] init engine (profile, create kv cache, warmup model) took 1.10 s"), Some(Sign::EngineUp)),
-            ("(APIServer pid=9) INFO 11-22 21:10:33 [entry.py:140] Starting vLLM server on http://127.0.0.1:8100".to_owned(), Some(Sign::Http)),
-            ("INFO 10-06 12:00:41 [api_server.py:1971] Starting vLLM API server 0 on http://0.0.0.0:8000".to_owned(), Some(Sign::Http)),
+            (
+                format!("{engine} [core.py:402] init engine (profile, create kv cache, warmup model) took 1.10 s"),
+                Some(Sign::EngineUp),
+            ),
+            (
+                "(APIServer pid=9) INFO 11-22 21:10:33 [entry.py:140] Starting vLLM server on http://127.0.0.1:8100"
+                    .to_owned(),
+                Some(Sign::Http),
+            ),
+            (
+                "INFO 10-06 12:00:41 [api_server.py:1971] Starting vLLM API server 0 on http://0.0.0.0:8000".to_owned(),
+                Some(Sign::Http),
+            ),
             ("GPU KV cache size: many tokens".to_owned(), None),
             ("INFO:     127.0.0.1:50178 - \"GET /health HTTP/1.1\" 200 OK".to_owned(), None),
             (String::new(), None),
