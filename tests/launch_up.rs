@@ -195,7 +195,7 @@ fn a_vllm_that_cannot_serve_is_refused_by_name() {
     let cases: &[(&[(&str, &str)], &str)] = &[
         (&[("STAND_IN_VERSION", "0.19.2")], "vLLM 0.19 is too old: pdlink knows 0.20 and later"),
         (&[("STAND_IN_VERSION", "what")], "names no version"),
-        (&[("PATH", "/nowhere")], "`vllm` is not on the PATH"),
+        (&[("PATH", "/nowhere")], "`vllm` is neither beside pdlink nor on the PATH"),
     ];
     for (env, want) in cases {
         let (ended, said) = place.up(&config, &[], env).ended();

@@ -69,9 +69,9 @@ async fn find_vllm(config: &Config, json: bool) -> Result<Option<VllmProgram>, V
     if config.inference.engine != EngineKind::Vllm {
         return Ok(None);
     }
-    let path = std::env::var_os("PATH");
+    let (pdlink, path) = (std::env::current_exe().unwrap_or_default(), std::env::var_os("PATH"));
     let envs: Vec<_> = config.roles().iter().filter_map(|role| config.pd_disagg.env(*role)).collect();
-    let finding = program::find(config.launcher.vllm_program.as_deref(), path.as_deref(), &envs);
+    let finding = program::find(config.launcher.vllm_program.as_deref(), &pdlink, path.as_deref(), &envs);
     tokio::pin!(finding);
     let found = tokio::select! {
         found = &mut finding => found,

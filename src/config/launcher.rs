@@ -43,7 +43,8 @@ pub struct LauncherConfig {
     pub grace_s: f64,
     /// Folder for one log file per worker, made if it is not there. Default `logs`.
     pub log_dir: PathBuf,
-    /// The `vllm` program that workers run, with `engine = "vllm"`. Default: the first one on the `PATH`.
+    /// The `vllm` program that workers run, with `engine = "vllm"`, or the Python that has it. Default: the one beside `pdlink`
+    /// itself, which is where pdlink's wheel puts it, else the first on the `PATH`.
     pub vllm_program: Option<PathBuf>,
 }
 

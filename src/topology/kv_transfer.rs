@@ -7,7 +7,9 @@ use serde_json::{Map, Value, json};
 
 use super::cpu::Share;
 use super::vllm::VllmVersion;
-use crate::config::{Config, ConnectorImpl, KvConnector, KvSendType, LoadFailurePolicy, Path, Role};
+use crate::config::{
+    Config, ConnectorImpl, KvConnector, KvSendType, LoadFailurePolicy, LogFormat, Path, Role, TelemetryConfig,
+};
 
 /// The Python module in which vLLM finds our connectors, under the names it ships its own with.
 const NATIVE_MODULE: &str = "pdlink.vllm";
@@ -81,6 +83,13 @@ fn native(config: &Config, version: VllmVersion, seat: &Seat<'_>) -> Value {
         "send_type": config.pd_disagg.send_type().name(),
         "kv": kv_settings(config, seat.kv_paths),
     });
+    let (telemetry, usual) = (&config.telemetry, TelemetryConfig::default());
+    if telemetry.log_level != usual.log_level {
+        settings["kv_connector_extra_config"]["log"] = json!(telemetry.log_level);
+    }
+    if telemetry.log_format == LogFormat::Json {
+        settings["kv_connector_extra_config"]["log_format"] = json!("json");
+    }
     settings
 }
 

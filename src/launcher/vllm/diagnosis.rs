@@ -31,10 +31,7 @@ const KNOWN: &[(&[&str], &str)] = &[
         "lower `inference.gpu_memory_utilization` or `inference.model.max_model_len`, spread the model over more GPUs (`tp`), or \
          end what else is on that GPU",
     ),
-    (
-        &["is less than desired GPU memory utilization"],
-        "something else is on that GPU: end it, or lower `inference.gpu_memory_utilization`",
-    ),
+    (&["Free memory on device"], "something else is on that GPU: end it, or lower `inference.gpu_memory_utilization`"),
     (
         &["is less than desired CPU memory utilization"],
         "give the KV cache a size of its own: `inference.vllm.kv_cache_memory_bytes = \"2G\"`",
@@ -50,6 +47,10 @@ const KNOWN: &[(&[&str], &str)] = &[
     (
         &["KV cache is needed, which is larger than the available"],
         "lower `inference.model.max_model_len`, or raise `inference.gpu_memory_utilization`",
+    ),
+    (
+        &["is greater than the derived max_model_len"],
+        "lower `inference.model.max_model_len`: the model was made for shorter texts",
     ),
     (
         &["unrecognized arguments"],

@@ -57,7 +57,7 @@ const MARK: &str = "pdlink-asks ";
 #[derive(Debug, thiserror::Error)]
 pub enum VllmError {
     #[error(
-        "`vllm` is not on the PATH; install it (`uv pip install vllm`), activate its environment, set \
+        "`vllm` is neither beside pdlink nor on the PATH; install it (`uv pip install vllm`), activate its environment, set \
          `launcher.vllm_program`, or set `inference.engine = \"reference\"` to run without a model"
     )]
     NotFound,
@@ -84,17 +84,19 @@ pub enum VllmError {
 /// What decides which packages a Python finds.
 const PACKAGE_VARIABLES: &[&str] = &["PYTHONPATH", "PYTHONHOME"];
 
-/// Takes the program given, or looks for `vllm` in the folders of `path` (the `PATH` variable), and learns about it under
-/// each of `envs`: the variables that each role adds to ours. Both roles must run the same vLLM.
+/// Takes the program given, or looks for `vllm` beside `pdlink` (our own program, which the wheel puts into vLLM's
+/// environment) and in the folders of `path` (the `PATH` variable), and learns about it under each of `envs`: the
+/// variables that each role adds to ours. Both roles must run the same vLLM.
 pub async fn find(
     given: Option<&Path>,
+    pdlink: &Path,
     path: Option<&OsStr>,
     envs: &[&BTreeMap<String, String>],
 ) -> Result<VllmProgram, VllmError> {
     let program = match given {
         Some(program) if is_executable(program) => std::path::absolute(program).unwrap_or_else(|_| program.to_owned()),
         Some(program) => return Err(VllmError::NotExecutable { program: program.to_owned() }),
-        None => path.and_then(on_path).ok_or(VllmError::NotFound)?,
+        None => beside(pdlink).or_else(|| path.and_then(on_path)).ok_or(VllmError::NotFound)?,
     };
     let mut environments: Vec<Vec<(&str, &str)>> = envs.iter().map(|env| package_variables(env)).collect();
     environments.dedup();
@@ -116,6 +118,10 @@ pub async fn find(
 fn package_variables(env: &BTreeMap<String, String>) -> Vec<(&str, &str)> {
     let given = |name: &&'static str| env.get(*name).map(|value| (*name, value.as_str()));
     PACKAGE_VARIABLES.iter().filter_map(given).collect()
+}
+
+fn beside(pdlink: &Path) -> Option<PathBuf> {
+    Some(pdlink.parent()?.join("vllm")).filter(|program| is_executable(program))
 }
 
 fn on_path(path: &OsStr) -> Option<PathBuf> {

@@ -90,11 +90,12 @@ pub fn read(line: &str) -> Option<Sign> {
     if has("KV cache size:") {
         return tokens(line).map(|tokens| Sign::KvCache { tokens });
     }
-    // vLLM's own loaders name their bar differently: safetensors, pt, tensorizer, runai, multi-thread.
-    if has("checkpoint shards:") || has("Loading weights:") {
+    // Each loader names its bar differently: by the format, by the streamer, by its threads.
+    if has("checkpoint shards:") || has("Loading safetensors using") || has("Multi-thread loading") {
         return Some(Sign::Weights { percent: percent(line) });
     }
-    if has("Capturing CUDA graph") || has("Capturing the model for CUDA graphs") {
+    // Of the model, of a draft model, of prefill and of decode.
+    if has("Capturing ") && has("CUDA graphs") {
         return Some(Sign::Capturing { percent: percent(line) });
     }
     let known: &[(&[&str], Sign)] = &[
@@ -177,6 +178,7 @@ mod tests {
                     .to_owned(),
                 Some(Sign::Capturing { percent: Some(36) }),
             ),
+            ("Capturing prefill CUDA graphs (PIECEWISE):   0%|".to_owned(), Some(Sign::Capturing { percent: Some(0) })),
             (
                 format!("{engine} [core.py:402] init engine (profile, create kv cache, warmup model) took 1.10 s"),
                 Some(Sign::EngineUp),
