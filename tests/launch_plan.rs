@@ -151,6 +151,7 @@ fn native_connector_settings_are_accepted_by_every_version() {
     let mut config = pd(&[0, 1], &[2]);
     config.pd_disagg.prefill_tp = Some(2);
     config.kv.paths = Some(vec![Path::CudaIpc]);
+    config.telemetry.log_level = "debug".to_owned();
     let want = |role: &str, rank: u32, kv_ports: Value, port: u16, policy: bool| {
         let mut want = json!({
             "kv_connector": "P2pNcclConnector",
@@ -168,6 +169,7 @@ fn native_connector_settings_are_accepted_by_every_version() {
             "kv_ports": kv_ports,
             "http_port": port,
             "send_type": "PUT_ASYNC",
+            "log": "debug",
             "kv": {
                 "paths": ["cuda-ipc"],
                 "lease_ms": 30000,
@@ -193,6 +195,8 @@ fn native_connector_settings_are_accepted_by_every_version() {
             assert_eq!(worker.env["VLLM_WORKER_MULTIPROC_METHOD"], "spawn");
             assert_eq!(worker.env["PDLINK_SECRET_FILE"], "/run/x/secret");
             assert!(worker.has_runtime);
+            let kv_ports = kv_settings(worker)["kv_connector_extra_config"]["kv_ports"].clone();
+            assert_eq!(json!(worker.kv_ports), kv_ports, "one for each rank");
         }
         assert_eq!(plan.warnings.len(), usize::from(minor == 34), "0.{minor}: {:?}", plan.warnings);
     }
@@ -401,7 +405,8 @@ fn every_inference_setting_reaches_vllm() {
          --trust-remote-code --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3 --hf-overrides \
          {\"rope_parameters\":{\"rope_type\":\"yarn\",\"factor\":4.0}} --tensor-parallel-size 1 --gpu-memory-utilization 0.5 \
          --api-server-count 2 --seed 7 --enable-lora --max-loras 8 --max-cpu-loras 100 --max-lora-rank 32 \
-         --no-enable-prefix-caching --enable-expert-parallel --all2all-backend allgather_reducescatter --enable-eplb"
+         --no-enable-prefix-caching --enable-expert-parallel --all2all-backend allgather_reducescatter --enable-eplb \
+         --disable-access-log-for-endpoints /health,/metrics"
     );
     assert_eq!(flag(decode, "--all2all-backend"), Some("deepep_low_latency"));
     assert_eq!(prefill.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"], "1");

@@ -246,6 +246,7 @@ fn worker(
         reach,
         port,
         kv_port: kv_ports.first().copied(),
+        kv_ports,
         has_runtime,
         command,
         env,

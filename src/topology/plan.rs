@@ -49,6 +49,8 @@ pub struct WorkerPlan {
     pub port: u16,
     /// Where its KV runtime (or vLLM's own side channel) listens; a plain worker has none.
     pub kv_port: Option<u16>,
+    /// One for each runtime behind the worker, `kv_port` first: with vLLM, one for each rank.
+    pub kv_ports: Vec<u16>,
     /// Whether a control connection of ours is behind `kv_port`.
     pub has_runtime: bool,
     pub command: Vec<String>,
@@ -75,6 +77,11 @@ impl WorkerPlan {
         self.kv_port.map(|port| address(&self.reach, port))
     }
 
+    /// Where each of its runtimes takes control connections, by rank.
+    pub fn kv_addresses(&self) -> Vec<String> {
+        self.kv_ports.iter().map(|port| address(&self.reach, *port)).collect()
+    }
+
     /// The environment as it may be shown: values of secrets are not.
     pub fn shown_env(&self) -> BTreeMap<String, String> {
         self.env.iter().map(|(name, value)| (name.clone(), redact::value(name, value).to_owned())).collect()
@@ -92,6 +99,7 @@ impl WorkerPlan {
             "url": self.url(),
             "kv_port": self.kv_port,
             "kv_address": self.kv_address(),
+            "kv_ports": self.kv_ports,
             "command": self.command,
             "env": self.shown_env(),
         })

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::builder::PlanError;
 use super::kv_transfer::{self, Seat};
 use super::redact;
-use super::vllm::VllmProgram;
+use super::vllm::{VllmProgram, VllmVersion};
 use crate::config::{Config, ConnectorImpl, KvConnector, Role};
 
 /// Arguments by name with underscores, in the order in which they are written.
@@ -62,6 +62,10 @@ const RESERVED: &[(&str, &str)] = &[
 /// A secret given as an argument goes by the environment instead, where other users cannot read it.
 const SECRET_ARGUMENTS: &[(&str, &str)] = &[("api_key", "VLLM_API_KEY"), ("hf_token", "HF_TOKEN")];
 
+/// From this version on the log can leave out calls of some routes. Those that come every few seconds would be all that its
+/// last lines show when a worker fails.
+const QUIET_ENDPOINTS: VllmVersion = VllmVersion::new(0, 24);
+
 /// What sets the size of the KV cache on a CPU, as an argument and in the environment.
 const KV_CACHE_BYTES: &str = "kv_cache_memory_bytes";
 const CPU_KV_CACHE_SPACE: &str = "VLLM_CPU_KVCACHE_SPACE";
@@ -81,6 +85,9 @@ pub(super) fn command(
     add_engine(&mut args, config, role);
     if let Some(cpu) = seat.cpu {
         share_memory(&mut args, config, role, cpu.ranks);
+    }
+    if vllm.version >= QUIET_ENDPOINTS {
+        args.set("disable_access_log_for_endpoints", json!("/health,/metrics"));
     }
     add_pass_through(&mut args, config, role)?;
     if role != Role::Both {

@@ -61,22 +61,55 @@ fn pairs(plan: &Plan, secret: &Secret, involves: impl Fn(&WorkerPlan, &WorkerPla
     let with_runtime = |role| plan.of_role(role).filter(|worker| worker.has_runtime);
     let mut pairs = Vec::new();
     for decode in with_runtime(Role::Decode) {
-        let Some(address) = decode.kv_address() else { continue };
-        let client = AdminClient::new(address, secret.clone(), PAIR_TIMEOUT);
-        for prefill in with_runtime(Role::Prefill).filter(|prefill| involves(prefill, decode)) {
-            pairs.extend(prefill.kv_address().map(|prefill_address| Pair {
-                prefill: prefill.name(),
-                decode: decode.name(),
-                prefill_address,
-                client: client.clone(),
-            }));
+        let (addresses, names) = (decode.kv_addresses(), runtime_names(decode));
+        for (rank, (address, name)) in addresses.iter().zip(names).enumerate() {
+            let client = AdminClient::new(address.clone(), secret.clone(), PAIR_TIMEOUT);
+            for prefill in with_runtime(Role::Prefill).filter(|prefill| involves(prefill, decode)) {
+                let needed = needed(rank, addresses.len(), prefill.kv_ports.len());
+                let known = prefill.kv_addresses().into_iter().zip(runtime_names(prefill));
+                pairs.extend(known.skip(needed.start).take(needed.len()).map(|(prefill_address, prefill)| Pair {
+                    prefill,
+                    decode: name.clone(),
+                    prefill_address,
+                    client: client.clone(),
+                }));
+            }
         }
     }
     pairs
+}
+
+/// What its runtimes are called in messages: the worker's name, with the rank where there are several.
+fn runtime_names(worker: &WorkerPlan) -> Vec<String> {
+    let name = |rank| if worker.kv_ports.len() > 1 { format!("{} rank {rank}", worker.name()) } else { worker.name() };
+    (0..worker.kv_ports.len()).map(name).collect()
+}
+
+/// The runtimes of a prefill worker whose heads decode's runtime `rank` needs, of so many on either side.
+fn needed(rank: usize, decode: usize, prefill: usize) -> std::ops::Range<usize> {
+    let decode = decode.max(1);
+    rank * prefill / decode..((rank + 1) * prefill).div_ceil(decode)
 }
 
 async fn meet_one(pair: Pair) -> Result<Path, PairError> {
     let Pair { prefill, decode, prefill_address, client } = pair;
     let paired = client.pair(&prefill_address).await;
     paired.map(|paired| paired.path).map_err(|source| PairError { prefill, decode, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_meet_those_whose_heads_they_need() {
+        let all = |decode: usize, prefill: usize| {
+            (0..decode).map(|rank| needed(rank, decode, prefill).collect::<Vec<_>>()).collect::<Vec<_>>()
+        };
+        assert_eq!(all(1, 1), [[0]]);
+        assert_eq!(all(2, 2), [[0], [1]]);
+        assert_eq!(all(4, 2), [[0], [0], [1], [1]]);
+        assert_eq!(all(2, 4), [[0, 1], [2, 3]]);
+        assert_eq!(all(1, 2), [[0, 1]]);
+    }
 }
