@@ -95,7 +95,7 @@ class PdlinkConnector(KVConnectorBase_V1, SupportsHMA):
         return self._schedules.finished(request, block_ids)
 
     def has_pending_push_work(self) -> bool:
-        return self._scheduler is not None and self._scheduler.has_orders
+        return self._scheduler is not None and self._scheduler.needs_steps
 
     # ---------------------------------------------------------------- worker
 

@@ -64,9 +64,12 @@ class Card(KVConnectorHandshakeMetadata):
 
 @dataclass
 class WorkerMeta(KVConnectorWorkerMetadata):
-    """Loads that failed while a lost peer may still write into their blocks (KV-7)."""
+    """What a worker tells beside vLLM's own reports."""
 
     unfenced: set[str] = field(default_factory=set)
+    """Loads that failed while a lost peer may still write into their blocks (KV-7)."""
+    dropped: set[str] = field(default_factory=set)
+    """Drops that were carried out: nothing of the request is under way any more."""
 
     def aggregate(self, other: Any) -> WorkerMeta:
-        return WorkerMeta(self.unfenced | other.unfenced)
+        return WorkerMeta(self.unfenced | other.unfenced, self.dropped | other.dropped)

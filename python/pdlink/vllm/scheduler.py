@@ -68,6 +68,8 @@ class SchedulerSide:
         self._prefills: dict[str, _Prefill] = {}
         # Requests whose parameters ask for nothing that is done here.
         self._plain: set[str] = set()
+        # Requests that no worker loads any more, until the workers have said so.
+        self._dropping: set[str] = set()
         self._meta = StepMeta()
 
     # ---------------------------------------------------------------- what the engine binds
@@ -152,7 +154,7 @@ class SchedulerSide:
         if external <= 0:
             # vLLM computes the prompt here, for prompt logprobs say: prefill need not wait for us.
             load.ended = True
-            self._meta.drops.append(request.request_id)
+            self._drop(request.request_id)
             return
         first_token = request.num_prompt_tokens - external
         ids = blocks.get_block_ids()
@@ -206,9 +208,9 @@ class SchedulerSide:
         self._meta.holds.append(hold)
 
     @property
-    def has_orders(self) -> bool:
-        """Whether a step is needed to tell the workers something."""
-        return bool(self._meta)
+    def needs_steps(self) -> bool:
+        """Whether steps are needed for what no request of vLLM's stands for: orders to tell, drops under way."""
+        return bool(self._meta or self._dropping)
 
     def ends(self, output: Any) -> None:
         """What the workers reported, before vLLM acts on it."""
@@ -217,6 +219,7 @@ class SchedulerSide:
                 load.ended = True
         meta = output.kv_connector_worker_meta
         if isinstance(meta, WorkerMeta):
+            self._dropping -= meta.dropped
             for request_id in meta.unfenced:
                 self._quarantine(request_id)
         for request_id in output.finished_recving or ():
@@ -263,13 +266,17 @@ class SchedulerSide:
         if load is None:
             return
         if not load.started:
-            self._meta.drops.append(request_id)
+            self._drop(request_id)
         elif not load.ended:
             # Remembered until its report: blocks that a lost peer can still write to are found through it.
             self._meta.aborts.append(request_id)
             load.gone = True
             return
         del self._loads[request_id]
+
+    def _drop(self, request_id: str) -> None:
+        self._meta.drops.append(request_id)
+        self._dropping.add(request_id)
 
     def _params(self, prefill: _Prefill) -> dict[str, Any] | None:
         if self._maker is None:

@@ -51,6 +51,7 @@ class Results:
     failed: set[str] = field(default_factory=set)
     invalid_blocks: set[int] = field(default_factory=set)
     unfenced: set[str] = field(default_factory=set)
+    dropped: set[str] = field(default_factory=set)
 
 
 class WorkerSide:
@@ -66,6 +67,7 @@ class WorkerSide:
         # Transfers under way, by side and transfer id, to the request.
         self._expected: dict[str, str] = {}
         self._offered: dict[str, str] = {}
+        self._dropping: dict[str, str] = {}
         self._holds: list[Hold] = []
         self._closes: list[tuple[str, bool]] = []
         self._results = Results()
@@ -180,6 +182,9 @@ class WorkerSide:
         load = self._loads.pop(request_id, None)
         if load is not None and load.transfer_id is not None and self._link is not None:
             self._link.release(load.transfer_id)
+            self._dropping[load.transfer_id] = request_id
+        else:
+            self._results.dropped.add(request_id)
 
     def _load_ended(self, request_id: str, load: _Load, fenced: bool = True) -> None:
         """The one report of a started load."""
@@ -243,13 +248,16 @@ class WorkerSide:
         held = self._held.get(request_id) if request_id is not None else None
         if request_id is None or held is None:
             return
-        if report.end not in ("sent", "aborted"):
+        if report.end not in ("sent", "released", "aborted"):
             logger.warning("the KV of request %s was not taken: %s", request_id, report.failure or report.end)
         held.ended = True
         self._let_go(request_id, held)
 
     def _load_reported(self, report: _native.Report) -> None:
         request_id = self._expected.pop(report.transfer_id, None)
+        if dropped := self._dropping.pop(report.transfer_id, None):
+            self._results.dropped.add(dropped)
+            return
         load = self._loads.get(request_id) if request_id is not None else None
         if request_id is None or load is None or load.transfer_id != report.transfer_id:
             return
@@ -274,7 +282,8 @@ class WorkerSide:
         return [self._map.cover(group, tokens) for group in blocks] if self._map is not None else blocks
 
     def worker_meta(self, results: Results) -> WorkerMeta | None:
-        return WorkerMeta(results.unfenced) if results.unfenced else None
+        told = WorkerMeta(results.unfenced, results.dropped)
+        return told if told.unfenced or told.dropped else None
 
     def take_stats(self) -> PdlinkStats | None:
         """What has changed since the last call."""
