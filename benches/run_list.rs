@@ -4,25 +4,27 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use pdlink::kv::{BlockId, Extent, Geometry, LayerPlacement, Layout, MemoryMap, PairPlan, Span, digest};
+use pdlink::kv::{
+    BlockId, Extent, Geometry, GroupGeometry, GroupKind, LayerPlacement, Layout, MemoryMap, PairPlan, Span, digest,
+};
 use pdlink::memory::Region;
 
 const BLOCK_SIZE: u32 = 16;
 
 /// Qwen3-8B, `[block, 2, token, head, dim]`, one region for each layer.
 fn layout(num_blocks: u32, layers: u32) -> Layout {
-    let geometry = Geometry {
-        model: "qwen3-8b".to_owned(),
+    let group = GroupGeometry {
+        kind: GroupKind::Heads,
         layers,
         kv_heads: 8,
         head_size: 128,
         element_bytes: 2,
         dtype: "bfloat16".to_owned(),
         block_size: BLOCK_SIZE,
-        tp_size: 1,
-        mla: false,
+        window: None,
         opaque_planes: None,
     };
+    let geometry = Geometry { model: "qwen3-8b".to_owned(), tp_size: 1, groups: vec![group] };
     let half = u64::from(BLOCK_SIZE) * 8 * 256;
     let placement = |layer: u32| LayerPlacement {
         region: u16::try_from(layer).unwrap(),
@@ -33,7 +35,7 @@ fn layout(num_blocks: u32, layers: u32) -> Layout {
         head_stride: 256,
     };
     let region_lens = vec![2 * half * u64::from(num_blocks); layers as usize];
-    let map = MemoryMap { num_blocks, region_lens, ranks: vec![(0..layers).map(placement).collect()] };
+    let map = MemoryMap { num_blocks, region_lens, first_rank: 0, ranks: vec![(0..layers).map(placement).collect()] };
     Layout::new(geometry, map).unwrap()
 }
 
@@ -60,7 +62,7 @@ fn digests(criterion: &mut Criterion) {
     let regions: Vec<Arc<Region>> =
         layout.map().region_lens.iter().map(|len| Region::shared(usize::try_from(*len).unwrap()).unwrap()).collect();
     let blocks: Vec<BlockId> = (0..256).map(|index| BlockId(index * 77 % 256)).collect();
-    let span = Span { blocks: &[&blocks], first_token: 0, tokens: 256 * BLOCK_SIZE };
+    let span = Span { blocks: &[&blocks], from: &[0], tokens: 256 * BLOCK_SIZE };
     let mut group = criterion.benchmark_group("digest");
     group.throughput(Throughput::Bytes(u64::from(span.tokens) * layout.geometry().token_bytes()));
     group.bench_function("64 MiB", |bencher| {

@@ -24,7 +24,7 @@ fn round_trip(bytes: &[u8]) -> Frame {
 }
 
 fn wire(criterion: &mut Criterion) {
-    let landed = ToPrefill::Landed { transfer_id: TransferId([7; 16]), first_token: 0, digest: None };
+    let landed = ToPrefill::Landed { transfer_id: TransferId([7; 16]), from: vec![0], digest: None };
     criterion.bench_function("landed, there and read", |bencher| {
         bencher.iter(|| {
             let bytes = Frame::Notice(to_body(black_box(&landed))).encode().unwrap();

@@ -149,8 +149,8 @@ fn blocks_out_of_range_and_too_few_are_refused_on_both_sides() {
             tokens,
         };
         assert!(matches!(prefill.runtime.offer(offer(&[48], 4)), Err(KvError::Layout(_))));
-        assert!(matches!(prefill.runtime.offer(offer(&[1], 5)), Err(KvError::WrongBlockCount { .. })));
-        assert!(matches!(prefill.runtime.offer(offer(&[], 0)), Err(KvError::WrongBlockCount { .. })));
+        assert!(matches!(prefill.runtime.offer(offer(&[1], 5)), Err(KvError::Layout(_))));
+        assert!(matches!(prefill.runtime.offer(offer(&[], 0)), Err(KvError::Extent { .. })));
         assert!(matches!(decode.runtime.offer(offer(&[1], 4)), Err(KvError::WrongRole { .. })));
         let bad: [(&[u32], u32); 3] = [(&[0, 48], 0), (&[0], 0), (&[0, 1], 3)];
         for (blocks, first_token) in bad {
@@ -317,8 +317,8 @@ async fn kv_3_a_peer_cannot_touch_what_another_has_claimed() {
     assert!(matches!(holder.hear().await.unwrap(), ToDecode::Granted(granted) if granted.blocks[0].len() == 2));
     let grabs = [
         claim_of(&prefill, &params),
-        ToPrefill::Landed { transfer_id, first_token: 0, digest: None },
-        ToPrefill::Copying { transfer_id, first_token: 0 },
+        ToPrefill::Landed { transfer_id, from: vec![0], digest: None },
+        ToPrefill::Copying { transfer_id, from: vec![0] },
         ToPrefill::Accepted(transfer_id),
     ];
     for grab in grabs {
@@ -332,7 +332,7 @@ async fn kv_3_a_peer_cannot_touch_what_another_has_claimed() {
     thief.connection.notify(bytes::Bytes::from_static(&[250, 1, 2])).unwrap();
     assert!(thief.hear().await.is_err());
     assert_eq!(prefill.runtime.status().held_blocks, 2);
-    holder.say(&ToPrefill::Landed { transfer_id, first_token: 0, digest: None });
+    holder.say(&ToPrefill::Landed { transfer_id, from: vec![0], digest: None });
     assert_eq!(holder.hear().await.unwrap(), ToDecode::Confirmed { transfer_id, digest: None });
     assert_eq!(prefill.end_of(transfer_id), End::Sent);
     prefill.assert_at_rest();
@@ -351,7 +351,7 @@ async fn kv_3_bytes_that_landed_after_the_lease_are_never_confirmed() {
     // It copies slowly and renews nothing.
     assert_eq!(prefill.end_of(transfer_id), End::Expired);
     assert!(matches!(raw.hear().await.unwrap(), ToDecode::Ended { .. }));
-    raw.say(&ToPrefill::Landed { transfer_id, first_token: 0, digest: None });
+    raw.say(&ToPrefill::Landed { transfer_id, from: vec![0], digest: None });
     let refused = raw.hear().await.unwrap();
     assert!(matches!(refused, ToDecode::Refused { failure: TransferFailure::Expired { .. }, .. }), "{refused:?}");
     assert_eq!(prefill.runtime.record(transfer_id).unwrap().side, Side::Prefill);

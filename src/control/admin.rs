@@ -59,9 +59,17 @@ impl AdminClient {
         &self.shared.addr
     }
 
-    /// Frees what is held for a transfer, on this worker and on its partner (KV-9). Idempotent.
+    /// Frees what is held for a transfer, on all ranks of this worker and on its partner (KV-9). Idempotent.
     pub async fn abort(&self, transfer_id: TransferId) -> Result<AbortAnswer, ControlError> {
         match self.ask(AdminRequest::Abort(transfer_id)).await? {
+            AdminAnswer::Abort(answer) => Ok(answer),
+            other => Err(self.unexpected(other)),
+        }
+    }
+
+    /// The same, but on this one of the worker's ranks alone.
+    pub async fn abort_here(&self, transfer_id: TransferId) -> Result<AbortAnswer, ControlError> {
+        match self.ask(AdminRequest::AbortHere(transfer_id)).await? {
             AdminAnswer::Abort(answer) => Ok(answer),
             other => Err(self.unexpected(other)),
         }
@@ -203,7 +211,7 @@ mod tests {
     impl AdminHandler for Canned {
         fn ask(&self, request: AdminRequest, reply: AdminReply) {
             reply.send(&match request {
-                AdminRequest::Abort(_) => AdminAnswer::Abort(AbortAnswer::Unknown),
+                AdminRequest::Abort(_) | AdminRequest::AbortHere(_) => AdminAnswer::Abort(AbortAnswer::Unknown),
                 AdminRequest::Record(_) => AdminAnswer::Record(None),
                 AdminRequest::Pair(peer) => AdminAnswer::Refused(format!("{peer} does not fit")),
                 AdminRequest::Status => AdminAnswer::Abort(AbortAnswer::Ended),

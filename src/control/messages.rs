@@ -51,11 +51,14 @@ pub struct RuntimeStatus {
 /// A question to a runtime.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AdminRequest {
+    /// On every rank of the worker.
     Abort(TransferId),
     Record(TransferId),
     /// Connect to the prefill worker at this `host:port` now, and say whether the pair can work.
     Pair(String),
     Status,
+    /// On this rank alone: how the ranks of a worker pass an abort on.
+    AbortHere(TransferId),
 }
 
 /// Its answer.

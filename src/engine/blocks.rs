@@ -24,17 +24,10 @@ impl Blocks {
     }
 
     /// Blocks for a new sequence that needs `count` in all: those that hold the beginning of `hashes` already, then
-    /// fresh ones. The second value is how many were found, a multiple of `step`. `None`, and nothing taken, if there are
-    /// too few.
-    pub(super) fn take_for(
-        &mut self,
-        hashes: &[BlockHash],
-        count: usize,
-        step: usize,
-    ) -> Option<(Vec<BlockId>, usize)> {
+    /// fresh ones. The second value is how many were found. `None`, and nothing taken, if there are too few.
+    pub(super) fn take_for(&mut self, hashes: &[BlockHash], count: usize) -> Option<(Vec<BlockId>, usize)> {
         let mut blocks = if self.prefix_caching { self.prefix.find(hashes) } else { Vec::new() };
-        let found = blocks.len() / step * step;
-        blocks.truncate(found);
+        let found = blocks.len();
         for &block in &blocks {
             self.pool.share(block);
         }

@@ -45,7 +45,7 @@ impl KvCache {
 
     /// Tokens per block.
     pub(super) fn block_size(&self) -> usize {
-        self.geometry().block_size as usize
+        layout::group(self.geometry()).block_size as usize
     }
 
     /// Where each rank's memory is, for the KV runtime.
@@ -62,7 +62,7 @@ impl KvCache {
     pub(super) fn block_bytes(&self) -> u64 {
         let per_layer: u64 =
             (0..self.geometry().tp_size).map(|rank| layout::layer_block_bytes(self.geometry(), rank)).sum();
-        per_layer * u64::from(self.geometry().layers)
+        per_layer * u64::from(self.geometry().layers())
     }
 
     /// Writes the KV of one position into the block that covers it.
@@ -83,7 +83,8 @@ impl KvCache {
     /// Reads the KV of the first `tokens` positions back from memory and folds it into one word.
     pub(super) fn digest(&self, blocks: &[BlockId], tokens: usize) -> u64 {
         let tokens = u32::try_from(tokens).expect("contexts are shorter than 2^32 tokens");
-        kv::digest(&self.layout, &self.regions, Span { blocks: &[blocks], first_token: 0, tokens })
+        let blocks = &blocks[..layout::group(self.geometry()).blocks_for(tokens) as usize];
+        kv::digest(&self.layout, &self.regions, Span { blocks: &[blocks], from: &[0], tokens })
             .expect("blocks of this cache")
     }
 
@@ -97,7 +98,7 @@ impl KvCache {
     }
 
     fn row_bytes(&self) -> usize {
-        usize::try_from(self.geometry().content_bytes()).expect("checked with the geometry")
+        usize::try_from(layout::group(self.geometry()).content_bytes()).expect("checked with the geometry")
     }
 
     fn layers(&self) -> impl Iterator<Item = (&RankMemory, &LayerPlacement, usize)> {
@@ -108,9 +109,9 @@ impl KvCache {
 
     /// (half, head over all ranks, offset inside a block) of each row that a rank keeps for one token of one layer.
     fn rows(&self, rank: u32, place: &LayerPlacement) -> impl Iterator<Item = (usize, usize, u64)> + use<> {
-        let heads = self.geometry().heads_of(rank);
+        let heads = layout::group(self.geometry()).heads_of(rank, self.geometry().tp_size);
         let (half_stride, head_stride) = (place.half_stride, place.head_stride);
-        (0..self.geometry().halves()).flat_map(move |half| {
+        (0..layout::group(self.geometry()).halves()).flat_map(move |half| {
             (0..heads.count).map(move |head| {
                 let at = u64::from(half) * half_stride + u64::from(head) * head_stride;
                 (half as usize, (heads.first + head) as usize, at)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::config::{ReferenceConfig, ReferenceLayout};
-use crate::kv::{self, Geometry, LayerPlacement, RankMemory};
+use crate::kv::{self, Geometry, GroupGeometry, GroupKind, LayerPlacement, RankMemory};
 use crate::memory::Region;
 
 /// Why a KV cache cannot be made.
@@ -39,24 +39,30 @@ pub(super) fn geometry(model: &str, config: &ReferenceConfig, tp: u32) -> Result
         4 => "float32",
         is => return Err(CacheError::Setting { name: "dtype_bytes", is, must: "1, 2 or 4".to_owned() }),
     };
-    Ok(Geometry {
-        model: model.to_owned(),
+    let group = GroupGeometry {
+        kind: GroupKind::Heads,
         layers: size("layers", config.layers, 4096)?,
         kv_heads,
         head_size: size("head_size", config.head_size, 65_536)?,
         element_bytes: size("dtype_bytes", config.dtype_bytes, 4)?,
         dtype: dtype.to_owned(),
         block_size: size("block_size", config.block_size, 4096)?,
-        tp_size: tp,
-        mla: false,
+        window: None,
         opaque_planes: None,
-    })
+    };
+    Ok(Geometry { model: model.to_owned(), tp_size: tp, groups: vec![group] })
+}
+
+/// The one KV group of a reference engine.
+pub(super) fn group(geometry: &Geometry) -> &GroupGeometry {
+    &geometry.groups[0]
 }
 
 /// Bytes of one block in one layer on one rank.
 pub(super) fn layer_block_bytes(geometry: &Geometry, rank: u32) -> u64 {
-    let heads = u64::from(geometry.heads_of(rank).count);
-    u64::from(geometry.halves()) * u64::from(geometry.block_size) * heads * geometry.content_bytes()
+    let group = group(geometry);
+    let heads = u64::from(group.heads_of(rank, geometry.tp_size).count);
+    u64::from(group.halves()) * u64::from(group.block_size) * heads * group.content_bytes()
 }
 
 /// Allocates one rank's KV and says where each layer lies in it.
@@ -68,7 +74,7 @@ pub(super) fn allocate(
 ) -> Result<RankMemory, CacheError> {
     let block = layer_block_bytes(geometry, rank);
     let layer = block * u64::from(num_blocks);
-    let layers = u64::from(geometry.layers);
+    let layers = u64::from(geometry.layers());
     let own_regions = layout == ReferenceLayout::SplitKv;
     let region_bytes = if own_regions { layer } else { layer * layers };
     let region = || {
@@ -87,9 +93,10 @@ pub(super) fn allocate(
 }
 
 fn strides(geometry: &Geometry, layout: ReferenceLayout, rank: u32, block_stride: u64) -> LayerPlacement {
-    let row = geometry.content_bytes();
-    let heads = u64::from(geometry.heads_of(rank).count);
-    let tokens = u64::from(geometry.block_size);
+    let group = group(geometry);
+    let row = group.content_bytes();
+    let heads = u64::from(group.heads_of(rank, geometry.tp_size).count);
+    let tokens = u64::from(group.block_size);
     let (half_stride, token_stride, head_stride) = match layout {
         ReferenceLayout::SplitKv => (tokens * heads * row, heads * row, row),
         ReferenceLayout::HeadMajor => (row, 2 * row, tokens * 2 * row),
@@ -134,11 +141,11 @@ mod tests {
     }
 
     fn rows(geometry: &Geometry, rank: u32) -> Vec<(u64, u64, u64, u64)> {
-        let heads = u64::from(geometry.heads_of(rank).count);
+        let heads = u64::from(group(geometry).heads_of(rank, geometry.tp_size).count);
         let mut rows = Vec::new();
         for block in 0..5 {
             for half in 0..2 {
-                for token in 0..u64::from(geometry.block_size) {
+                for token in 0..u64::from(group(geometry).block_size) {
                     rows.extend((0..heads).map(|head| (block, half, token, head)));
                 }
             }

@@ -16,9 +16,8 @@ use tokio::sync::mpsc::UnboundedSender;
 pub(super) enum Load {
     /// Computed here.
     Local,
-    /// Claimed at prefill; its lease is being renewed. A load may start behind a multiple of `step` blocks, so that it
-    /// starts at a block's beginning on both sides.
-    Claimed { handle: TransferHandle, step: usize },
+    /// Claimed at prefill; its lease is being renewed.
+    Claimed { handle: TransferHandle },
 }
 
 #[derive(Debug)]

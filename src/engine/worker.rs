@@ -233,6 +233,7 @@ fn start_link(
         engine_id: format!("{}-{:016x}", setup.role.name(), rand::random::<u64>()),
         role: setup.role,
         send_type: setup.send_type,
+        siblings: Vec::new(),
         geometry: cache.geometry().clone(),
         ranks: cache.ranks().to_vec(),
         secret: setup.secret.clone(),

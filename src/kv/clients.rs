@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::core::{Core, Event};
 use super::messages::{PeerInfo, ToDecode, ToPrefill};
+use super::shares::{Scope, Split};
 use super::{Layout, PairPlan, TransferFailure};
 use crate::config::Path;
 use crate::control::{Connection, ControlError, Hello, Inbound, TransferId, from_body, to_body};
@@ -27,12 +28,17 @@ pub(super) struct Client {
 pub(super) struct Fit {
     layout: Arc<Layout>,
     offers: Vec<Offer>,
+    /// How its worker spreads ranks over runtimes, and which of them it is.
+    pub(super) split: Split,
+    pub(super) part: u32,
+    /// What it reads here.
+    pub(super) scope: Arc<Scope>,
 }
 
 /// How to push to a decode worker over one path.
 enum PushLink {
     /// Being made; these transfers wait for it.
-    Connecting(Vec<TransferId>),
+    Connecting(Vec<(TransferId, usize)>),
     Ready(Arc<dyn Link>, Arc<PairPlan>),
 }
 
@@ -60,7 +66,10 @@ impl Core {
         self.reap();
         let fit = PeerInfo::read(&hello.payload).map_err(|error| error.to_string()).and_then(|(layout, offers, _)| {
             self.shared.layout.check_fits(&layout).map_err(|error| error.to_string())?;
-            Ok(Fit { layout: Arc::new(layout), offers })
+            let split = Split::of(&layout);
+            let part = split.part_of(layout.held().start);
+            let scope = Arc::new(Scope::given(&self.shared.layout, &layout));
+            Ok(Fit { layout: Arc::new(layout), offers, split, part, scope })
         });
         let engine_id = hello.engine_id.clone();
         match &fit {
@@ -99,7 +108,7 @@ impl Core {
         self.shared.metrics.peer_failed(reason(error));
         let failure = TransferFailure::PeerLost { peer: gone.name(), why: error.to_string() };
         for transfer_id in gone.transfers {
-            self.sending_peer_lost(transfer_id, failure.clone());
+            self.sending_peer_lost(transfer_id, client, &failure);
         }
         for link in gone.links.into_values() {
             if let PushLink::Ready(link, _) = link {
@@ -122,7 +131,7 @@ impl Core {
     }
 
     /// The link and plan to push over, once they are there; `transfer_id` is woken then.
-    pub(super) fn push_path(&mut self, client: u64, path: Path, transfer_id: TransferId) -> PushPath {
+    pub(super) fn push_path(&mut self, client: u64, path: Path, transfer_id: TransferId, reader: usize) -> PushPath {
         let Some(entry) = self.clients.get_mut(&client) else {
             return PushPath::Impossible("the decode worker is gone".to_owned());
         };
@@ -135,7 +144,7 @@ impl Core {
                 return PushPath::Ready(Arc::clone(link), Arc::clone(plan));
             }
             Some(PushLink::Connecting(waiting)) => {
-                waiting.push(transfer_id);
+                waiting.push((transfer_id, reader));
                 return PushPath::Waiting;
             }
             Some(PushLink::Ready(..)) | None => {}
@@ -147,7 +156,7 @@ impl Core {
         };
         let (transport, layout) = (Arc::clone(transport), Arc::clone(&fit.layout));
         let export: Export = offer.export.clone();
-        entry.links.insert(path, PushLink::Connecting(vec![transfer_id]));
+        entry.links.insert(path, PushLink::Connecting(vec![(transfer_id, reader)]));
         let deadline = Instant::now() + self.kv.connect_timeout;
         let (events, ours) = (self.events.clone(), Arc::clone(&self.shared.layout));
         self.tasks.spawn_blocking(move || {
@@ -185,10 +194,10 @@ impl Core {
             }
             Err(error) => tracing::warn!(peer = %entry.name(), path = path.name(), %error, "cannot push"),
         }
-        for transfer_id in waiting {
+        for (transfer_id, reader) in waiting {
             match &failure {
-                None => self.start_push(transfer_id),
-                Some(why) => self.push_impossible(transfer_id, why.clone()),
+                None => self.start_push(transfer_id, reader),
+                Some(why) => self.push_impossible(transfer_id, reader, why.clone()),
             }
         }
     }

@@ -1,89 +1,162 @@
-//! Decode's driver: does what the receiving machines want done.
+//! Decode's driver: does what the receiving machines want done. What it does with bytes is in `copies`.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::channel::{Mode, Receive, ReceiveAction, ReceiveEvent};
-use super::core::{Core, Event, Timer, TimerKey, micros};
-use super::messages::{Claim, Granted, Place, ToDecode, ToPrefill};
+use super::channel::{Gather, GatherAction, Mode, ReceiveAction, ReceiveEvent};
+use super::core::{Core, Expect, Timer, TimerKey, micros};
+use super::messages::{Claim, Ending, Granted, ToDecode, ToPrefill};
 use super::past::Gone;
-use super::run_list::by_group;
-use super::{BlockId, End, Extent, LayoutError, TransferFailure};
-use crate::config::KvSendType;
+use super::shares::Split;
+use super::{BlockId, End, Extent, PairPlan, TransferFailure};
+use crate::config::{KvSendType, Path};
 use crate::control::{ControlError, TransferId};
 use crate::telemetry::{Side, TransferRecord};
-use crate::transport::{
-    Copied, Direction, Fence, Grant, Link, RunList, TransferRequest, TransferTicket, TransportError,
-};
+use crate::transport::{Grant, Link, TransferTicket, TransportError};
 
-/// How often a dead prefill worker is looked at, while it may still write here.
-const FENCE_INTERVAL: Duration = Duration::from_millis(5);
-
-/// One expected transfer, with all that its machine need not know.
+/// One expected transfer, with all that its machines need not know.
 pub(super) struct Receiving {
-    machine: Receive,
-    serial: u64,
-    peer: String,
-    claim: Claim,
-    granted: Option<Granted>,
-    blocks: Vec<Vec<BlockId>>,
-    first_token: u32,
-    /// What carries it, kept also after the peer was lost: it knows whether the peer's process is gone.
-    link: Option<Arc<dyn Link>>,
-    ticket: Option<TransferTicket>,
-    /// Whether it counts as one of the peer's running copies.
-    has_slot: bool,
-    /// Push: prefill's permission to write.
-    grant: Option<Grant>,
+    pub(super) machine: Gather,
+    pub(super) serial: u64,
+    /// One for each runtime of prefill that is read, in the machine's order.
+    pub(super) parts: Vec<Part>,
+    weight_version: u64,
+    pub(super) tokens: u32,
+    pub(super) blocks: Vec<Vec<BlockId>>,
+    pub(super) first_token: u32,
+    pub(super) digest: bool,
     timer: Option<TimerKey>,
-    fence_timer: Option<TimerKey>,
     fetched: Option<Instant>,
-    copy_started: Option<Instant>,
-    copied: Option<Instant>,
     record: TransferRecord,
 }
 
+/// What comes from one runtime of prefill.
+pub(super) struct Part {
+    pub(super) peer: String,
+    /// Which of prefill's runtimes it must turn out to be.
+    number: u32,
+    src: Split,
+    pub(super) granted: Option<Granted>,
+    /// What carries it, kept also after the peer was lost: it knows whether the peer's process is gone.
+    pub(super) link: Option<Arc<dyn Link>>,
+    pub(super) plan: Option<Arc<PairPlan>>,
+    pub(super) path: Option<Path>,
+    /// Which of our transports the link belongs to.
+    pub(super) transport: usize,
+    /// For each KV group the first token that moves.
+    pub(super) from: Vec<u32>,
+    pub(super) ticket: Option<TransferTicket>,
+    /// Whether it counts as one of the peer's running copies.
+    pub(super) has_slot: bool,
+    /// Push: prefill's permission to write.
+    pub(super) grant: Option<Grant>,
+    pub(super) fence_timer: Option<TimerKey>,
+    pub(super) copy_started: Option<Instant>,
+    pub(super) copied: Option<Instant>,
+    pub(super) bytes: u64,
+    pub(super) runs: u64,
+    pub(super) posts: u64,
+}
+
+impl Part {
+    fn new(peer: &str, number: u32, src: Split) -> Self {
+        Self {
+            peer: peer.to_owned(),
+            number,
+            src,
+            granted: None,
+            link: None,
+            plan: None,
+            path: None,
+            transport: 0,
+            from: Vec::new(),
+            ticket: None,
+            has_slot: false,
+            grant: None,
+            fence_timer: None,
+            copy_started: None,
+            copied: None,
+            bytes: 0,
+            runs: 0,
+            posts: 0,
+        }
+    }
+
+    pub(super) fn copy_failure(&self, error: &TransportError) -> TransferFailure {
+        let path = self.path.map_or("no path", |path| path.name()).to_owned();
+        TransferFailure::Copy { peer: self.peer.clone(), path, why: error.to_string() }
+    }
+}
+
 impl Receiving {
-    pub(super) fn holds_lease(&self) -> bool {
-        self.machine.holds_lease()
+    pub(super) fn holds_lease(&self, peer: &str) -> bool {
+        self.part_of(peer).is_some_and(|part| self.machine.holds_lease(part))
+    }
+
+    fn part_of(&self, peer: &str) -> Option<usize> {
+        self.parts.iter().position(|part| part.peer == peer)
     }
 }
 
 impl Core {
-    pub(super) fn expect(&mut self, peer: &str, claim: Claim) {
-        let (now, transfer_id) = (Instant::now(), claim.transfer_id);
+    /// Claims at every runtime of prefill that is read here, and lets go of those that it is our turn to.
+    pub(super) fn expect(&mut self, expect: &Expect) {
+        let (now, transfer_id) = (Instant::now(), expect.transfer_id);
+        let (dst, own) = (self.split, self.own_part);
+        let meeting = self.meeting(expect.src, dst);
+        let sources = meeting.sources_of(own);
+        let peer_of = |number: u32| expect.runtimes[number as usize].endpoint.as_str();
+        let peers: Vec<&str> = sources.iter().map(|number| peer_of(*number)).collect();
         let mut record = self.blank_record(transfer_id, Side::Decode);
-        record.tokens = claim.tokens.into();
+        record.tokens = expect.tokens.into();
         let receiving = Receiving {
-            machine: Receive::new(transfer_id, peer, self.kv.transfer_timeout, now),
+            machine: Gather::new(transfer_id, &peers, self.kv.transfer_timeout, now),
             serial: self.next_serial(),
-            peer: peer.to_owned(),
-            claim: claim.clone(),
-            granted: None,
+            parts: sources.iter().map(|number| Part::new(peer_of(*number), *number, expect.src)).collect(),
+            weight_version: expect.weight_version,
+            tokens: expect.tokens,
             blocks: Vec::new(),
             first_token: 0,
-            link: None,
-            ticket: None,
-            has_slot: false,
-            grant: None,
+            digest: false,
             timer: None,
-            fence_timer: None,
             fetched: None,
-            copy_started: None,
-            copied: None,
             record,
         };
         self.receiving.insert(transfer_id, receiving);
+        for number in meeting.released_by(own) {
+            let peer = peer_of(number);
+            self.need_peer(peer);
+            self.tell_peer(peer, &ToPrefill::Ended { transfer_id, how: Ending::Released });
+        }
         if self.past.of(transfer_id) == Some(Gone::AbortedEarly) {
             // KV-9: the abort was faster. Prefill may hold blocks for it all the same.
-            self.need_peer(peer);
-            return self.drive_receiving(transfer_id, ReceiveEvent::Abort);
+            for peer in peers {
+                self.need_peer(peer);
+            }
+            return self.drive_all_receiving(transfer_id, &ReceiveEvent::Abort);
         }
+        for number in sources {
+            let named = &expect.runtimes[*number as usize];
+            self.claim_at(
+                &named.endpoint,
+                Claim {
+                    transfer_id,
+                    incarnation: named.incarnation,
+                    geometry_digest: expect.geometry_digest,
+                    weight_version: expect.weight_version,
+                    decode_weight_version: self.weight_version(),
+                    tokens: expect.tokens,
+                },
+            );
+        }
+        self.drive_all_receiving(transfer_id, &ReceiveEvent::Tick);
+    }
+
+    fn claim_at(&mut self, peer: &str, claim: Claim) {
         self.leave_older_incarnation(peer, claim.incarnation);
-        self.need_peer(peer).transfers.insert(transfer_id);
+        self.need_peer(peer).transfers.insert(claim.transfer_id);
         self.tell_peer(peer, &ToPrefill::Claim(claim));
         self.plan_renewal(peer);
-        self.drive_receiving(transfer_id, ReceiveEvent::Tick);
     }
 
     /// Parameters of a later incarnation prove that the one we are connected to has ended, though we have not heard of it
@@ -99,149 +172,146 @@ impl Core {
     pub(super) fn fetch(&mut self, transfer_id: TransferId, blocks: Vec<Vec<BlockId>>, first_token: u32) {
         let digest = self.wants_digest();
         let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
+        if receiving.fetched.is_some() {
+            return tracing::warn!(%transfer_id, "fetched twice: ignored");
+        }
         receiving.record.blocks = blocks.iter().map(|group| group.len() as u64).sum();
         receiving.record.digest_checked = digest;
+        receiving.digest = digest;
         receiving.blocks = blocks;
         receiving.first_token = first_token;
         receiving.fetched = Some(Instant::now());
-        self.drive_receiving(transfer_id, ReceiveEvent::Fetch { digest });
+        self.drive_all_receiving(transfer_id, &ReceiveEvent::Fetch { digest });
     }
 
     pub(super) fn release(&mut self, transfer_id: TransferId) {
-        self.drive_receiving(transfer_id, ReceiveEvent::Release);
+        self.drive_all_receiving(transfer_id, &ReceiveEvent::Release);
     }
 
     /// What a prefill worker says.
     pub(super) fn hear_peer(&mut self, peer: &str, message: ToDecode) {
         let transfer_id = message.transfer_id();
-        if self.receiving.get(&transfer_id).is_none_or(|receiving| receiving.peer != peer) {
-            // Late: the transfer was ended here, and prefill told, before this was on its way.
-            return;
-        }
+        let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
+        // Late otherwise: the transfer was ended here, and prefill told, before this was on its way.
+        let Some(part) = receiving.part_of(peer) else { return };
         let event = match message {
-            ToDecode::Granted(granted) => return self.granted(peer, granted),
+            ToDecode::Granted(granted) => return self.granted(transfer_id, part, granted),
             ToDecode::Refused { failure, .. } => ReceiveEvent::Refused(failure),
             ToDecode::Confirmed { digest, .. } => ReceiveEvent::Confirmed { digest },
             ToDecode::Pushed { digest, .. } => {
-                if let Some(receiving) = self.receiving.get_mut(&transfer_id) {
-                    receiving.copied = Some(Instant::now());
-                }
+                receiving.parts[part].copied = Some(Instant::now());
                 ReceiveEvent::Pushed { digest }
             }
             ToDecode::Over { how, fenced, .. } => ReceiveEvent::Over { how, fenced },
             ToDecode::Ended { how, .. } => ReceiveEvent::PeerEnded(how),
         };
-        self.drive_receiving(transfer_id, event);
+        self.drive_receiving(transfer_id, part, event);
     }
 
-    fn granted(&mut self, peer: &str, granted: Granted) {
-        let transfer_id = granted.transfer_id;
+    fn granted(&mut self, transfer_id: TransferId, part: usize, granted: Granted) {
         let ours = self.weight_version();
-        let Some(reached) = self.peers.get(peer).and_then(|entry| entry.reached()) else { return };
-        let mode = if reached.send_type == KvSendType::Get { Mode::Pull } else { Mode::Push };
-        let (engine_id, link, path) = (reached.engine_id.clone(), Arc::clone(&reached.link), reached.path);
         let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
-        receiving.record.peer_engine_id = Some(engine_id);
-        receiving.record.path = Some(path);
+        let of_part = &mut receiving.parts[part];
+        let Some(reached) = self.peers.get(&of_part.peer).and_then(|entry| entry.reached()) else { return };
+        let mode = if reached.send_type == KvSendType::Get { Mode::Pull } else { Mode::Push };
+        let is_as_named = (reached.split, reached.part) == (of_part.src, of_part.number);
+        of_part.link = Some(Arc::clone(&reached.link));
+        of_part.plan = Some(Arc::clone(&reached.plan));
+        of_part.path = Some(reached.path);
+        of_part.transport = reached.transport;
+        receiving.record.peer_engine_id = Some(reached.engine_id.clone());
+        receiving.record.path = Some(reached.path);
         receiving.record.weight_version = granted.weight_version;
-        receiving.link = Some(link);
-        let theirs = granted.weight_version;
-        let tokens_differ = granted.tokens != receiving.claim.tokens;
-        receiving.granted = Some(granted);
+        let (peer, theirs) = (of_part.peer.clone(), granted.weight_version);
+        let bad = |why: &str| {
+            let (peer, why) = (peer.clone(), why.to_owned());
+            ReceiveEvent::Outdated(TransferFailure::BadReference { peer, transfer_id, why })
+        };
         let event = if theirs != ours {
-            ReceiveEvent::Outdated(TransferFailure::WeightVersion { peer: peer.to_owned(), theirs, ours })
-        } else if tokens_differ {
-            let why = "another number of tokens was granted than asked for".to_owned();
-            ReceiveEvent::Outdated(TransferFailure::BadReference { peer: peer.to_owned(), transfer_id, why })
+            ReceiveEvent::Outdated(TransferFailure::WeightVersion { peer, theirs, ours })
+        } else if granted.tokens != receiving.tokens {
+            bad("another number of tokens was granted than asked for")
+        } else if !is_as_named {
+            bad("it holds other ranks than the parameters say")
         } else {
             ReceiveEvent::Granted(mode)
         };
-        self.drive_receiving(transfer_id, event);
+        of_part.granted = Some(granted);
+        self.drive_receiving(transfer_id, part, event);
     }
 
     pub(super) fn abort_receiving(&mut self, transfer_id: TransferId) -> bool {
         let known = self.receiving.contains_key(&transfer_id);
-        self.drive_receiving(transfer_id, ReceiveEvent::Abort);
+        self.drive_all_receiving(transfer_id, &ReceiveEvent::Abort);
         known
     }
 
-    pub(super) fn receiving_peer_lost(&mut self, transfer_id: TransferId, failure: TransferFailure) {
-        if let Some(receiving) = self.receiving.get_mut(&transfer_id) {
-            // The peer's entry is gone, and with it its count of running copies.
-            receiving.has_slot = false;
-        }
-        self.drive_receiving(transfer_id, ReceiveEvent::PeerLost(failure));
+    pub(super) fn receiving_peer_lost(&mut self, transfer_id: TransferId, peer: &str, failure: TransferFailure) {
+        let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
+        let Some(part) = receiving.part_of(peer) else { return };
+        // The peer's entry is gone, and with it its count of running copies.
+        receiving.parts[part].has_slot = false;
+        self.drive_receiving(transfer_id, part, ReceiveEvent::PeerLost(failure));
     }
 
     pub(super) fn tick_receiving(&mut self, transfer_id: TransferId, now: Instant) {
         if let Some(receiving) = self.receiving.get_mut(&transfer_id) {
             receiving.timer = None;
-            self.drive_receiving_at(transfer_id, ReceiveEvent::Tick, now);
+            let actions = receiving.machine.on_all(&ReceiveEvent::Tick, now).unwrap_or_default();
+            self.do_all_receiving(transfer_id, actions);
         }
     }
 
     pub(super) fn stop_receiving(&mut self) {
         for transfer_id in self.receiving.keys().copied().collect::<Vec<_>>() {
-            self.drive_receiving(transfer_id, ReceiveEvent::ShutDown);
+            self.drive_all_receiving(transfer_id, &ReceiveEvent::ShutDown);
         }
     }
 
     /// KV-5: KV of other weights is of no use any more, wherever it is on its way.
     pub(super) fn outdate_receiving(&mut self, ours: u64) {
-        let outdated = self.receiving.iter().filter(|(_, receiving)| receiving.claim.weight_version != ours);
+        let outdated = self.receiving.iter().filter(|(_, receiving)| receiving.weight_version != ours);
         for transfer_id in outdated.map(|(id, _)| *id).collect::<Vec<_>>() {
             let Some(receiving) = self.receiving.get(&transfer_id) else { continue };
-            let (peer, theirs) = (receiving.peer.clone(), receiving.claim.weight_version);
-            let failure = TransferFailure::WeightVersion { peer, theirs, ours };
-            self.drive_receiving(transfer_id, ReceiveEvent::Outdated(failure));
+            let peer = receiving.parts.first().map_or_else(String::new, |part| part.peer.clone());
+            let failure = TransferFailure::WeightVersion { peer, theirs: receiving.weight_version, ours };
+            self.drive_all_receiving(transfer_id, &ReceiveEvent::Outdated(failure));
         }
     }
 
-    pub(super) fn receiving_digested(&mut self, transfer_id: TransferId, serial: u64, digest: u64) {
-        if self.receiving.get(&transfer_id).is_some_and(|receiving| receiving.serial == serial) {
-            self.drive_receiving(transfer_id, ReceiveEvent::DigestReady(digest));
+    /// The transfer, unless this is about an earlier one with the same id.
+    pub(super) fn receiving_of(&mut self, transfer_id: TransferId, serial: u64) -> Option<&mut Receiving> {
+        self.receiving.get_mut(&transfer_id).filter(|receiving| receiving.serial == serial)
+    }
+
+    pub(super) fn receiving_digested(&mut self, transfer_id: TransferId, serial: u64, part: usize, digest: u64) {
+        if self.receiving_of(transfer_id, serial).is_some() {
+            self.drive_receiving(transfer_id, part, ReceiveEvent::DigestReady(digest));
         }
     }
 
-    pub(super) fn fenced(&mut self, transfer_id: TransferId, serial: u64, fenced: bool) {
-        if self.receiving.get(&transfer_id).is_some_and(|receiving| receiving.serial == serial) {
-            self.drive_receiving(transfer_id, ReceiveEvent::Fenced(fenced));
-        }
-    }
-
-    pub(super) fn pull_done(&mut self, transfer_id: TransferId, serial: u64, result: Result<Copied, TransportError>) {
-        let Some(receiving) = self.receiving.get_mut(&transfer_id).filter(|receiving| receiving.serial == serial)
-        else {
-            return;
-        };
-        receiving.ticket = None;
-        receiving.copied = Some(Instant::now());
-        let result = match result {
-            Ok(copied) => {
-                receiving.record.bytes = copied.bytes;
-                receiving.record.posts = copied.posts;
-                receiving.copy_started = Some(copied.started);
-                receiving.copied = Some(copied.finished);
-                Ok(())
-            }
-            Err(error) => Err(copy_failure(receiving, &error)),
-        };
-        self.free_slot(transfer_id);
-        self.drive_receiving(transfer_id, ReceiveEvent::CopyDone(result));
-    }
-
-    fn drive_receiving(&mut self, transfer_id: TransferId, event: ReceiveEvent) {
-        self.drive_receiving_at(transfer_id, event, Instant::now());
-    }
-
-    fn drive_receiving_at(&mut self, transfer_id: TransferId, event: ReceiveEvent, now: Instant) {
+    pub(super) fn drive_receiving(&mut self, transfer_id: TransferId, part: usize, event: ReceiveEvent) {
         let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
-        let actions = match receiving.machine.on(event, now) {
-            Ok(actions) => actions,
-            Err(error) => return tracing::warn!(%transfer_id, %error, "ignored"),
-        };
+        match receiving.machine.on(part, event, Instant::now()) {
+            Ok(actions) => self.do_all_receiving(transfer_id, actions),
+            Err(error) => tracing::warn!(%transfer_id, %error, "ignored"),
+        }
+    }
+
+    fn drive_all_receiving(&mut self, transfer_id: TransferId, event: &ReceiveEvent) {
+        let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
+        match receiving.machine.on_all(event, Instant::now()) {
+            Ok(actions) => self.do_all_receiving(transfer_id, actions),
+            Err(error) => tracing::warn!(%transfer_id, %error, "ignored"),
+        }
+    }
+
+    fn do_all_receiving(&mut self, transfer_id: TransferId, actions: Vec<GatherAction>) {
         for action in actions {
-            self.do_receiving(transfer_id, action);
+            match action {
+                GatherAction::Part(part, action) => self.do_receiving(transfer_id, part, action),
+                GatherAction::Report(end) => self.end_receiving(transfer_id, end),
+            }
         }
         if let Some(receiving) = self.receiving.get(&transfer_id) {
             let (old, at) = (receiving.timer, receiving.machine.deadline());
@@ -252,199 +322,52 @@ impl Core {
         }
     }
 
-    fn do_receiving(&mut self, transfer_id: TransferId, action: ReceiveAction) {
+    fn do_receiving(&mut self, transfer_id: TransferId, part: usize, action: ReceiveAction) {
         let Some(receiving) = self.receiving.get(&transfer_id) else { return };
-        let (peer, serial, first_token) = (receiving.peer.clone(), receiving.serial, receiving.first_token);
-        match action {
-            ReceiveAction::StartCopy { digest } => {
-                if digest {
-                    self.tell_peer(&peer, &ToPrefill::Copying { transfer_id, first_token });
-                }
-                self.take_slot(transfer_id);
+        let of_part = &receiving.parts[part];
+        let message = match action {
+            ReceiveAction::StartCopy { .. } | ReceiveAction::TellPlace { .. } => {
+                return self.begin_copy(transfer_id, part);
             }
-            ReceiveAction::CancelCopy => self.cancel_pull(transfer_id),
-            ReceiveAction::StartDigest => {
-                let (blocks, tokens) = (receiving.blocks.clone(), receiving.claim.tokens);
-                self.start_digest(Side::Decode, transfer_id, serial, blocks, first_token, tokens);
-            }
+            ReceiveAction::CancelCopy => return self.cancel_pull(transfer_id, part),
+            ReceiveAction::StartDigest => return self.digest_received(transfer_id, part),
+            ReceiveAction::Fence => return self.fence(transfer_id, part),
             ReceiveAction::TellLanded { digest } => {
-                self.tell_peer(&peer, &ToPrefill::Landed { transfer_id, first_token, digest });
+                ToPrefill::Landed { transfer_id, from: of_part.from.clone(), digest }
             }
-            ReceiveAction::TellPlace { .. } => self.take_slot(transfer_id),
-            ReceiveAction::TellAccepted => self.tell_peer(&peer, &ToPrefill::Accepted(transfer_id)),
-            ReceiveAction::TellEnded(how) => self.tell_peer(&peer, &ToPrefill::Ended { transfer_id, how }),
-            ReceiveAction::Fence => self.fence(transfer_id),
-            ReceiveAction::Report(end) => self.end_receiving(transfer_id, end),
-        }
-    }
-
-    /// Starts the copy, or queues it: no more than `kv.inflight_max` run to one peer.
-    fn take_slot(&mut self, transfer_id: TransferId) {
-        let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
-        let Some(peer) = self.peers.get_mut(&receiving.peer) else { return };
-        if peer.copying >= self.kv.inflight_max {
-            return peer.waiting.push_back(transfer_id);
-        }
-        peer.copying += 1;
-        receiving.has_slot = true;
-        self.start_copy(transfer_id);
-    }
-
-    fn free_slot(&mut self, transfer_id: TransferId) {
-        let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
-        if !std::mem::take(&mut receiving.has_slot) {
-            return;
-        }
-        let name = receiving.peer.clone();
-        if let Some(peer) = self.peers.get_mut(&name) {
-            peer.copying -= 1;
-        }
-        self.start_waiting(&name);
-    }
-
-    fn start_waiting(&mut self, name: &str) {
-        // Bounded: each turn takes one from the queue, and those that ended meanwhile are passed over.
-        while let Some(peer) = self.peers.get_mut(name).filter(|peer| peer.copying < self.kv.inflight_max) {
-            let Some(next) = peer.waiting.pop_front() else { return };
-            let waits = |receiving: &Receiving| {
-                !receiving.has_slot && matches!(receiving.machine.state(), "copying" | "placed")
-            };
-            if self.receiving.get(&next).is_some_and(waits) {
-                self.take_slot(next);
-            }
-        }
-    }
-
-    fn start_copy(&mut self, transfer_id: TransferId) {
-        let runs = match self.runs(transfer_id) {
-            Ok(runs) => runs,
-            Err(failure) => return self.copy_impossible(transfer_id, failure),
+            ReceiveAction::TellAccepted => ToPrefill::Accepted(transfer_id),
+            ReceiveAction::TellEnded(how) => ToPrefill::Ended { transfer_id, how },
+            // Kept by the machine of the whole.
+            ReceiveAction::Report(_) => return,
         };
-        let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
-        let Some(link) = receiving.link.clone() else { return };
-        receiving.copy_started = Some(Instant::now());
-        receiving.record.runs = runs.runs() as u64;
-        if receiving.machine.state() == "placed" {
-            return self.place(transfer_id, &runs);
-        }
-        let (serial, events) = (receiving.serial, self.events.clone());
-        let deadline = Instant::now() + self.kv.transfer_timeout;
-        let request = TransferRequest { direction: Direction::Pull, runs, grant: None, deadline };
-        let done = move |result| {
-            let _ = events.send(Event::Copied { side: Side::Decode, transfer_id, serial, result });
-        };
-        receiving.ticket = Some(link.submit(request, Box::new(done)));
-    }
-
-    fn runs(&self, transfer_id: TransferId) -> Result<RunList, TransferFailure> {
-        let lost = |peer: &str| TransferFailure::PeerLost { peer: peer.to_owned(), why: "it is gone".to_owned() };
-        let Some(receiving) = self.receiving.get(&transfer_id) else { return Err(lost("prefill")) };
-        let reached = self.peers.get(&receiving.peer).and_then(|peer| peer.reached());
-        let (Some(reached), Some(granted)) = (reached, &receiving.granted) else { return Err(lost(&receiving.peer)) };
-        let extent = Extent {
-            src_blocks: &by_group(&granted.blocks),
-            dst_blocks: &by_group(&receiving.blocks),
-            first_token: receiving.first_token,
-            tokens: granted.tokens,
-        };
-        let bad = |error: LayoutError| TransferFailure::BadReference {
-            peer: receiving.peer.clone(),
-            transfer_id,
-            why: error.to_string(),
-        };
-        reached.plan.runs(extent).map_err(bad)
-    }
-
-    /// Push: permits prefill to write into exactly the ranges of `runs`, and tells it where.
-    fn place(&mut self, transfer_id: TransferId, runs: &RunList) {
-        let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
-        let Some(reached) = self.peers.get(&receiving.peer).and_then(|peer| peer.reached()) else { return };
-        receiving.record.bytes = runs.bytes();
-        receiving.record.posts = runs.segments.len() as u64;
-        let grant = match self.transports[reached.transport].grant(runs) {
-            Ok(grant) => grant,
-            Err(error) => {
-                let failure = copy_failure(receiving, &error);
-                return self.copy_impossible(transfer_id, failure);
-            }
-        };
-        let place = Place {
-            transfer_id,
-            blocks: receiving.blocks.clone(),
-            first_token: receiving.first_token,
-            path: reached.path,
-            grant: grant.token(),
-            digest: receiving.record.digest_checked,
-        };
-        receiving.grant = Some(grant);
-        let peer = receiving.peer.clone();
-        self.tell_peer(&peer, &ToPrefill::Place(place));
-    }
-
-    /// A copy that never began: nothing of it can land.
-    fn copy_impossible(&mut self, transfer_id: TransferId, failure: TransferFailure) {
-        let Some(receiving) = self.receiving.get(&transfer_id) else { return };
-        if receiving.machine.state() == "placed" {
-            // Prefill was not told where to write: told to end, it has nothing to stop.
-            let peer = receiving.peer.clone();
-            let how = super::messages::Ending::Failed(failure.clone());
-            self.tell_peer(&peer, &ToPrefill::Ended { transfer_id, how: how.clone() });
-            return self.drive_receiving(transfer_id, ReceiveEvent::Over { how, fenced: true });
-        }
-        self.drive_receiving(transfer_id, ReceiveEvent::CopyDone(Err(failure)));
-    }
-
-    fn cancel_pull(&mut self, transfer_id: TransferId) {
-        let Some(receiving) = self.receiving.get(&transfer_id) else { return };
-        match (&receiving.link, receiving.ticket) {
-            (Some(link), Some(ticket)) => link.cancel(ticket),
-            // Still in the queue: nothing was written.
-            _ => self.drive_receiving(transfer_id, ReceiveEvent::CopyDone(Ok(()))),
-        }
-    }
-
-    /// Push: takes prefill's permission back. Where the path cannot hold prefill back, its word that it stopped is
-    /// waited for, or the end of its process (KV-7).
-    fn fence(&mut self, transfer_id: TransferId) {
-        let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
-        let serial = receiving.serial;
-        // Without a grant prefill was never told where to write.
-        let fence = receiving.grant.take().map_or(Fence::Fenced, Grant::revoke);
-        match fence {
-            Fence::Fenced => {
-                let _ = self.events.send(Event::Fenced { transfer_id, serial, fenced: true });
-            }
-            Fence::AskPeer => self.look_for_fence(transfer_id, Instant::now()),
-        }
-    }
-
-    pub(super) fn look_for_fence(&mut self, transfer_id: TransferId, now: Instant) {
-        let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
-        receiving.fence_timer = None;
-        if receiving.link.as_ref().is_none_or(|link| link.peer_gone()) {
-            return self.drive_receiving(transfer_id, ReceiveEvent::Fenced(true));
-        }
-        let timer = self.set_timer(None, Some(now + FENCE_INTERVAL), Timer::Fence(transfer_id));
-        if let Some(receiving) = self.receiving.get_mut(&transfer_id) {
-            receiving.fence_timer = timer;
-        }
+        let peer = of_part.peer.clone();
+        self.tell_peer(&peer, &message);
     }
 
     fn end_receiving(&mut self, transfer_id: TransferId, end: End) {
-        self.free_slot(transfer_id);
         let Some(mut receiving) = self.receiving.remove(&transfer_id) else { return };
         self.set_timer(receiving.timer, None, Timer::Transfer(Side::Decode, transfer_id));
-        self.set_timer(receiving.fence_timer, None, Timer::Fence(transfer_id));
-        if let Some(peer) = self.peers.get_mut(&receiving.peer) {
-            peer.transfers.remove(&transfer_id);
+        for (number, part) in receiving.parts.iter_mut().enumerate() {
+            self.set_timer(part.fence_timer, None, Timer::Fence(transfer_id, number));
+            if let Some(peer) = self.peers.get_mut(&part.peer) {
+                peer.transfers.remove(&transfer_id);
+            }
+            if std::mem::take(&mut part.has_slot) {
+                self.free_slot_at(&part.peer);
+            }
+            if let Some(link) = part.link.take() {
+                self.let_go(link);
+            }
         }
-        if let Some(link) = receiving.link.take() {
-            self.let_go(link);
-        }
-        let record = &mut receiving.record;
-        record.wait_us = micros(receiving.fetched, receiving.copy_started);
-        record.copy_us = micros(receiving.copy_started, receiving.copied);
-        record.validate_us = micros(receiving.copied, Some(Instant::now()));
+        let (parts, record) = (&receiving.parts, &mut receiving.record);
+        record.bytes = parts.iter().map(|part| part.bytes).sum();
+        record.runs = parts.iter().map(|part| part.runs).sum();
+        record.posts = parts.iter().map(|part| part.posts).sum();
+        let started = parts.iter().filter_map(|part| part.copy_started).min();
+        let copied = parts.iter().filter_map(|part| part.copied).max();
+        record.wait_us = micros(receiving.fetched, started);
+        record.copy_us = micros(started, copied);
+        record.validate_us = micros(copied, Some(Instant::now()));
         if end == End::Released {
             record.path = None;
         }
@@ -454,12 +377,33 @@ impl Core {
     /// What is left when waiting has come to its bound: said to be unfenced, since nobody knows.
     pub(super) fn give_up_receiving(&mut self) {
         for transfer_id in self.receiving.keys().copied().collect::<Vec<_>>() {
-            self.drive_receiving(transfer_id, ReceiveEvent::Fenced(false));
+            self.drive_all_receiving(transfer_id, &ReceiveEvent::Fenced(false));
         }
     }
-}
 
-fn copy_failure(receiving: &Receiving, error: &TransportError) -> TransferFailure {
-    let path = receiving.record.path.map_or("no path", |path| path.name()).to_owned();
-    TransferFailure::Copy { peer: receiving.peer.clone(), path, why: error.to_string() }
+    /// Which tokens of each group one part brings.
+    pub(super) fn first_tokens(&self, transfer_id: TransferId, part: usize) -> Result<Vec<u32>, TransferFailure> {
+        self.with_extent(transfer_id, part, |plan, extent| plan.first_tokens(extent))
+    }
+
+    /// Asks the plan of one part about what the transfer moves.
+    pub(super) fn with_extent<T>(
+        &self,
+        transfer_id: TransferId,
+        part: usize,
+        ask: impl FnOnce(&PairPlan, Extent<'_>) -> Result<T, super::LayoutError>,
+    ) -> Result<T, TransferFailure> {
+        let lost = |peer: &str| TransferFailure::PeerLost { peer: peer.to_owned(), why: "it is gone".to_owned() };
+        let Some(receiving) = self.receiving.get(&transfer_id) else { return Err(lost("prefill")) };
+        let of_part = &receiving.parts[part];
+        let (Some(plan), Some(granted)) = (&of_part.plan, &of_part.granted) else { return Err(lost(&of_part.peer)) };
+        let extent = Extent {
+            src_blocks: &super::run_list::by_group(&granted.blocks),
+            dst_blocks: &super::run_list::by_group(&receiving.blocks),
+            first_token: receiving.first_token,
+            tokens: granted.tokens,
+        };
+        let (peer, bad) = (of_part.peer.clone(), |error: super::LayoutError| error.to_string());
+        ask(plan, extent).map_err(|error| TransferFailure::BadReference { peer, transfer_id, why: bad(error) })
+    }
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::claims::Early;
 use super::clients::Client;
 use super::consumer::Receiving;
 use super::messages::PeerInfo;
@@ -18,11 +19,12 @@ use super::past::{Gone, Past};
 use super::peers::{Peer, Reached};
 use super::producer::Sending;
 use super::runtime::{ReportSink, Shared, locked};
-use super::{BlockId, End, Offer, PairPlan, Report, TransferFailure};
+use super::shares::{Meeting, Split};
+use super::{BlockId, End, Offer, PairPlan, RankEndpoint, Report, TransferFailure, siblings};
 use crate::config::{DigestPolicy, KvConfig, KvSendType, Path};
 use crate::control::{
-    AbortAnswer, AdminAnswer, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello, Identity,
-    Inbound, Liveness, Part, Sink, TransferId, VERSIONS, Welcome, admin_sink, serve, to_body,
+    AbortAnswer, AdminAnswer, AdminClient, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello,
+    Identity, Inbound, Liveness, Part, Sink, TransferId, VERSIONS, Welcome, admin_sink, serve, to_body,
 };
 use crate::telemetry::{Side, TransferOutcome, TransferRecord};
 use crate::transport::{Copied, Link, Transport, TransportError, export_all};
@@ -34,27 +36,25 @@ const BATCH: usize = 256;
 
 /// What the engine asks.
 pub(super) enum Command {
-    Offer {
-        offer: Offer,
-        weight_version: u64,
-    },
-    Expect {
-        transfer_id: TransferId,
-        peer: String,
-        incarnation: u64,
-        geometry_digest: u64,
-        weight_version: u64,
-        tokens: u32,
-    },
-    Fetch {
-        transfer_id: TransferId,
-        blocks: Vec<Vec<BlockId>>,
-        first_token: u32,
-    },
+    Offer { offer: Offer, weight_version: u64 },
+    Expect(Expect),
+    Fetch { transfer_id: TransferId, blocks: Vec<Vec<BlockId>>, first_token: u32 },
     Release(TransferId),
     Abort(TransferId),
     WeightVersion(u64),
     ShutDown,
+}
+
+/// What the parameters of an expected transfer say.
+pub(super) struct Expect {
+    pub(super) transfer_id: TransferId,
+    /// The runtimes of prefill, in order.
+    pub(super) runtimes: Vec<RankEndpoint>,
+    /// How prefill's ranks are spread over them.
+    pub(super) src: Split,
+    pub(super) geometry_digest: u64,
+    pub(super) weight_version: u64,
+    pub(super) tokens: u32,
 }
 
 /// Everything that can happen.
@@ -88,21 +88,24 @@ pub(super) enum Event {
         attempt: u64,
         inbound: Inbound,
     },
-    /// `serial` tells a transfer from a later one with the same id.
+    /// `serial` tells a transfer from a later one with the same id; `part` is which part, or which reader.
     Copied {
         side: Side,
         transfer_id: TransferId,
+        part: usize,
         serial: u64,
         result: Result<Copied, TransportError>,
     },
     Digested {
         side: Side,
         transfer_id: TransferId,
+        part: usize,
         serial: u64,
         digest: u64,
     },
     Fenced {
         transfer_id: TransferId,
+        part: usize,
         serial: u64,
         fenced: bool,
     },
@@ -114,8 +117,10 @@ pub(super) enum Timer {
     Transfer(Side, TransferId),
     /// Renew the leases held at this prefill worker.
     Renew(String),
-    /// Look whether the dead prefill worker of this transfer can still write.
-    Fence(TransferId),
+    /// Look whether the dead prefill worker of this part of a transfer can still write.
+    Fence(TransferId, usize),
+    /// Claims of this transfer have waited for its offer long enough.
+    Early(TransferId),
 }
 
 /// Names a running timer.
@@ -132,6 +137,13 @@ pub(super) struct Core {
     pub(super) clients: HashMap<u64, Client>,
     pub(super) peers: HashMap<String, Peer>,
     pub(super) past: Past,
+    /// What was said about transfers that are not offered yet.
+    pub(super) early: HashMap<TransferId, Early>,
+    /// How our worker spreads its ranks over runtimes, and which of them this is.
+    pub(super) split: Split,
+    pub(super) own_part: u32,
+    pub(super) siblings: Vec<AdminClient>,
+    meetings: HashMap<(Split, Split), Arc<Meeting>>,
     /// Connections, connection attempts, digests: all that runs beside the loop.
     pub(super) tasks: JoinSet<()>,
     reports: ReportSink,
@@ -157,6 +169,7 @@ impl Core {
     pub(super) fn new(
         kv: &KvConfig,
         send_type: KvSendType,
+        siblings: &[String],
         shared: Arc<Shared>,
         transports: Vec<Arc<dyn Transport>>,
         events: mpsc::UnboundedSender<Event>,
@@ -187,6 +200,9 @@ impl Core {
             role: shared.role,
             payload: to_body(&info).to_vec(),
         };
+        let split = Split::of(&shared.layout);
+        let own_part = split.part_of(shared.layout.held().start);
+        let siblings = siblings::clients(siblings, &shared.secret);
         let identity =
             Identity { secret: shared.secret.clone(), versions: VERSIONS, hello, timeout: kv.connect_timeout };
         Self {
@@ -200,6 +216,11 @@ impl Core {
             clients: HashMap::new(),
             peers: HashMap::new(),
             past: Past::default(),
+            early: HashMap::new(),
+            split,
+            own_part,
+            siblings,
+            meetings: HashMap::new(),
             tasks: JoinSet::new(),
             reports,
             timers: BTreeMap::new(),
@@ -262,36 +283,26 @@ impl Core {
             Event::ClientLink { client, path, result } => self.client_link(client, path, result),
             Event::PeerReached { peer, attempt, result } => self.peer_reached(&peer, attempt, *result),
             Event::FromPeer { peer, attempt, inbound } => self.peer_says(&peer, attempt, inbound),
-            Event::Copied { side: Side::Prefill, transfer_id, serial, result } => {
-                self.push_done(transfer_id, serial, result);
+            Event::Copied { side: Side::Prefill, transfer_id, part, serial, result } => {
+                self.push_done(transfer_id, serial, part, result);
             }
-            Event::Copied { side: Side::Decode, transfer_id, serial, result } => {
-                self.pull_done(transfer_id, serial, result);
+            Event::Copied { side: Side::Decode, transfer_id, part, serial, result } => {
+                self.pull_done(transfer_id, serial, part, result);
             }
-            Event::Digested { side: Side::Prefill, transfer_id, serial, digest } => {
-                self.sending_digested(transfer_id, serial, digest);
+            Event::Digested { side: Side::Prefill, transfer_id, part, serial, digest } => {
+                self.sending_digested(transfer_id, serial, part, digest);
             }
-            Event::Digested { side: Side::Decode, transfer_id, serial, digest } => {
-                self.receiving_digested(transfer_id, serial, digest);
+            Event::Digested { side: Side::Decode, transfer_id, part, serial, digest } => {
+                self.receiving_digested(transfer_id, serial, part, digest);
             }
-            Event::Fenced { transfer_id, serial, fenced } => self.fenced(transfer_id, serial, fenced),
+            Event::Fenced { transfer_id, part, serial, fenced } => self.fenced(transfer_id, serial, part, fenced),
         }
     }
 
     fn command(&mut self, command: Command) {
         match command {
             Command::Offer { offer, weight_version } => self.offer(offer, weight_version),
-            Command::Expect { transfer_id, peer, incarnation, geometry_digest, weight_version, tokens } => {
-                let claim = super::messages::Claim {
-                    transfer_id,
-                    incarnation,
-                    geometry_digest,
-                    weight_version,
-                    decode_weight_version: self.weight_version(),
-                    tokens,
-                };
-                self.expect(&peer, claim);
-            }
+            Command::Expect(expect) => self.expect(&expect),
             Command::Fetch { transfer_id, blocks, first_token } => self.fetch(transfer_id, blocks, first_token),
             Command::Release(transfer_id) => self.release(transfer_id),
             Command::Abort(transfer_id) => {
@@ -311,7 +322,8 @@ impl Core {
 
     fn admin(&mut self, request: AdminRequest, reply: AdminReply) {
         match request {
-            AdminRequest::Abort(transfer_id) => {
+            AdminRequest::Abort(transfer_id) => self.abort_everywhere(transfer_id, reply),
+            AdminRequest::AbortHere(transfer_id) => {
                 let answer = self.abort(transfer_id);
                 reply.send(&AdminAnswer::Abort(answer));
             }
@@ -324,7 +336,7 @@ impl Core {
     }
 
     /// KV-9. Whichever side is here is told; an id that nobody knows is remembered.
-    fn abort(&mut self, transfer_id: TransferId) -> AbortAnswer {
+    pub(super) fn abort(&mut self, transfer_id: TransferId) -> AbortAnswer {
         let sending = self.abort_sending(transfer_id);
         let receiving = self.abort_receiving(transfer_id);
         if sending || receiving {
@@ -333,10 +345,17 @@ impl Core {
         match self.past.of(transfer_id) {
             Some(Gone::Ended | Gone::Expired | Gone::Aborted) => AbortAnswer::Ended,
             Some(Gone::AbortedEarly) | None => {
-                self.past.remember(transfer_id, Gone::AbortedEarly);
+                self.abort_early(transfer_id);
                 AbortAnswer::Unknown
             }
         }
+    }
+
+    /// Which runtimes of two workers with such ranks have to do with one another.
+    pub(super) fn meeting(&mut self, src: Split, dst: Split) -> Arc<Meeting> {
+        let groups = &self.shared.layout.geometry().groups;
+        let known = self.meetings.entry((src, dst));
+        Arc::clone(known.or_insert_with(|| Arc::new(Meeting::new(groups, src, dst))))
     }
 
     /// A number that no transfer, attempt or timer had before.
@@ -380,7 +399,8 @@ impl Core {
                 Timer::Transfer(Side::Prefill, transfer_id) => self.tick_sending(transfer_id, now),
                 Timer::Transfer(Side::Decode, transfer_id) => self.tick_receiving(transfer_id, now),
                 Timer::Renew(peer) => self.renew(&peer, now),
-                Timer::Fence(transfer_id) => self.look_for_fence(transfer_id, now),
+                Timer::Fence(transfer_id, part) => self.look_for_fence(transfer_id, part, now),
+                Timer::Early(transfer_id) => self.early_over(transfer_id),
             }
         }
     }

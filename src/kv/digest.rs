@@ -19,53 +19,82 @@
 
 use std::sync::Arc;
 
-use super::run_list::only_group;
-use super::{BlockId, LayerPlacement, Layout, LayoutError};
+use super::layout::covered_from;
+use super::shares::Scope;
+use super::{BlockId, GroupGeometry, GroupKind, HeadRange, LayerPlacement, Layout, LayoutError};
 use crate::memory::{Region, to_usize};
 
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 /// Rows are read in lumps of about this many bytes: small enough for the first-level cache.
 const LUMP_BYTES: u64 = 8192;
 
-/// The blocks of one request on one side.
+/// The KV of one request on one side.
 #[derive(Debug, Clone, Copy)]
 pub struct Span<'a> {
-    /// For each KV group, cover tokens `first_token..`, in order.
+    /// For each KV group, a list that reaches to the last token.
     pub blocks: &'a [&'a [BlockId]],
-    /// A multiple of the block size.
-    pub first_token: u32,
+    /// For each KV group, the first token that counts.
+    pub from: &'a [u32],
     pub tokens: u32,
 }
 
 /// The digest of `span` in the memory that `layout` describes.
 pub fn digest(layout: &Layout, regions: &[Arc<Region>], span: Span<'_>) -> Result<u64, LayoutError> {
-    let geometry = layout.geometry();
-    let block_size = geometry.block_size;
-    let Span { first_token, tokens, .. } = span;
-    let blocks = only_group(span.blocks)?;
-    layout.check_blocks(blocks)?;
-    if !first_token.is_multiple_of(block_size) {
-        return Err(LayoutError::FirstToken { first_token, block_size });
+    digest_of(layout, regions, span, &Scope::all(layout))
+}
+
+/// The same, of the heads in `scope` alone.
+pub(super) fn digest_of(
+    layout: &Layout,
+    regions: &[Arc<Region>],
+    span: Span<'_>,
+    scope: &Scope,
+) -> Result<u64, LayoutError> {
+    let groups = layout.geometry().groups.len();
+    if let Some(given) = [span.blocks.len(), span.from.len()].into_iter().find(|given| *given != groups) {
+        return Err(LayoutError::Groups { given, groups });
     }
-    let needed = tokens.saturating_sub(first_token).div_ceil(block_size) as usize;
-    if blocks.len() < needed {
-        return Err(LayoutError::Uncovered { blocks: blocks.len(), block_size, first_token, tokens });
-    }
-    let blocks = [&blocks[..needed]];
-    let mut reader = Reader { layout, regions, span: Span { blocks: &blocks, ..span }, buffer: Vec::new() };
-    let mut total = 0_u64;
-    let mut primary = 0;
-    for rank in 0..geometry.tp_size {
-        let sum = reader.rank(rank);
-        let repeats = rank > 0 && geometry.heads_of(rank) == geometry.heads_of(rank - 1);
-        if !repeats {
-            primary = sum;
-            total = total.wrapping_add(sum);
-        } else if sum != primary {
-            total = total.wrapping_add(scatter(rank, 0) | 1);
+    let (mut total, mut planes, mut buffer) = (0_u64, 0, Vec::new());
+    for (number, (group, layers)) in layout.groups().enumerate() {
+        let (blocks, from, tokens) = (span.blocks[number], span.from[number], span.tokens);
+        layout.check_blocks(blocks)?;
+        let heads = group.planes_per_half(layout.geometry().tp_size);
+        let first_plane = planes;
+        planes += group.layers * group.halves() * heads;
+        if from >= tokens {
+            continue;
+        }
+        let listed_from = covered_from(group, blocks.len(), tokens, from)?;
+        if group.opaque_planes.is_some() && !from.is_multiple_of(group.block_size) {
+            return Err(LayoutError::FirstToken { first_token: from, block_size: group.block_size });
+        }
+        let mut reader =
+            Reader { group, regions, blocks, listed_from, from, tokens, heads, first_plane, buffer: &mut buffer };
+        let mut primary: Option<(HeadRange, u64)> = None;
+        for &(heads, rank) in &scope.groups[number] {
+            let sum = reader.rank(
+                heads,
+                heads.first - first_head(layout, group, rank),
+                &layout.placements(rank)[layers.clone()],
+            );
+            match primary {
+                Some((first, first_sum)) if first == heads => {
+                    if sum != first_sum {
+                        total = total.wrapping_add(scatter(rank, 0) | 1);
+                    }
+                }
+                _ => {
+                    primary = Some((heads, sum));
+                    total = total.wrapping_add(sum);
+                }
+            }
         }
     }
     Ok(total)
+}
+
+fn first_head(layout: &Layout, group: &GroupGeometry, rank: u32) -> u32 {
+    group.heads_of(rank, layout.geometry().tp_size).first
 }
 
 /// The mix of one row. `words` are the row's bytes, least significant first.
@@ -104,11 +133,19 @@ fn scatter(plane: u32, token: u32) -> u64 {
     x ^ (x >> 31)
 }
 
+/// One KV group of a span.
 struct Reader<'a> {
-    layout: &'a Layout,
+    group: &'a GroupGeometry,
     regions: &'a [Arc<Region>],
-    span: Span<'a>,
-    buffer: Vec<u8>,
+    blocks: &'a [BlockId],
+    /// First token of the first block.
+    listed_from: u32,
+    from: u32,
+    tokens: u32,
+    /// Heads of the whole group, and the number of the group's first plane: parts of the rows' keys.
+    heads: u32,
+    first_plane: u32,
+    buffer: &'a mut Vec<u8>,
 }
 
 /// Rows that lie `stride` bytes apart: consecutive tokens of one head, or consecutive heads of one token.
@@ -123,31 +160,34 @@ struct Rows {
 }
 
 impl Reader<'_> {
-    fn rank(&mut self, rank: u32) -> u64 {
-        let layout = self.layout;
-        let placements = &layout.map().ranks[rank as usize];
+    /// `heads` of one rank, which start at the rank's head number `offset`.
+    fn rank(&mut self, heads: HeadRange, offset: u32, placements: &[LayerPlacement]) -> u64 {
         placements.iter().zip(0..).fold(0, |sum: u64, (placement, layer)| {
-            sum.wrapping_add(if layout.geometry().opaque_planes.is_some() {
-                self.planes(rank, layer, placement)
-            } else {
-                self.layer(rank, layer, placement)
+            let base = placement.base + u64::from(offset) * placement.head_stride;
+            let placement = LayerPlacement { base, ..*placement };
+            sum.wrapping_add(match self.group.kind {
+                GroupKind::State => self.state(heads, layer, &placement),
+                _ if self.group.is_opaque() => self.planes(heads, layer, &placement),
+                _ => self.layer(heads, layer, &placement),
             })
         })
     }
 
-    fn layer(&mut self, rank: u32, layer: u32, placement: &LayerPlacement) -> u64 {
-        let geometry = self.layout.geometry();
-        let heads = geometry.heads_of(rank);
-        let content = geometry.content_bytes();
+    fn layer(&mut self, heads: HeadRange, layer: u32, placement: &LayerPlacement) -> u64 {
+        let group = self.group;
+        let content = group.content_bytes();
         let mut sum = 0_u64;
-        for (&block, index) in self.span.blocks[0].iter().zip(0..) {
-            let token = self.span.first_token + index * geometry.block_size;
-            let tokens = (self.span.tokens - token).min(geometry.block_size);
-            for half in 0..geometry.halves() {
+        let skipped = (self.from - self.listed_from) / group.block_size;
+        for (&block, index) in self.blocks.iter().zip(0..).skip(skipped as usize) {
+            let block_token = self.listed_from + index * group.block_size;
+            let token = block_token.max(self.from);
+            let tokens = (self.tokens - block_token).min(group.block_size) - (token - block_token);
+            for half in 0..group.halves() {
                 let offset = placement.base
                     + u64::from(block.0) * placement.block_stride
-                    + u64::from(half) * placement.half_stride;
-                let plane = (layer * geometry.halves() + half) * geometry.kv_heads + heads.first;
+                    + u64::from(half) * placement.half_stride
+                    + u64::from(token - block_token) * placement.token_stride;
+                let plane = self.first_plane + (layer * group.halves() + half) * self.heads + heads.first;
                 // Along whichever dimension is dense, so that one read brings many rows.
                 if placement.head_stride <= placement.token_stride && heads.count > 1 {
                     for (token, step) in (token..token + tokens).zip(0_u32..) {
@@ -169,22 +209,30 @@ impl Reader<'_> {
         sum
     }
 
-    fn planes(&mut self, rank: u32, layer: u32, placement: &LayerPlacement) -> u64 {
-        let geometry = self.layout.geometry();
-        let heads = geometry.heads_of(rank);
-        let mut sum = 0_u64;
-        for (&block, index) in self.span.blocks[0].iter().zip(0..) {
-            let rows = Rows {
-                offset: placement.base + u64::from(block.0) * placement.block_stride,
-                count: heads.count,
-                stride: placement.head_stride,
-                plane: layer * geometry.kv_heads + heads.first,
-                token: self.span.first_token / geometry.block_size + index,
-                by_head: true,
-            };
-            sum = sum.wrapping_add(self.rows(placement.region, geometry.plane_bytes(), &rows));
-        }
-        sum
+    fn planes(&mut self, heads: HeadRange, layer: u32, placement: &LayerPlacement) -> u64 {
+        let block_size = self.group.block_size;
+        let skipped = (self.from - self.listed_from) / block_size;
+        let first = self.listed_from / block_size;
+        let blocks = self.blocks;
+        let each = blocks.iter().zip(first..).skip(skipped as usize);
+        each.fold(0, |sum: u64, (block, number)| sum.wrapping_add(self.plane(heads, layer, placement, *block, number)))
+    }
+
+    /// A state counts as the plane of block 0: sides with unequal block sizes hold the same last state.
+    fn state(&mut self, heads: HeadRange, layer: u32, placement: &LayerPlacement) -> u64 {
+        self.blocks.last().map_or(0, |block| self.plane(heads, layer, placement, *block, 0))
+    }
+
+    fn plane(&mut self, heads: HeadRange, layer: u32, placement: &LayerPlacement, block: BlockId, number: u32) -> u64 {
+        let rows = Rows {
+            offset: placement.base + u64::from(block.0) * placement.block_stride,
+            count: heads.count,
+            stride: placement.head_stride,
+            plane: self.first_plane + layer * self.heads + heads.first,
+            token: number,
+            by_head: true,
+        };
+        self.rows(placement.region, self.group.plane_bytes(), &rows)
     }
 
     /// Adds up rows. As many as lie close together are read at once.
@@ -198,9 +246,7 @@ impl Reader<'_> {
             let count = at_once.min(u64::from(rows.count) - done);
             let bytes = (count - 1) * stride + content;
             self.buffer.resize(to_usize(bytes), 0);
-            region
-                .copy_out(rows.offset + done * rows.stride, &mut self.buffer)
-                .expect("a layout stays within its regions");
+            region.copy_out(rows.offset + done * rows.stride, self.buffer).expect("a layout stays within its regions");
             for (step, bytes) in self.buffer.chunks(to_usize(stride)).enumerate() {
                 let step = u32::try_from(done).unwrap_or(u32::MAX) + u32::try_from(step).unwrap_or(u32::MAX);
                 let key = if rows.by_head {
@@ -224,7 +270,7 @@ mod tests {
     use super::*;
 
     fn of(cache: &Cache, blocks: &[BlockId], first_token: u32, tokens: u32) -> u64 {
-        digest(&cache.layout, &cache.regions, Span { blocks: &[blocks], first_token, tokens }).unwrap()
+        digest(&cache.layout, &cache.regions, Span { blocks: &[blocks], from: &[first_token], tokens }).unwrap()
     }
 
     proptest! {
@@ -285,16 +331,29 @@ mod tests {
     }
 
     #[test]
+    fn kv_4_a_digest_may_begin_within_a_block() {
+        let (small, large) = (Shape { block_size: 2, ..Shape::default() }, Shape { block_size: 8, ..Shape::default() });
+        let (fine, coarse) = (small.scattered_blocks(7, 3), large.scattered_blocks(7, 4));
+        let fine_cache = Cache::of_tokens(&small, Arrangement::HeadMajor, &fine, 7, 5);
+        let coarse_cache = Cache::of_tokens(&large, Arrangement::TokenMajor, &coarse, 7, 5);
+        for from in [0, 2, 4, 6] {
+            assert_eq!(of(&fine_cache, &fine[from as usize / 2..], from, 7), of(&coarse_cache, &coarse, from, 7));
+        }
+    }
+
+    #[test]
     fn spans_outside_the_cache_are_refused() {
         let shape = Shape { num_blocks: 2, ..Shape::default() };
         let cache = Cache::patterned(&shape, Arrangement::SplitKv, 1);
         let size = shape.block_size;
         let span = |blocks: &[_], first_token, tokens| {
-            digest(&cache.layout, &cache.regions, Span { blocks: &[blocks], first_token, tokens })
+            digest(&cache.layout, &cache.regions, Span { blocks: &[blocks], from: &[first_token], tokens })
         };
         assert!(matches!(span(&[BlockId(2)], 0, size), Err(LayoutError::Block { .. })));
         assert!(matches!(span(&[BlockId(1)], 0, size + 1), Err(LayoutError::Uncovered { .. })));
-        assert!(matches!(span(&[BlockId(1)], 1, size), Err(LayoutError::FirstToken { .. })));
         assert_eq!(span(&[], size, size), Ok(0));
+        let packed = Cache::patterned(&Shape { opaque: true, ..shape }, Arrangement::HeadMajor, 1);
+        let within = Span { blocks: &[&[BlockId(1)]], from: &[1], tokens: size };
+        assert!(matches!(digest(&packed.layout, &packed.regions, within), Err(LayoutError::FirstToken { .. })));
     }
 }

@@ -10,7 +10,8 @@ pub struct Offer {
     pub transfer_id: TransferId,
     /// The engine's own id of the request, for people who read logs on both sides.
     pub request_id: String,
-    /// For each KV group the blocks that cover tokens `0..tokens`, in order.
+    /// For each KV group the blocks that cover tokens `0..tokens`, in order. Leading blocks may be absent that a window
+    /// left behind: a list reaches to the last token, and begins early enough for what comes next.
     pub blocks: Vec<Vec<BlockId>>,
     pub tokens: u32,
 }
@@ -35,8 +36,8 @@ pub trait KvLink: Send + Sync {
     fn expect(&self, params: &TransferParams) -> Result<TransferHandle, KvError>;
 
     /// Decode, once blocks are there: moves the KV of tokens `first_token..` into `blocks`, which cover them in order,
-    /// one list for each KV group.
-    /// `first_token` must be a multiple of both sides' block sizes. Ends in `Received`, `Failed` or `Aborted`. Does
+    /// one list for each KV group, each up to the last token; leading blocks outside a group's window may be absent.
+    /// `first_token` must be a multiple of decode's block sizes. Ends in `Received`, `Failed` or `Aborted`. Does
     /// nothing if the transfer was reported already.
     fn fetch(&self, handle: TransferHandle, blocks: Vec<Vec<BlockId>>, first_token: u32);
 

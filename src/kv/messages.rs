@@ -10,6 +10,9 @@
 //!   decode: Landed ──►   ◄── Confirmed            decode: Accepted ──►
 //! ```
 //!
+//! A decode runtime says this to every prefill runtime that it reads. One that nobody reads gets `Ended` at once, from one
+//! decode runtime, and no claim.
+//!
 //! `Renew` goes out for all claimed transfers at once. `Ended` may come from decode at any time, `Refused` and `Over` from
 //! prefill.
 
@@ -36,15 +39,15 @@ pub enum ToPrefill {
     Claim(Claim),
     /// Keeps the leases of these transfers up.
     Renew(Vec<TransferId>),
-    /// Pull: the copy has begun, and a digest of the tokens from here on will be wanted.
+    /// Pull: the copy has begun, and a digest of the tokens from here on, for each KV group, will be wanted.
     Copying {
         transfer_id: TransferId,
-        first_token: u32,
+        from: Vec<u32>,
     },
     /// Pull: the copy is done. Were the blocks held throughout? (KV-3)
     Landed {
         transfer_id: TransferId,
-        first_token: u32,
+        from: Vec<u32>,
         digest: Option<u64>,
     },
     /// Push: write here.
@@ -74,9 +77,11 @@ pub struct Claim {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
     pub transfer_id: TransferId,
-    /// Decode's blocks, from `first_token` on, for each KV group.
+    /// Decode's blocks, up to the last token, for each KV group.
     pub blocks: Vec<Vec<BlockId>>,
     pub first_token: u32,
+    /// For each KV group the first token that moves.
+    pub from: Vec<u32>,
     pub path: Path,
     pub grant: GrantToken,
     /// Whether prefill is to send a digest along (KV-4).
@@ -129,7 +134,7 @@ pub enum ToDecode {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Granted {
     pub transfer_id: TransferId,
-    /// Prefill's blocks, from token 0, for each KV group.
+    /// Prefill's blocks, up to the last token, for each KV group.
     pub blocks: Vec<Vec<BlockId>>,
     pub tokens: u32,
     pub weight_version: u64,

@@ -3,21 +3,25 @@
 //! An engine holds a [`KvRuntime`] as a [`KvLink`]: prefill offers, decode expects and fetches, and each hears exactly one
 //! [`Report`] per transfer. What a transfer is made of:
 //!
-//! - *where bytes lie*: `geometry`, `layout` (checked), `run_list` (from blocks to runs), `digest`;
-//! - *what is said*: `params` (through the router), `messages` (between two runtimes);
-//! - *what may happen*: `channel`, one pure machine for each side;
-//! - *what is done*: `core`, the thread that owns all of it, with `producer` and `clients` on prefill, `consumer` and
-//!   `peers` on decode.
+//! - *where bytes lie*: `geometry`, `layout` (checked), `shares` (which rank has to do with which), `run_list` (from
+//!   blocks to runs), `digest`;
+//! - *what is said*: `params` and `card` (through the router), `messages` (between two runtimes);
+//! - *what may happen*: `channel`, pure machines for each side;
+//! - *what is done*: `core`, the thread that owns all of it, with `producer`, `claims`, `pushes` and `clients` on prefill,
+//!   `consumer`, `copies` and `peers` on decode, and `siblings` between the ranks of one worker.
 //!
 //! Invariants KV-1 to KV-9 are stated in `docs/architecture.md`; the machines and the tests name those that they hold.
 #![forbid(unsafe_code)]
 
 mod card;
 mod channel;
+mod claims;
 mod clients;
 mod consumer;
+mod copies;
 mod core;
 mod digest;
+mod digesting;
 mod error;
 mod geometry;
 mod layout;
@@ -28,9 +32,12 @@ mod params;
 mod past;
 mod peers;
 mod producer;
+mod pushes;
 mod report;
 mod run_list;
 mod runtime;
+mod shares;
+mod siblings;
 
 #[cfg(test)]
 #[path = "../../tests/support/kv_cache.rs"]
@@ -40,7 +47,7 @@ pub use crate::control::{Role, RuntimeStatus, TransferId};
 pub use card::{ParamsMaker, RankCard};
 pub use digest::{Span, digest, row as digest_row, row_key as digest_row_key};
 pub use error::KvError;
-pub use geometry::{BlockId, Geometry, HeadRange, LayerPlacement};
+pub use geometry::{BlockId, Geometry, GroupGeometry, GroupKind, HeadRange, LayerPlacement};
 pub use layout::{Layout, LayoutError, MemoryMap, RankMemory};
 pub use link::{KvLink, Offer, TransferHandle};
 pub use messages::{Claim, Ending, Granted, InfoError, PeerInfo, Place, ToDecode, ToPrefill};

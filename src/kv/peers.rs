@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use super::clients::reason;
 use super::core::{Core, Event, Timer, TimerKey};
 use super::messages::{PeerInfo, ToDecode, ToPrefill};
+use super::shares::Split;
 use super::{Layout, PairPlan, TransferFailure};
 use crate::config::{KvSendType, Path};
 use crate::control::{
@@ -35,7 +36,7 @@ pub(super) struct Peer {
     pub(super) transfers: HashSet<TransferId>,
     /// Copies that run, and those that wait for their turn.
     pub(super) copying: usize,
-    pub(super) waiting: VecDeque<TransferId>,
+    pub(super) waiting: VecDeque<(TransferId, usize)>,
     renewal: Option<TimerKey>,
 }
 
@@ -50,6 +51,9 @@ pub(super) struct Reached {
     pub(super) engine_id: String,
     pub(super) incarnation: u64,
     pub(super) send_type: KvSendType,
+    /// How its worker spreads ranks over runtimes, and which of them it is.
+    pub(super) split: Split,
+    pub(super) part: u32,
     pub(super) link: Arc<dyn Link>,
     pub(super) path: Path,
     /// Which of our transports the link belongs to.
@@ -142,7 +146,7 @@ impl Core {
         }
         self.set_timer(entry.renewal, None, Timer::Renew(String::new()));
         for transfer_id in entry.transfers {
-            self.receiving_peer_lost(transfer_id, failure.clone());
+            self.receiving_peer_lost(transfer_id, peer, failure.clone());
         }
     }
 
@@ -171,7 +175,7 @@ impl Core {
         self.set_timer(entry.renewal, None, Timer::Renew(String::new()));
         let failure = TransferFailure::PeerLost { peer: peer.to_owned(), why: error.to_string() };
         for transfer_id in entry.transfers {
-            self.receiving_peer_lost(transfer_id, failure.clone());
+            self.receiving_peer_lost(transfer_id, peer, failure.clone());
         }
         if let State::Up(reached) = entry.state {
             reached.connection.close(error.clone());
@@ -199,7 +203,7 @@ impl Core {
     pub(super) fn renew(&mut self, peer: &str, _now: Instant) {
         let Some(entry) = self.peers.get_mut(peer) else { return };
         entry.renewal = None;
-        let held = |id: &&TransferId| self.receiving.get(id).is_some_and(|receiving| receiving.holds_lease());
+        let held = |id: &&TransferId| self.receiving.get(id).is_some_and(|receiving| receiving.holds_lease(peer));
         let ids: Vec<TransferId> = entry.transfers.iter().filter(held).copied().collect();
         if ids.is_empty() {
             return;
@@ -263,9 +267,11 @@ impl Reach {
         let (ours, transports) = (Arc::clone(&self.layout), self.transports.clone());
         let Found { engine_id, incarnation, send_type, layout, offers, deadline } = found;
         let choose = tokio::task::spawn_blocking(move || {
+            let split = Split::of(&layout);
+            let part = split.part_of(layout.held().start);
             let plan = PairPlan::new(&layout, &ours).map_err(|error| error.to_string())?;
             let selected = connect_best(&transports, &offers, deadline).map_err(|error| error.to_string())?;
-            Ok::<_, String>((selected, plan))
+            Ok::<_, String>((selected, plan, split, part))
         });
         let chosen = tokio::select! {
             chosen = choose => chosen.map_err(|error| error.to_string()).and_then(|chosen| chosen),
@@ -274,7 +280,7 @@ impl Reach {
         };
         match chosen {
             Err(why) => self.tell(Err(TransferFailure::Incompatible { peer: self.peer.clone(), why })),
-            Ok((selected, plan)) => {
+            Ok((selected, plan, split, part)) => {
                 for (path, error) in &selected.passed_over {
                     tracing::warn!(peer = %self.peer, path = path.name(), %error, "a better path cannot be used");
                 }
@@ -286,6 +292,8 @@ impl Reach {
                     engine_id,
                     incarnation,
                     send_type,
+                    split,
+                    part,
                     link,
                     path,
                     transport,

@@ -1,41 +1,75 @@
-//! Prefill's driver: does what the sending machines want done. Holds no rule of its own but which claims fit which offer.
+//! Prefill's driver: does what the sending machines want done. Which claims fit which offer is in `claims`, what it does
+//! with bytes in `pushes`.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::channel::{Send, SendAction, SendEvent};
-use super::clients::PushPath;
-use super::core::{Core, Event, Timer, TimerKey, micros};
-use super::digest::{Span, digest};
-use super::messages::{Claim, Ending, Granted, Place, ToDecode, ToPrefill};
+use super::channel::{Hold, HoldAction, SendAction, SendEvent};
+use super::core::{Core, Timer, TimerKey, micros};
+use super::digesting::Work;
+use super::messages::{Granted, Place, ToDecode, ToPrefill};
 use super::past::Gone;
-use super::run_list::by_group;
-use super::{BlockId, Extent, Offer, TransferFailure};
+use super::shares::Split;
+use super::{Offer, TransferFailure};
 use crate::control::TransferId;
 use crate::telemetry::{Side, TransferRecord};
-use crate::transport::{Copied, Direction, Link, TransferRequest, TransferTicket, TransportError};
+use crate::transport::{Link, TransferTicket};
 
-/// KV of at most this many bytes is digested on the runtime's own thread: waking another would take longer.
-const DIGEST_HERE_BYTES_MAX: u64 = 256 * 1024;
-
-/// One offered transfer, with all that its machine need not know.
+/// One offered transfer, with all that its machines need not know.
 pub(super) struct Sending {
-    machine: Send,
-    serial: u64,
-    offer: Offer,
-    weight_version: u64,
-    /// The decode worker that has claimed it.
-    client: Option<u64>,
-    place: Option<Place>,
-    push: Option<(Arc<dyn Link>, TransferTicket)>,
-    /// First token that a digest covers.
-    first_token: u32,
+    pub(super) machine: Hold,
+    pub(super) serial: u64,
+    pub(super) offer: Offer,
+    pub(super) weight_version: u64,
+    /// The decode worker that has claimed it: its engine id, and how it spreads its ranks.
+    pub(super) claimant: Option<(String, Split)>,
+    /// One for each runtime of decode that reads here, in the machine's order; none before the first claim.
+    pub(super) readers: Vec<Reader>,
     timer: Option<TimerKey>,
     offered: Instant,
-    claimed: Option<Instant>,
-    copy_started: Option<Instant>,
-    landed: Option<Instant>,
-    record: TransferRecord,
+    pub(super) claimed: Option<Instant>,
+    pub(super) record: TransferRecord,
+}
+
+/// One runtime of decode that reads here.
+pub(super) struct Reader {
+    /// Which of decode's runtimes it is.
+    pub(super) number: u32,
+    /// Its connection, once it has claimed.
+    pub(super) client: Option<u64>,
+    pub(super) place: Option<Place>,
+    pub(super) push: Option<(Arc<dyn Link>, TransferTicket)>,
+    /// For each KV group the first token that a digest covers.
+    from: Vec<u32>,
+    pub(super) copy_started: Option<Instant>,
+    pub(super) landed: Option<Instant>,
+    pub(super) bytes: u64,
+    pub(super) runs: u64,
+    pub(super) posts: u64,
+}
+
+impl Reader {
+    pub(super) fn new(number: u32) -> Self {
+        Self {
+            number,
+            client: None,
+            place: None,
+            push: None,
+            from: Vec::new(),
+            copy_started: None,
+            landed: None,
+            bytes: 0,
+            runs: 0,
+            posts: 0,
+        }
+    }
+}
+
+impl Sending {
+    /// Which reader this client is.
+    pub(super) fn reader_of(&self, client: u64) -> Option<usize> {
+        self.readers.iter().position(|reader| reader.client == Some(client))
+    }
 }
 
 impl Core {
@@ -46,217 +80,136 @@ impl Core {
         record.tokens = offer.tokens.into();
         record.weight_version = weight_version;
         let sending = Sending {
-            machine: Send::new(transfer_id, self.kv.lease, now),
+            machine: Hold::new(transfer_id, self.kv.lease, now),
             serial: self.next_serial(),
             offer,
             weight_version,
-            client: None,
-            place: None,
-            push: None,
-            first_token: 0,
+            claimant: None,
+            readers: Vec::new(),
             timer: None,
             offered: now,
             claimed: None,
-            copy_started: None,
-            landed: None,
             record,
         };
         self.sending.insert(transfer_id, sending);
         if self.past.of(transfer_id) == Some(Gone::AbortedEarly) {
             // KV-9: the abort was faster than the offer.
-            self.drive_sending(transfer_id, SendEvent::Abort);
+            self.drive_all_sending(transfer_id, &SendEvent::Abort);
         } else if weight_version != self.weight_version() {
             self.outdate(transfer_id, self.weight_version());
         } else {
-            self.drive_sending(transfer_id, SendEvent::Tick);
+            self.drive_all_sending(transfer_id, &SendEvent::Tick);
         }
+        self.hear_early(transfer_id);
     }
 
     /// What a decode worker says.
     pub(super) fn hear_client(&mut self, client: u64, message: ToPrefill) {
-        if let ToPrefill::Renew(transfer_ids) = message {
+        let Some(transfer_id) = message.transfer_id() else {
+            let ToPrefill::Renew(transfer_ids) = message else { return };
             for transfer_id in transfer_ids {
-                if self.is_claimed_by(transfer_id, client) {
-                    self.drive_sending(transfer_id, SendEvent::Renew);
+                if let Some(reader) = self.reader_of(transfer_id, client) {
+                    self.drive_sending(transfer_id, reader, SendEvent::Renew);
                 }
             }
             return;
+        };
+        if let ToPrefill::Claim(claim) = message {
+            return self.claim(client, claim);
         }
-        let Some(transfer_id) = message.transfer_id() else { return };
-        match message {
-            ToPrefill::Claim(claim) => self.claim(client, &claim),
-            message if !self.is_claimed_by(transfer_id, client) => {
-                self.hear_of_unclaimed(client, transfer_id, &message);
-            }
-            ToPrefill::Copying { first_token, .. } => {
-                if self.note_first_token(transfer_id, first_token) {
-                    self.drive_sending(transfer_id, SendEvent::Copying);
+        match self.reader_of(transfer_id, client) {
+            Some(reader) => self.hear_reader(transfer_id, reader, message),
+            None => self.hear_of_unclaimed(client, transfer_id, message),
+        }
+    }
+
+    fn hear_reader(&mut self, transfer_id: TransferId, reader: usize, message: ToPrefill) {
+        let Some(sending) = self.sending.get_mut(&transfer_id) else { return };
+        let of_reader = &mut sending.readers[reader];
+        let event = match message {
+            ToPrefill::Copying { from, .. } => {
+                if !self.note_from(transfer_id, reader, from) {
+                    return;
                 }
+                SendEvent::Copying
             }
-            ToPrefill::Landed { first_token, digest, .. } => {
-                if self.note_first_token(transfer_id, first_token) {
-                    if let Some(sending) = self.sending.get_mut(&transfer_id) {
-                        sending.landed = Some(Instant::now());
-                        sending.record.digest_checked = digest.is_some();
-                    }
-                    self.drive_sending(transfer_id, SendEvent::Landed { digest });
+            ToPrefill::Landed { from, digest, .. } => {
+                of_reader.landed = Some(Instant::now());
+                sending.record.digest_checked = digest.is_some();
+                if !self.note_from(transfer_id, reader, from) {
+                    return;
                 }
+                SendEvent::Landed { digest }
             }
             ToPrefill::Place(place) => {
-                if self.note_first_token(transfer_id, place.first_token) {
-                    let digest = place.digest;
-                    if let Some(sending) = self.sending.get_mut(&transfer_id) {
-                        sending.record.digest_checked = digest;
-                        sending.place = Some(place);
-                    }
-                    self.drive_sending(transfer_id, SendEvent::Place { digest });
+                let (digest, from) = (place.digest, place.from.clone());
+                sending.record.digest_checked = digest;
+                of_reader.place = Some(place);
+                if !self.note_from(transfer_id, reader, from) {
+                    return;
                 }
+                SendEvent::Place { digest }
             }
-            ToPrefill::Accepted(_) => self.drive_sending(transfer_id, SendEvent::Accepted),
-            ToPrefill::Ended { how, .. } => self.drive_sending(transfer_id, SendEvent::PeerEnded(how)),
-            ToPrefill::Renew(_) => {}
-        }
+            ToPrefill::Accepted(_) => SendEvent::Accepted,
+            ToPrefill::Ended { how, .. } => SendEvent::PeerEnded(how),
+            ToPrefill::Claim(_) | ToPrefill::Renew(_) => return,
+        };
+        self.drive_sending(transfer_id, reader, event);
     }
 
-    fn is_claimed_by(&self, transfer_id: TransferId, client: u64) -> bool {
-        self.sending.get(&transfer_id).is_some_and(|sending| sending.client == Some(client))
+    pub(super) fn reader_of(&self, transfer_id: TransferId, client: u64) -> Option<usize> {
+        self.sending.get(&transfer_id)?.reader_of(client)
     }
 
-    /// A message about a transfer that its sender does not hold: late, foreign or made up (KV-3).
-    fn hear_of_unclaimed(&mut self, client: u64, transfer_id: TransferId, message: &ToPrefill) {
-        match message {
-            // Decode may give up before its claim was answered, or without having claimed.
-            ToPrefill::Ended { how, .. } => {
-                if self.sending.get(&transfer_id).is_some_and(|sending| sending.client.is_none()) {
-                    self.drive_sending(transfer_id, SendEvent::PeerEnded(how.clone()));
-                }
-            }
-            ToPrefill::Place(_) => {
-                let how = Ending::Failed(self.why_not(transfer_id));
-                self.tell_client(client, &ToDecode::Over { transfer_id, how, fenced: true });
-            }
-            _ => self.tell_client(client, &self.refusal(transfer_id)),
-        }
-    }
-
-    /// An abort is told as one, also to a claim that comes after it.
-    fn refusal(&self, transfer_id: TransferId) -> ToDecode {
-        if !self.sending.contains_key(&transfer_id) && self.past.of(transfer_id) == Some(Gone::Aborted) {
-            return ToDecode::Ended { transfer_id, how: Ending::Aborted };
-        }
-        ToDecode::Refused { transfer_id, failure: self.why_not(transfer_id) }
-    }
-
-    /// Why nothing is held under this id for whoever asks.
-    fn why_not(&self, transfer_id: TransferId) -> TransferFailure {
-        let peer = self.shared.engine_id.clone();
-        if self.sending.contains_key(&transfer_id) {
-            return TransferFailure::AlreadyClaimed { peer, transfer_id };
-        }
-        match self.past.of(transfer_id) {
-            Some(Gone::Expired) => TransferFailure::Expired { peer, transfer_id },
-            _ => TransferFailure::Unknown { peer, transfer_id },
-        }
-    }
-
-    fn tell_client(&self, client: u64, message: &ToDecode) {
+    pub(super) fn tell_client(&self, client: u64, message: &ToDecode) {
         if let Some(client) = self.clients.get(&client) {
             client.tell(message);
         }
     }
 
-    fn claim(&mut self, client: u64, claim: &Claim) {
-        let transfer_id = claim.transfer_id;
-        if let Err(failure) = self.check_claim(client, claim) {
-            tracing::debug!(%transfer_id, %failure, "claim refused");
-            let refusal = match failure {
-                TransferFailure::Unknown { .. } => self.refusal(transfer_id),
-                failure => ToDecode::Refused { transfer_id, failure },
-            };
-            return self.tell_client(client, &refusal);
-        }
-        let (Some(sending), Some(entry)) = (self.sending.get_mut(&transfer_id), self.clients.get_mut(&client)) else {
-            return;
-        };
-        sending.client = Some(client);
-        sending.claimed = Some(Instant::now());
-        sending.record.peer_engine_id = Some(entry.engine_id.clone());
-        sending.machine.claimed_by(&entry.name());
-        entry.transfers.insert(transfer_id);
-        self.drive_sending(transfer_id, SendEvent::Claim);
-    }
-
-    /// Holds a claim against what was offered: every reference that is stale, foreign or edited has its own name.
-    fn check_claim(&self, client: u64, claim: &Claim) -> Result<(), TransferFailure> {
-        let (shared, transfer_id) = (&self.shared, claim.transfer_id);
-        let peer = || shared.engine_id.clone();
-        if claim.incarnation != shared.incarnation {
-            let (named, current) = (claim.incarnation, shared.incarnation);
-            return Err(TransferFailure::StaleIncarnation { peer: peer(), named, current });
-        }
-        if let Some(Err(why)) = self.clients.get(&client).map(|client| client.fit.as_ref()) {
-            return Err(TransferFailure::Incompatible { peer: peer(), why: why.clone() });
-        }
-        let sending = self.sending.get(&transfer_id).ok_or_else(|| self.why_not(transfer_id))?;
-        if !sending.machine.is_unclaimed() {
-            return Err(TransferFailure::AlreadyClaimed { peer: peer(), transfer_id });
-        }
-        let bad = |why: String| Err(TransferFailure::BadReference { peer: peer(), transfer_id, why });
-        if claim.geometry_digest != shared.geometry_digest {
-            return bad("its parameters were made for another model or geometry".to_owned());
-        }
-        if claim.tokens != sending.offer.tokens {
-            return bad(format!("{} tokens are asked for, {} were offered", claim.tokens, sending.offer.tokens));
-        }
-        if claim.weight_version != sending.weight_version {
-            let (theirs, ours) = (sending.weight_version, claim.weight_version);
-            return bad(format!("weight version {ours} is asked for, {theirs} was offered"));
-        }
-        // KV-5: as it was made, as prefill serves now, and as decode serves.
-        for version in [shared.weight_version.load(std::sync::atomic::Ordering::Relaxed), claim.decode_weight_version] {
-            if version != sending.weight_version {
-                let (theirs, ours) = (sending.weight_version, version);
-                return Err(TransferFailure::WeightVersion { peer: peer(), theirs, ours });
-            }
-        }
-        Ok(())
-    }
-
     /// Takes decode's word for where its part begins, if that is possible at all.
-    fn note_first_token(&mut self, transfer_id: TransferId, first_token: u32) -> bool {
-        let block_size = self.shared.layout.geometry().block_size;
+    fn note_from(&mut self, transfer_id: TransferId, reader: usize, from: Vec<u32>) -> bool {
         let Some(sending) = self.sending.get_mut(&transfer_id) else { return false };
-        if first_token <= sending.offer.tokens && first_token.is_multiple_of(block_size) {
-            sending.first_token = first_token;
+        let tokens = sending.offer.tokens;
+        let groups = &self.shared.layout.geometry().groups;
+        let possible = groups.len() == from.len()
+            && groups.iter().zip(&sending.offer.blocks).zip(&from).all(|((group, blocks), from)| {
+                group.covered_from(blocks.len(), tokens).is_some_and(|first| first <= *from) && *from <= tokens
+            });
+        if possible {
+            sending.readers[reader].from = from;
             return true;
         }
         let peer = self.shared.engine_id.clone();
-        let why = format!("first token {first_token} is no multiple of block size {block_size}, or beyond the prompt");
+        let why = format!("tokens from {from:?} on, by KV group, are asked for, up to {tokens}: not what was offered");
         let failure = TransferFailure::BadReference { peer, transfer_id, why };
-        self.drive_sending(transfer_id, SendEvent::Outdated(failure));
+        self.drive_sending(transfer_id, reader, SendEvent::Outdated(failure));
         false
     }
 
     pub(super) fn abort_sending(&mut self, transfer_id: TransferId) -> bool {
         let known = self.sending.contains_key(&transfer_id);
-        self.drive_sending(transfer_id, SendEvent::Abort);
+        self.drive_all_sending(transfer_id, &SendEvent::Abort);
         known
     }
 
-    pub(super) fn sending_peer_lost(&mut self, transfer_id: TransferId, failure: TransferFailure) {
-        self.drive_sending(transfer_id, SendEvent::PeerLost(failure));
+    pub(super) fn sending_peer_lost(&mut self, transfer_id: TransferId, client: u64, failure: &TransferFailure) {
+        if let Some(reader) = self.reader_of(transfer_id, client) {
+            self.drive_sending(transfer_id, reader, SendEvent::PeerLost(failure.clone()));
+        }
     }
 
     pub(super) fn tick_sending(&mut self, transfer_id: TransferId, now: Instant) {
         if let Some(sending) = self.sending.get_mut(&transfer_id) {
             sending.timer = None;
-            self.drive_sending_at(transfer_id, SendEvent::Tick, now);
+            let actions = sending.machine.on_all(&SendEvent::Tick, now);
+            self.do_all_sending(transfer_id, actions);
         }
     }
 
     pub(super) fn stop_sending(&mut self) {
         for transfer_id in self.sending.keys().copied().collect::<Vec<_>>() {
-            self.drive_sending(transfer_id, SendEvent::ShutDown);
+            self.drive_all_sending(transfer_id, &SendEvent::ShutDown);
         }
     }
 
@@ -274,51 +227,35 @@ impl Core {
         let Some(sending) = self.sending.get(&transfer_id) else { return };
         let (peer, theirs) = (self.shared.engine_id.clone(), sending.weight_version);
         let failure = TransferFailure::WeightVersion { peer, theirs, ours };
-        self.drive_sending(transfer_id, SendEvent::Outdated(failure));
+        self.drive_all_sending(transfer_id, &SendEvent::Outdated(failure));
     }
 
-    pub(super) fn sending_digested(&mut self, transfer_id: TransferId, serial: u64, digest: u64) {
+    pub(super) fn sending_digested(&mut self, transfer_id: TransferId, serial: u64, reader: usize, digest: u64) {
         if self.sending.get(&transfer_id).is_some_and(|sending| sending.serial == serial) {
-            self.drive_sending(transfer_id, SendEvent::DigestReady(digest));
+            self.drive_sending(transfer_id, reader, SendEvent::DigestReady(digest));
         }
     }
 
-    pub(super) fn push_done(&mut self, transfer_id: TransferId, serial: u64, result: Result<Copied, TransportError>) {
-        let Some(sending) = self.sending.get_mut(&transfer_id).filter(|sending| sending.serial == serial) else {
-            return;
-        };
-        sending.push = None;
-        sending.landed = Some(Instant::now());
-        let fenced = result.as_ref().map_or_else(TransportError::fenced, |_| true);
-        let result = match result {
-            Ok(copied) => {
-                sending.record.bytes = copied.bytes;
-                sending.record.posts = copied.posts;
-                sending.copy_started = Some(copied.started);
-                sending.landed = Some(copied.finished);
-                Ok(())
-            }
-            Err(error) => {
-                let path = sending.record.path.map_or("no path", |path| path.name()).to_owned();
-                let peer = sending.record.peer_engine_id.clone().unwrap_or_default();
-                Err(TransferFailure::Copy { peer, path, why: error.to_string() })
-            }
-        };
-        self.drive_sending(transfer_id, SendEvent::CopyDone { result, fenced });
-    }
-
-    fn drive_sending(&mut self, transfer_id: TransferId, event: SendEvent) {
-        self.drive_sending_at(transfer_id, event, Instant::now());
-    }
-
-    fn drive_sending_at(&mut self, transfer_id: TransferId, event: SendEvent, now: Instant) {
+    pub(super) fn drive_sending(&mut self, transfer_id: TransferId, reader: usize, event: SendEvent) {
         let Some(sending) = self.sending.get_mut(&transfer_id) else { return };
-        let actions = match sending.machine.on(event, now) {
-            Ok(actions) => actions,
-            Err(error) => return tracing::warn!(%transfer_id, %error, "ignored"),
-        };
+        match sending.machine.on(reader, event, Instant::now()) {
+            Ok(actions) => self.do_all_sending(transfer_id, actions),
+            Err(error) => tracing::warn!(%transfer_id, %error, "ignored"),
+        }
+    }
+
+    fn drive_all_sending(&mut self, transfer_id: TransferId, event: &SendEvent) {
+        let Some(sending) = self.sending.get_mut(&transfer_id) else { return };
+        let actions = sending.machine.on_all(event, Instant::now());
+        self.do_all_sending(transfer_id, actions);
+    }
+
+    fn do_all_sending(&mut self, transfer_id: TransferId, actions: Vec<HoldAction>) {
         for action in actions {
-            self.do_sending(transfer_id, action);
+            match action {
+                HoldAction::Reader(reader, action) => self.do_sending(transfer_id, reader, action),
+                HoldAction::Report(end) => self.end_sending(transfer_id, end),
+            }
         }
         if let Some(sending) = self.sending.get(&transfer_id) {
             let (old, at) = (sending.timer, sending.machine.deadline());
@@ -329,9 +266,9 @@ impl Core {
         }
     }
 
-    fn do_sending(&mut self, transfer_id: TransferId, action: SendAction) {
-        let Some(sending) = self.sending.get_mut(&transfer_id) else { return };
-        let client = sending.client;
+    fn do_sending(&mut self, transfer_id: TransferId, reader: usize, action: SendAction) {
+        let Some(sending) = self.sending.get(&transfer_id) else { return };
+        let client = sending.readers.get(reader).and_then(|reader| reader.client);
         let message = match action {
             SendAction::Grant => ToDecode::Granted(Granted {
                 transfer_id,
@@ -345,119 +282,51 @@ impl Core {
             SendAction::TellOver { how, fenced } => ToDecode::Over { transfer_id, how, fenced },
             SendAction::Refuse(failure) => ToDecode::Refused { transfer_id, failure },
             SendAction::TellEnded(how) => ToDecode::Ended { transfer_id, how },
-            SendAction::StartDigest => {
-                let (serial, first_token) = (sending.serial, sending.first_token);
-                let first_block = (first_token / self.shared.layout.geometry().block_size) as usize;
-                let from_first = |group: &Vec<BlockId>| group.get(first_block..).unwrap_or_default().to_vec();
-                let blocks = sending.offer.blocks.iter().map(from_first).collect();
-                let tokens = sending.offer.tokens;
-                return self.start_digest(Side::Prefill, transfer_id, serial, blocks, first_token, tokens);
-            }
-            SendAction::StartPush => return self.start_push(transfer_id),
-            SendAction::CancelPush => return self.cancel_push(transfer_id),
-            SendAction::Report(end) => return self.end_sending(transfer_id, end),
+            SendAction::StartDigest => return self.digest_sent(transfer_id, reader),
+            SendAction::StartPush => return self.start_push(transfer_id, reader),
+            SendAction::CancelPush => return self.cancel_push(transfer_id, reader),
+            // Kept by the machine of the whole.
+            SendAction::Report(_) => return,
         };
         if let Some(client) = client {
             self.tell_client(client, &message);
         }
     }
 
-    /// Submits the push, or waits for its link.
-    pub(super) fn start_push(&mut self, transfer_id: TransferId) {
+    fn digest_sent(&mut self, transfer_id: TransferId, reader: usize) {
         let Some(sending) = self.sending.get(&transfer_id) else { return };
-        let (Some(client), Some(place)) = (sending.client, sending.place.clone()) else { return };
-        if sending.push.is_some() || sending.machine.state() != "pushing" {
-            return;
-        }
-        let (link, plan) = match self.push_path(client, place.path, transfer_id) {
-            PushPath::Ready(link, plan) => (link, plan),
-            PushPath::Waiting => return,
-            PushPath::Impossible(why) => return self.push_impossible(transfer_id, why),
-        };
-        let Some(sending) = self.sending.get_mut(&transfer_id) else { return };
-        let extent = Extent {
-            src_blocks: &by_group(&sending.offer.blocks),
-            dst_blocks: &by_group(&place.blocks),
-            first_token: place.first_token,
+        let of_reader = &sending.readers[reader];
+        let client = of_reader.client.and_then(|client| self.clients.get(&client));
+        let Some(Ok(fit)) = client.map(|client| client.fit.as_ref()) else { return };
+        self.start_digest(Work {
+            side: Side::Prefill,
+            transfer_id,
+            part: reader,
+            serial: sending.serial,
+            blocks: sending.offer.blocks.clone(),
+            from: of_reader.from.clone(),
             tokens: sending.offer.tokens,
-        };
-        let runs = match plan.runs(extent) {
-            Ok(runs) => runs,
-            Err(error) => return self.push_impossible(transfer_id, error.to_string()),
-        };
-        sending.record.path = Some(place.path);
-        sending.record.runs = runs.runs() as u64;
-        let (serial, events) = (sending.serial, self.events.clone());
-        let request = TransferRequest {
-            direction: Direction::Push,
-            runs,
-            grant: Some(place.grant),
-            deadline: Instant::now() + self.kv.transfer_timeout,
-        };
-        let done = move |result| {
-            let _ = events.send(Event::Copied { side: Side::Prefill, transfer_id, serial, result });
-        };
-        let ticket = link.submit(request, Box::new(done));
-        sending.push = Some((link, ticket));
-    }
-
-    /// A push that never began: nothing of it can land.
-    pub(super) fn push_impossible(&mut self, transfer_id: TransferId, why: String) {
-        let Some(sending) = self.sending.get(&transfer_id) else { return };
-        let path = sending.place.as_ref().map_or("no path", |place| place.path.name()).to_owned();
-        let peer = sending.record.peer_engine_id.clone().unwrap_or_default();
-        let result = Err(TransferFailure::Copy { peer, path, why });
-        self.drive_sending(transfer_id, SendEvent::CopyDone { result, fenced: true });
-    }
-
-    fn cancel_push(&mut self, transfer_id: TransferId) {
-        let Some(sending) = self.sending.get(&transfer_id) else { return };
-        match &sending.push {
-            Some((link, ticket)) => link.cancel(*ticket),
-            None => self.push_impossible(transfer_id, "stopped before it began".to_owned()),
-        }
+            scope: Arc::clone(&fit.scope),
+        });
     }
 
     fn end_sending(&mut self, transfer_id: TransferId, end: super::End) {
         let Some(mut sending) = self.sending.remove(&transfer_id) else { return };
         self.set_timer(sending.timer, None, Timer::Transfer(Side::Prefill, transfer_id));
-        if let Some(client) = sending.client.and_then(|client| self.clients.get_mut(&client)) {
-            client.transfers.remove(&transfer_id);
+        for client in sending.readers.iter().filter_map(|reader| reader.client) {
+            if let Some(client) = self.clients.get_mut(&client) {
+                client.transfers.remove(&transfer_id);
+            }
         }
-        let record = &mut sending.record;
-        let begun = sending.copy_started.or(sending.claimed);
+        let (readers, record) = (&sending.readers, &mut sending.record);
+        record.bytes = readers.iter().map(|reader| reader.bytes).sum();
+        record.runs = readers.iter().map(|reader| reader.runs).sum();
+        record.posts = readers.iter().map(|reader| reader.posts).sum();
+        let begun = readers.iter().filter_map(|reader| reader.copy_started).min().or(sending.claimed);
+        let landed = readers.iter().filter_map(|reader| reader.landed).max();
         record.wait_us = micros(Some(sending.offered), begun);
-        record.copy_us = micros(begun, sending.landed);
-        record.validate_us = micros(sending.landed, Some(Instant::now()));
+        record.copy_us = micros(begun, landed);
+        record.validate_us = micros(landed, Some(Instant::now()));
         self.report(transfer_id, end, sending.offer.blocks.iter().map(Vec::len).sum(), sending.record);
-    }
-
-    /// Digests here if it is little, beside the loop if it is much.
-    pub(super) fn start_digest(
-        &mut self,
-        side: Side,
-        transfer_id: TransferId,
-        serial: u64,
-        blocks: Vec<Vec<BlockId>>,
-        first_token: u32,
-        tokens: u32,
-    ) {
-        let (shared, events) = (Arc::clone(&self.shared), self.events.clone());
-        let bytes = u64::from(tokens.saturating_sub(first_token)) * shared.layout.geometry().token_bytes();
-        let work = move || {
-            let span = Span { blocks: &by_group(&blocks), first_token, tokens };
-            // Blocks and tokens were checked when the transfer began. If they are wrong all the same, the digest is too.
-            let digest = digest(&shared.layout, &shared.regions, span).unwrap_or_else(|error| {
-                tracing::error!(%transfer_id, %error, "cannot digest");
-                serial
-            });
-            let _ = events.send(Event::Digested { side, transfer_id, serial, digest });
-        };
-        if bytes <= DIGEST_HERE_BYTES_MAX {
-            work();
-        } else {
-            self.reap();
-            self.tasks.spawn_blocking(work);
-        }
     }
 }

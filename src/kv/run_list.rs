@@ -9,36 +9,47 @@
 //! sides, and half a granule would be more runs, not fewer bytes that matter.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use super::{BlockId, Geometry, LayerPlacement, Layout, LayoutError};
+use super::layout::{check_blocks, covered_from};
+use super::shares::{Scope, Share, shared};
+use super::{BlockId, GroupGeometry, GroupKind, LayerPlacement, Layout, LayoutError};
 use crate::transport::{Run, RunList, Segment};
 
-/// How KV goes from one layout to another.
+/// How KV goes from one runtime's memory to another's.
 #[derive(Debug, Clone)]
 pub struct PairPlan {
+    groups: Vec<GroupPlan>,
+    /// What is moved, as decode holds it.
+    pub(super) taken: Arc<Scope>,
+}
+
+/// One KV group of a pair.
+#[derive(Debug, Clone)]
+struct GroupPlan {
     src: Side,
     dst: Side,
     /// Tokens per granule.
     granule: u32,
-    groups: Vec<Group>,
+    strided: Vec<Strided>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Side {
-    block_size: u32,
+    group: GroupGeometry,
     num_blocks: u32,
 }
 
 /// All that shares regions and strides: the same block offsets apply to every run of the pattern.
 #[derive(Debug, Clone)]
-struct Group {
-    key: GroupKey,
+struct Strided {
+    key: StrideKey,
     /// One granule at token 0 of block 0.
     pattern: Vec<Run>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct GroupKey {
+struct StrideKey {
     src_region: u16,
     dst_region: u16,
     src_block_stride: u64,
@@ -47,107 +58,149 @@ struct GroupKey {
     dst_token_stride: u64,
 }
 
-/// Which tokens a transfer moves, and the blocks that hold them.
+/// Which tokens a transfer moves, and the blocks that hold them: for each KV group a list that reaches to the last token.
 #[derive(Debug, Clone, Copy)]
 pub struct Extent<'a> {
-    /// All of prefill's blocks, from token 0, for each KV group.
+    /// Prefill's blocks, from token 0 on, or from where its window begins.
     pub src_blocks: &'a [&'a [BlockId]],
-    /// Decode's blocks, from `first_token`, for each KV group.
+    /// Decode's blocks, from `first_token` on or before it, or from where its window begins.
     pub dst_blocks: &'a [&'a [BlockId]],
+    /// A multiple of decode's block size.
     pub first_token: u32,
     pub tokens: u32,
-}
-
-/// Heads that one rank gives another: offsets from each rank's first head.
-struct Share {
-    src_rank: usize,
-    dst_rank: usize,
-    src_head: u32,
-    dst_head: u32,
-    count: u32,
 }
 
 impl PairPlan {
     /// Plans copies from `src` to `dst`, which must fit ([`Layout::check_fits`]).
     pub fn new(src: &Layout, dst: &Layout) -> Result<Self, LayoutError> {
         src.check_fits(dst)?;
-        let geometry = src.geometry();
-        let granule = geometry.block_size.min(dst.geometry().block_size);
-        let mut patterns: BTreeMap<GroupKey, Vec<Run>> = BTreeMap::new();
-        for share in shares(geometry, dst.geometry()) {
-            let placements = src.map().ranks[share.src_rank].iter().zip(&dst.map().ranks[share.dst_rank]);
-            for (src, dst) in placements {
-                let pattern = patterns.entry(GroupKey::of(src, dst)).or_default();
-                add_granule(pattern, geometry, granule, &share, src, dst);
+        let groups = src.groups().zip(dst.groups()).map(|((group, layers), (dst_group, _))| {
+            let side = |layout: &Layout, group: &GroupGeometry| Side {
+                group: group.clone(),
+                num_blocks: layout.map().num_blocks,
+            };
+            let granule = group.block_size.min(dst_group.block_size);
+            let mut patterns: BTreeMap<StrideKey, Vec<Run>> = BTreeMap::new();
+            for share in shared(group, src, dst) {
+                let heads = Heads::of(&share, group, src, dst);
+                let src_layers = &src.placements(share.src_rank)[layers.clone()];
+                let dst_layers = &dst.placements(share.dst_rank)[layers.clone()];
+                for (src, dst) in src_layers.iter().zip(dst_layers) {
+                    let pattern = patterns.entry(StrideKey::of(src, dst)).or_default();
+                    add_granule(pattern, group, granule, &heads, src, dst);
+                }
             }
-        }
-        let groups = patterns.into_iter().map(|(key, pattern)| Group { key, pattern: merged(pattern) }).collect();
-        let side =
-            |layout: &Layout| Side { block_size: layout.geometry().block_size, num_blocks: layout.map().num_blocks };
-        Ok(Self { src: side(src), dst: side(dst), granule, groups })
+            let strided =
+                patterns.into_iter().map(|(key, pattern)| Strided { key, pattern: merged(pattern) }).collect();
+            GroupPlan { src: side(src, group), dst: side(dst, dst_group), granule, strided }
+        });
+        Ok(Self { groups: groups.collect(), taken: Arc::new(Scope::taken(src, dst)) })
+    }
+
+    /// For each KV group the first token that moves; the number of tokens, if none does. Checks every block id.
+    pub fn first_tokens(&self, extent: Extent<'_>) -> Result<Vec<u32>, LayoutError> {
+        let lists = self.groups.iter().zip(self.lists(&extent)?);
+        lists.map(|(group, (src, dst))| group.first_token(src, dst, extent.first_token, extent.tokens)).collect()
     }
 
     /// The runs of one transfer. Checks every block id.
     pub fn runs(&self, extent: Extent<'_>) -> Result<RunList, LayoutError> {
-        let granules = self.granules(extent)?;
         let mut segments: Vec<Segment> = Vec::new();
-        for group in &self.groups {
-            let GroupKey { src_region, dst_region, .. } = group.key;
-            // Groups are in the order of their regions, so equal regions are neighbours: one segment, one post.
-            if segments.last().is_none_or(|last| (last.src_region, last.dst_region) != (src_region, dst_region)) {
-                segments.push(Segment { src_region, dst_region, runs: Vec::new() });
-            }
-            let runs = &mut segments.last_mut().expect("pushed above").runs;
-            for pattern in &group.pattern {
-                add_runs(runs, *pattern, &granules, &group.key);
+        for (number, (group, (src, dst))) in self.groups.iter().zip(self.lists(&extent)?).enumerate() {
+            let from = group.first_token(src, dst, extent.first_token, extent.tokens)?;
+            let granules = group.granules(src, dst, from, extent.tokens);
+            for strided in &group.strided {
+                let runs = &mut segment(&mut segments, number > 0, &strided.key).runs;
+                for pattern in &strided.pattern {
+                    add_runs(runs, *pattern, &granules, &strided.key);
+                }
             }
         }
         Ok(RunList { segments })
     }
 
-    fn granules(&self, extent: Extent<'_>) -> Result<Vec<Granule>, LayoutError> {
-        let Extent { src_blocks, dst_blocks, first_token, tokens } = extent;
-        let (src_blocks, dst_blocks) = (only_group(src_blocks)?, only_group(dst_blocks)?);
-        for (side, blocks, from) in [(self.src, src_blocks, 0), (self.dst, dst_blocks, first_token)] {
-            if first_token % side.block_size != 0 {
-                return Err(LayoutError::FirstToken { first_token, block_size: side.block_size });
-            }
-            let needed = u64::from(tokens.saturating_sub(from)).div_ceil(side.block_size.into());
-            if (blocks.len() as u64) < needed {
-                let (blocks, block_size) = (blocks.len(), side.block_size);
-                return Err(LayoutError::Uncovered { blocks, block_size, first_token: from, tokens });
-            }
-            if let Some(block) = blocks.iter().find(|block| block.0 >= side.num_blocks) {
-                return Err(LayoutError::Block { block: block.0, num_blocks: side.num_blocks });
-            }
+    /// The two lists of each group.
+    fn lists<'a>(
+        &self,
+        extent: &Extent<'a>,
+    ) -> Result<impl Iterator<Item = (&'a [BlockId], &'a [BlockId])> + use<'a>, LayoutError> {
+        let groups = self.groups.len();
+        match [extent.src_blocks, extent.dst_blocks].into_iter().find(|lists| lists.len() != groups) {
+            Some(lists) => Err(LayoutError::Groups { given: lists.len(), groups }),
+            None => Ok(extent.src_blocks.iter().copied().zip(extent.dst_blocks.iter().copied())),
         }
-        let count = tokens.saturating_sub(first_token).div_ceil(self.granule);
-        let at = |blocks: &[BlockId], block_size: u32, token: u32| {
-            let block = blocks[(token / block_size) as usize];
+    }
+}
+
+/// Where runs between two regions go. Equal regions are neighbours within one KV group; only groups may share them apart.
+fn segment<'a>(segments: &'a mut Vec<Segment>, is_later_group: bool, key: &StrideKey) -> &'a mut Segment {
+    let StrideKey { src_region, dst_region, .. } = *key;
+    let is_same = |segment: &Segment| (segment.src_region, segment.dst_region) == (src_region, dst_region);
+    let found = if is_later_group {
+        segments.iter().position(is_same)
+    } else {
+        segments.last().is_some_and(is_same).then(|| segments.len() - 1)
+    };
+    let at = found.unwrap_or_else(|| {
+        segments.push(Segment { src_region, dst_region, runs: Vec::new() });
+        segments.len() - 1
+    });
+    &mut segments[at]
+}
+
+impl GroupPlan {
+    /// The first token that moves, given what of the request each side has blocks for.
+    fn first_token(&self, src: &[BlockId], dst: &[BlockId], first: u32, tokens: u32) -> Result<u32, LayoutError> {
+        check_blocks(src, self.src.num_blocks)?;
+        check_blocks(dst, self.dst.num_blocks)?;
+        if first >= tokens {
+            return Ok(tokens);
+        }
+        let (group, block_size) = (&self.dst.group, self.dst.group.block_size);
+        let needed = group.needed_from(tokens).max(first);
+        let src_first = covered_from(&self.src.group, src.len(), tokens, needed)?;
+        let dst_first = covered_from(group, dst.len(), tokens, needed)?;
+        if group.kind == GroupKind::State {
+            return Ok(needed);
+        }
+        if !first.is_multiple_of(block_size) {
+            return Err(LayoutError::FirstToken { first_token: first, block_size });
+        }
+        Ok(first.max(src_first).max(dst_first))
+    }
+
+    /// The granules of tokens `from..`, which both lists cover.
+    fn granules(&self, src: &[BlockId], dst: &[BlockId], from: u32, tokens: u32) -> Vec<Granule> {
+        let (Some(src_last), Some(dst_last)) = (src.last(), dst.last()) else { return Vec::new() };
+        if from >= tokens {
+            return Vec::new();
+        }
+        if self.src.group.kind == GroupKind::State {
+            let (src_block, dst_block) = (src_last.0.into(), dst_last.0.into());
+            return vec![Granule { src_block, src_token: 0, dst_block, dst_token: 0 }];
+        }
+        let side = |side: &Side, blocks: &[BlockId]| {
+            (side.group.block_size, side.group.covered_from(blocks.len(), tokens).unwrap_or(0))
+        };
+        let (src_side, dst_side) = (side(&self.src, src), side(&self.dst, dst));
+        let at = |blocks: &[BlockId], (block_size, first): (u32, u32), token: u32| {
+            let block = blocks[((token - first) / block_size) as usize];
             (u64::from(block.0), u64::from(token % block_size))
         };
-        Ok((0..count)
-            .map(|index| {
-                let token = index * self.granule;
-                let (src_block, src_token) = at(src_blocks, self.src.block_size, first_token + token);
-                let (dst_block, dst_token) = at(dst_blocks, self.dst.block_size, token);
+        (from..tokens)
+            .step_by(self.granule as usize)
+            .map(|token| {
+                let (src_block, src_token) = at(src, src_side, token);
+                let (dst_block, dst_token) = at(dst, dst_side, token);
                 Granule { src_block, src_token, dst_block, dst_token }
             })
-            .collect())
+            .collect()
     }
 }
 
 /// The lists of all groups, borrowed.
 pub(super) fn by_group(blocks: &[Vec<BlockId>]) -> Vec<&[BlockId]> {
     blocks.iter().map(Vec::as_slice).collect()
-}
-
-/// The blocks of the cache's one group.
-pub(super) fn only_group<'a>(blocks: &[&'a [BlockId]]) -> Result<&'a [BlockId], LayoutError> {
-    match blocks {
-        [blocks] => Ok(blocks),
-        _ => Err(LayoutError::Groups { given: blocks.len(), groups: 1 }),
-    }
 }
 
 struct Granule {
@@ -157,7 +210,7 @@ struct Granule {
     dst_token: u64,
 }
 
-impl GroupKey {
+impl StrideKey {
     fn of(src: &LayerPlacement, dst: &LayerPlacement) -> Self {
         Self {
             src_region: src.region,
@@ -170,51 +223,40 @@ impl GroupKey {
     }
 }
 
-/// Who gives which heads to whom. A head that several source ranks hold comes from one of them; the receiving ranks are
-/// spread over the holders.
-fn shares(src: &Geometry, dst: &Geometry) -> Vec<Share> {
-    let mut shares = Vec::new();
-    for dst_rank in 0..dst.tp_size {
-        let wanted = dst.heads_of(dst_rank);
-        let wanted_end = wanted.first + wanted.count;
-        let mut head = wanted.first;
-        while head < wanted_end {
-            let holders = src.holders_of(head);
-            let src_rank = holders.start + dst_rank % (holders.end - holders.start);
-            let held = src.heads_of(src_rank);
-            let count = (held.first + held.count).min(wanted_end) - head;
-            shares.push(Share {
-                src_rank: src_rank as usize,
-                dst_rank: dst_rank as usize,
-                src_head: head - held.first,
-                dst_head: head - wanted.first,
-                count,
-            });
-            head += count;
-        }
+/// Heads that one rank gives another: offsets from each rank's first head.
+struct Heads {
+    src: u32,
+    dst: u32,
+    count: u32,
+}
+
+impl Heads {
+    fn of(share: &Share, group: &GroupGeometry, src: &Layout, dst: &Layout) -> Self {
+        let first = |layout: &Layout, rank| group.heads_of(rank, layout.geometry().tp_size).first;
+        let (src, dst) = (first(src, share.src_rank), first(dst, share.dst_rank));
+        Self { src: share.heads.first - src, dst: share.heads.first - dst, count: share.heads.count }
     }
-    shares
 }
 
 /// Adds one layer's part of one granule, dimension by dimension from the widest source stride to the narrowest, so that
 /// what is contiguous comes in order.
 fn add_granule(
     pattern: &mut Vec<Run>,
-    geometry: &Geometry,
+    group: &GroupGeometry,
     granule: u32,
-    share: &Share,
+    heads: &Heads,
     src: &LayerPlacement,
     dst: &LayerPlacement,
 ) {
-    let src_base = src.base + u64::from(share.src_head) * src.head_stride;
-    let dst_base = dst.base + u64::from(share.dst_head) * dst.head_stride;
-    let heads = (share.count, src.head_stride, dst.head_stride);
+    let src_base = src.base + u64::from(heads.src) * src.head_stride;
+    let dst_base = dst.base + u64::from(heads.dst) * dst.head_stride;
+    let heads = (heads.count, src.head_stride, dst.head_stride);
     let mut dims = [heads, (1, 0, 0), (1, 0, 0)];
-    let mut len = geometry.plane_bytes();
-    if geometry.opaque_planes.is_none() {
-        dims[1] = (geometry.halves(), src.half_stride, dst.half_stride);
+    let mut len = group.plane_bytes();
+    if !group.is_opaque() {
+        dims[1] = (group.halves(), src.half_stride, dst.half_stride);
         dims[2] = (granule, src.token_stride, dst.token_stride);
-        len = geometry.content_bytes();
+        len = group.content_bytes();
     }
     dims.sort_by_key(|&(_, src_stride, _)| std::cmp::Reverse(src_stride));
     let [outer, middle, inner] = dims;
@@ -247,7 +289,7 @@ fn push(runs: &mut Vec<Run>, run: Run) {
 }
 
 /// Adds one run of the pattern for every granule.
-fn add_runs(runs: &mut Vec<Run>, pattern: Run, granules: &[Granule], key: &GroupKey) {
+fn add_runs(runs: &mut Vec<Run>, pattern: Run, granules: &[Granule], key: &StrideKey) {
     let run_of = |granule: &Granule| Run {
         src: pattern.src + granule.src_block * key.src_block_stride + granule.src_token * key.src_token_stride,
         dst: pattern.dst + granule.dst_block * key.dst_block_stride + granule.dst_token * key.dst_token_stride,
@@ -342,7 +384,7 @@ mod tests {
             let (src_block, dst_block) = if flip { (small * factor, small) } else { (small, small * factor) };
             let shape = |block_size, tp_log: u32| Shape {
                 layers, kv_heads: if mla { 1 } else { 1 << head_log }, head_size, element_bytes, mla,
-                block_size, tp_size: 1 << tp_log, num_blocks: 48, opaque: false,
+                block_size, tp_size: 1 << tp_log, num_blocks: 48, ..Shape::default()
             };
             let first_token = (first * small * factor).min(tokens / (small * factor) * (small * factor));
             (shape(src_block, src_tp_log), src, shape(dst_block, dst_tp_log), dst, tokens, first_token, seed)

@@ -13,12 +13,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::mpsc;
 
-use super::core::{Command, Core, Event};
+use super::core::{Command, Core, Event, Expect};
+use super::layout::{LayoutError, check_heads};
 use super::link::{KvLink, Offer, TransferHandle};
 use super::past::Records;
+use super::run_list::by_group;
+use super::shares::Split;
 use super::{
-    BLOCKS_MAX, BlockId, Geometry, KvError, KvMetrics, Layout, ParamsMaker, RankCard, RankMemory, Report,
-    TransferParams,
+    BLOCKS_MAX, BlockId, Geometry, GroupKind, KvError, KvMetrics, Layout, ParamsMaker, RankCard, RankEndpoint,
+    RankMemory, Report, TransferParams,
 };
 use crate::config::{KvConfig, KvSendType, Role};
 use crate::control::{RuntimeStatus, TransferId};
@@ -36,8 +39,10 @@ pub struct RuntimeConfig<'a> {
     /// Who drives the copy of what this worker prefills.
     pub send_type: KvSendType,
     pub geometry: Geometry,
-    /// All tensor-parallel ranks, in order.
+    /// The tensor-parallel ranks that this process holds: all in order, or one.
     pub ranks: Vec<RankMemory>,
+    /// `host:port` of the runtimes that hold the worker's other ranks: an abort told to one is passed on to all.
+    pub siblings: Vec<String>,
     pub secret: Secret,
     /// The worker's KV address, bound and listening.
     pub listener: TcpListener,
@@ -152,17 +157,25 @@ impl KvRuntime {
         });
         let card = RankCard {
             engine_id: shared.engine_id.clone(),
-            rank: 0,
+            rank: shared.layout.held().start,
             tp_size: shared.layout.geometry().tp_size,
             endpoint: endpoint(&config.advertise_host, address.port()),
             incarnation: shared.incarnation,
             geometry_digest: shared.geometry_digest,
             weight_version: config.weight_version,
         };
-        let cards: Vec<RankCard> = (0..card.tp_size).map(|rank| RankCard { rank, ..card.clone() }).collect();
-        let params = ParamsMaker::new(cards, shared.secret.clone())?;
+        let cards: Vec<RankCard> = shared.layout.held().map(|rank| RankCard { rank, ..card.clone() }).collect();
+        let params = ParamsMaker::of_some(&cards, shared.secret.clone())?;
         let (events, queue) = mpsc::unbounded_channel();
-        let core = Core::new(config.kv, config.send_type, Arc::clone(&shared), transports, events.clone(), reports);
+        let core = Core::new(
+            config.kv,
+            config.send_type,
+            &config.siblings,
+            Arc::clone(&shared),
+            transports,
+            events.clone(),
+            reports,
+        );
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(4)
@@ -214,16 +227,39 @@ impl KvRuntime {
 
     fn check_offer(&self, offer: &Offer) -> Result<(), KvError> {
         let Offer { transfer_id, blocks, tokens, .. } = offer;
-        let [blocks] = &blocks[..] else {
-            return Err(KvError::WrongGroupCount { transfer_id: *transfer_id, groups: 1, given: blocks.len() });
-        };
-        let geometry = self.shared.layout.geometry();
-        let needed = geometry.blocks_for(*tokens);
-        if blocks.len() != needed as usize || blocks.len() > BLOCKS_MAX || blocks.is_empty() {
-            let (transfer_id, given) = (*transfer_id, blocks.len());
-            return Err(KvError::WrongBlockCount { transfer_id, tokens: *tokens, needed, given });
+        let given = blocks.iter().map(Vec::len).sum();
+        if *tokens == 0 || given > BLOCKS_MAX {
+            return Err(KvError::Extent { transfer_id: *transfer_id, tokens: *tokens, given });
         }
-        Ok(self.shared.layout.check_blocks(blocks)?)
+        self.shared.layout.check_cover(&by_group(blocks), *tokens)?;
+        Ok(())
+    }
+
+    /// Where the parts of the KV are to be had: one runtime for each rank of prefill, or one for all.
+    fn sources(&self, params: &TransferParams) -> Result<(Split, Vec<RankEndpoint>), KvError> {
+        let (ranks, tp_size) = (&params.pdlink.ranks, params.tp_size);
+        let mut distinct: Vec<&str> = ranks.iter().map(|rank| rank.endpoint.as_str()).collect();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let geometry = self.shared.layout.geometry();
+        let held = match distinct.len() {
+            _ if ranks.len() != tp_size as usize => None,
+            1 => Some(tp_size),
+            count if count == ranks.len() => Some(1),
+            _ => None,
+        };
+        let Some(held) = held else {
+            return Err(KvError::Endpoints { tp_size, named: ranks.len(), distinct: distinct.len() });
+        };
+        for group in &geometry.groups {
+            check_heads(group, tp_size)?;
+            if group.kind == GroupKind::State && tp_size != geometry.tp_size {
+                let (ours, theirs) = (geometry.tp_size.to_string(), tp_size.to_string());
+                let name = "the number of ranks (a state cannot be split)";
+                return Err(LayoutError::Differs { name, ours, theirs }.into());
+            }
+        }
+        Ok((Split { tp_size, held }, ranks.iter().step_by(held as usize).cloned().collect()))
     }
 }
 
@@ -248,20 +284,17 @@ impl KvLink for KvRuntime {
             return Err(KvError::WrongRole { what: "expecting KV", role: "prefill" });
         }
         params.check_seal(&self.shared.secret)?;
-        let ranks = &params.pdlink.ranks;
-        let Some(rank) = ranks.first().filter(|first| ranks.iter().all(|rank| rank == *first)) else {
-            return Err(KvError::Endpoints { count: ranks.len() });
-        };
+        let (src, runtimes) = self.sources(params)?;
         let transfer_id = params.pdlink.transfer_id;
         self.shared.enter(Side::Decode, transfer_id, 0)?;
-        let command = Command::Expect {
+        let command = Command::Expect(Expect {
             transfer_id,
-            peer: rank.endpoint.clone(),
-            incarnation: rank.incarnation,
+            runtimes,
+            src,
             geometry_digest: params.pdlink.geometry_digest,
             weight_version: params.pdlink.weight_version,
             tokens: params.remote_num_tokens,
-        };
+        });
         self.command(command).inspect_err(|_| self.shared.leave(Side::Decode, transfer_id, 0))?;
         Ok(TransferHandle { transfer_id })
     }

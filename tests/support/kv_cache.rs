@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use pdlink::kv::{BlockId, Extent, Geometry, LayerPlacement, Layout, MemoryMap, RankMemory};
+use pdlink::kv::{BlockId, Extent, Geometry, GroupGeometry, GroupKind, LayerPlacement, Layout, MemoryMap, RankMemory};
 use pdlink::memory::Region;
 
 /// Orders of the dimensions in memory, widest stride first; content innermost.
@@ -66,6 +66,11 @@ pub struct Shape {
     pub num_blocks: u32,
     pub mla: bool,
     pub opaque: bool,
+    /// A state for each block instead of KV for each token. Its heads are the ranks.
+    pub state: bool,
+    pub window: Option<u32>,
+    /// The one rank whose memory it is; all, if none.
+    pub held: Option<u32>,
 }
 
 impl Default for Shape {
@@ -80,6 +85,9 @@ impl Default for Shape {
             num_blocks: 8,
             mla: false,
             opaque: false,
+            state: false,
+            window: None,
+            held: None,
         }
     }
 }
@@ -89,18 +97,32 @@ pub const GUARD: u64 = 24;
 
 impl Shape {
     pub fn geometry(&self) -> Geometry {
-        Geometry {
-            model: "test".to_owned(),
+        Geometry { model: "test".to_owned(), tp_size: self.tp_size, groups: vec![self.group()] }
+    }
+
+    pub fn group(&self) -> GroupGeometry {
+        let kind = if self.state {
+            GroupKind::State
+        } else if self.mla {
+            GroupKind::Latent
+        } else {
+            GroupKind::Heads
+        };
+        GroupGeometry {
+            kind,
             layers: self.layers,
-            kv_heads: self.kv_heads,
+            kv_heads: if kind == GroupKind::Heads { self.kv_heads } else { 1 },
             head_size: self.head_size,
             element_bytes: self.element_bytes,
             dtype: format!("u{}", self.element_bytes * 8),
             block_size: self.block_size,
-            tp_size: self.tp_size,
-            mla: self.mla,
+            window: self.window,
             opaque_planes: self.opaque.then(|| "test".to_owned()),
         }
+    }
+
+    pub fn ranks(&self) -> std::ops::Range<u32> {
+        self.held.map_or(0..self.tp_size, |rank| rank..rank + 1)
     }
 
     pub fn describe(&self, arrangement: Arrangement) -> (Geometry, MemoryMap) {
@@ -108,15 +130,16 @@ impl Shape {
         let (dims, per_layer) = arrangement.dims();
         let mut region_lens = Vec::new();
         let mut ranks = Vec::new();
-        for rank in 0..self.tp_size {
+        let group = self.group();
+        for rank in self.ranks() {
             let count = |dim: char| match dim {
                 'L' => u64::from(self.layers),
                 'B' => u64::from(self.num_blocks),
-                'K' => u64::from(geometry.halves()),
-                'N' => u64::from(self.block_size),
-                _ => u64::from(geometry.heads_of(rank).count),
+                'K' => u64::from(group.halves()),
+                'N' => u64::from(if self.state { 1 } else { self.block_size }),
+                _ => u64::from(group.heads_of(rank, self.tp_size).count),
             };
-            let (mut size, mut strides) = (geometry.content_bytes(), std::collections::HashMap::new());
+            let (mut size, mut strides) = (group.content_bytes(), std::collections::HashMap::new());
             for dim in dims.chars().rev() {
                 strides.insert(dim, size);
                 size *= count(dim);
@@ -134,7 +157,8 @@ impl Shape {
             });
             ranks.push(layers.collect());
         }
-        (geometry, MemoryMap { num_blocks: self.num_blocks, region_lens, ranks })
+        let first_rank = self.ranks().start;
+        (geometry, MemoryMap { num_blocks: self.num_blocks, region_lens, first_rank, ranks })
     }
 
     pub fn layout(&self, arrangement: Arrangement) -> Layout {
@@ -199,7 +223,7 @@ impl Cache {
         for token in first..tokens {
             let block = blocks[((token - first) / self.shape.block_size) as usize];
             self.each_row(block, token % self.shape.block_size, |cache, region, offset, place| {
-                let want = row_bytes(place, token.into(), seed, cache.layout.geometry().content_bytes());
+                let want = row_bytes(place, token.into(), seed, cache.shape.group().content_bytes());
                 equal &= cache.regions[region].to_vec(offset, want.len() as u64).unwrap() == want;
             });
         }
@@ -209,8 +233,8 @@ impl Cache {
     pub fn rank_memory(&self) -> Vec<RankMemory> {
         let map = self.layout.map();
         let per_rank = self.regions.len() / map.ranks.len();
-        let ranks = map.ranks.iter().zip(0..).map(|(layers, rank)| {
-            let first = rank as usize * per_rank;
+        let ranks = map.ranks.iter().zip(self.layout.held()).map(|(layers, rank)| {
+            let first = (rank - map.first_rank) as usize * per_rank;
             let own = |placement: &LayerPlacement| LayerPlacement {
                 region: placement.region - u16::try_from(first).unwrap(),
                 ..*placement
@@ -241,7 +265,7 @@ impl Cache {
         for token in 0..tokens {
             let block = blocks[(token / self.shape.block_size) as usize];
             self.each_row(block, token % self.shape.block_size, |cache, region, offset, _| {
-                let content = cache.layout.geometry().content_bytes();
+                let content = cache.shape.group().content_bytes();
                 (offset..offset + content).for_each(|offset| visit(&cache.regions[region], offset));
             });
         }
@@ -249,18 +273,18 @@ impl Cache {
 
     fn write(&self, block: BlockId, token: u32, name: u64, seed: u64) {
         self.each_row(block, token, |cache, region, offset, place| {
-            let bytes = row_bytes(place, name, seed, cache.layout.geometry().content_bytes());
+            let bytes = row_bytes(place, name, seed, cache.shape.group().content_bytes());
             cache.regions[region].copy_in(offset, &bytes).unwrap();
         });
     }
 
     /// Every (rank, layer, half, head) of one token: its region, its offset, and a number for its logical place.
     fn each_row(&self, block: BlockId, token: u32, mut visit: impl FnMut(&Self, usize, u64, u64)) {
-        let geometry = self.layout.geometry();
-        for rank in 0..geometry.tp_size {
-            let heads = geometry.heads_of(rank);
-            for layer in 0..geometry.layers {
-                for half in 0..geometry.halves() {
+        let group = self.shape.group();
+        for rank in self.layout.held() {
+            let heads = group.heads_of(rank, self.shape.tp_size);
+            for layer in 0..group.layers {
+                for half in 0..group.halves() {
                     for head in 0..heads.count {
                         let (region, offset) = address(&self.layout, rank, layer, block, half, token, head);
                         let place = u64::from(layer) << 40 | u64::from(half) << 32 | u64::from(heads.first + head);
@@ -273,7 +297,7 @@ impl Cache {
 }
 
 fn address(layout: &Layout, rank: u32, layer: u32, block: BlockId, half: u32, token: u32, head: u32) -> (usize, u64) {
-    let placement = &layout.map().ranks[rank as usize][layer as usize];
+    let placement = &layout.map().ranks[(rank - layout.map().first_rank) as usize][layer as usize];
     let offset = placement.base
         + u64::from(block.0) * placement.block_stride
         + u64::from(half) * placement.half_stride
@@ -293,34 +317,46 @@ fn row_bytes(place: u64, name: u64, seed: u64, content: u64) -> Vec<u8> {
     (0..content).map(|at| byte(row, at)).collect()
 }
 
-/// What `dst` must hold after the transfer: every element found and placed by itself. Whole granules of the smaller block
-/// size are moved, so the last one may reach beyond the last token.
+/// What `dst` must hold after the transfer from `src`, which holds all ranks: every element found and placed by itself.
+/// Whole granules of the smaller block size are moved, so the last one may reach beyond the last token. Of states only the
+/// last moves.
 pub fn oracle_copy(src: &Cache, dst: &Cache, extent: Extent<'_>) -> Vec<Vec<u8>> {
-    let (a, b) = (src.layout.geometry(), dst.layout.geometry());
-    let granule = a.block_size.min(b.block_size);
-    let end = extent.tokens.next_multiple_of(granule);
+    let (a, b) = (src.shape.group(), dst.shape.group());
+    let (src_tp, dst_tp) = (src.shape.tp_size, dst.shape.tp_size);
+    let (src_blocks, dst_blocks) = (extent.src_blocks[0], extent.dst_blocks[0]);
     let (from, mut to) = (src.bytes(), dst.bytes());
     let content = usize::try_from(a.content_bytes()).unwrap();
-    for token in extent.first_token..end {
-        let src_block = extent.src_blocks[0][(token / a.block_size) as usize];
-        let relative = token - extent.first_token;
-        let dst_block = extent.dst_blocks[0][(relative / b.block_size) as usize];
-        for rank in 0..b.tp_size {
-            let heads = b.heads_of(rank);
+    // Lists reach to the last token: block numbers count from the end.
+    let block = |blocks: &[BlockId], size: u32, token: u32| {
+        let from_end = extent.tokens.div_ceil(size) - token / size;
+        blocks.len().checked_sub(from_end as usize).map(|at| blocks[at])
+    };
+    let granule = a.block_size.min(b.block_size);
+    let tokens = match src.shape.state {
+        true if extent.first_token < extent.tokens => extent.tokens - 1..extent.tokens,
+        true => 0..0,
+        false => extent.first_token..extent.tokens.next_multiple_of(granule),
+    };
+    for token in tokens {
+        let both = (block(src_blocks, a.block_size, token), block(dst_blocks, b.block_size, token));
+        let (Some(src_block), Some(dst_block)) = both else { continue };
+        let within = |size: u32| if src.shape.state { 0 } else { token % size };
+        for rank in dst.layout.held() {
+            let heads = b.heads_of(rank, dst_tp);
             for head in 0..heads.count {
                 let wanted = heads.first + head;
                 let holds = |rank: &u32| {
-                    let held = a.heads_of(*rank);
+                    let held = a.heads_of(*rank, src_tp);
                     (held.first..held.first + held.count).contains(&wanted)
                 };
-                let src_rank = (0..a.tp_size).find(holds).unwrap();
-                let src_head = wanted - a.heads_of(src_rank).first;
+                let src_rank = (0..src_tp).find(holds).unwrap();
+                let src_head = wanted - a.heads_of(src_rank, src_tp).first;
                 for layer in 0..a.layers {
                     for half in 0..a.halves() {
                         let (src_region, src_at) =
-                            address(&src.layout, src_rank, layer, src_block, half, token % a.block_size, src_head);
+                            address(&src.layout, src_rank, layer, src_block, half, within(a.block_size), src_head);
                         let (dst_region, dst_at) =
-                            address(&dst.layout, rank, layer, dst_block, half, relative % b.block_size, head);
+                            address(&dst.layout, rank, layer, dst_block, half, within(b.block_size), head);
                         let (src_at, dst_at) = (usize::try_from(src_at).unwrap(), usize::try_from(dst_at).unwrap());
                         let bytes = &from[src_region][src_at..src_at + content];
                         to[dst_region][dst_at..dst_at + content].copy_from_slice(bytes);

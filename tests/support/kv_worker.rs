@@ -33,6 +33,7 @@ pub struct Plan {
     pub secret: Secret,
     pub weight_version: u64,
     pub model: Option<String>,
+    pub siblings: Vec<String>,
     /// Built from the cache, so that they know its regions.
     pub transports: Option<MakeTransports>,
 }
@@ -49,6 +50,7 @@ impl Plan {
             secret: Secret::loopback(),
             weight_version: 1,
             model: None,
+            siblings: Vec::new(),
             transports: None,
         }
     }
@@ -74,6 +76,7 @@ impl Plan {
             send_type: self.send_type,
             geometry,
             ranks: cache.rank_memory(),
+            siblings: self.siblings,
             secret: self.secret,
             listener,
             advertise_host: "127.0.0.1".to_owned(),

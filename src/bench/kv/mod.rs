@@ -132,6 +132,7 @@ impl Worker {
             send_type: orders.send_type,
             geometry,
             ranks: vec![memory],
+            siblings: Vec::new(),
             secret: peer::secret(),
             listener,
             advertise_host: "127.0.0.1".to_owned(),
@@ -185,7 +186,7 @@ impl Rig {
             tcp_streams: options.threads,
             ..KvConfig::default()
         };
-        let num_blocks = geometry.blocks_for(most).max(8) * REQUESTS;
+        let num_blocks = geometry.groups[0].blocks_for(most).max(8) * REQUESTS;
         let (shape, layout, block_size) = (options.shape, options.layout, options.block_size);
         let orders = Orders { kv, shape, layout, block_size, num_blocks, send_type };
         let peer = Peer::start(&orders)?;
@@ -245,7 +246,7 @@ impl Rig {
     /// Moves one request. With `claim_first` its claim is answered before the clock of `fetch` starts.
     fn round(&mut self, tokens: u32, scattered: bool, claim_first: bool) -> anyhow::Result<Round> {
         self.turn = (self.turn + 1) % REQUESTS;
-        let count = self.geometry.blocks_for(tokens);
+        let count = self.geometry.groups[0].blocks_for(tokens);
         let first = self.turn * (self.orders.num_blocks / REQUESTS);
         let params = self.peer.offer(first, scattered, tokens)?;
         let blocks = shape::blocks(first, count, self.orders.num_blocks, scattered);

@@ -88,7 +88,8 @@ pub fn serve() -> anyhow::Result<()> {
     worker.tell(sender);
     for line in lines {
         let Ask { first_block, scattered, tokens } = serde_json::from_str(&line?)?;
-        let taken: Vec<BlockId> = blocks(first_block, geometry.blocks_for(tokens), orders.num_blocks, scattered);
+        let taken: Vec<BlockId> =
+            blocks(first_block, geometry.groups[0].blocks_for(tokens), orders.num_blocks, scattered);
         let transfer_id = TransferId::random();
         let offer = Offer { transfer_id, request_id: "bench".to_owned(), blocks: vec![taken], tokens };
         let params = worker.runtime.offer(offer)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::kv::{BlockId, Geometry, LayerPlacement, RankMemory};
+use crate::kv::{BlockId, Geometry, GroupGeometry, GroupKind, LayerPlacement, RankMemory};
 use crate::memory::{Region, RegionOptions, to_usize};
 
 /// Whose KV is moved.
@@ -63,34 +63,36 @@ impl Shape {
             Self::Llama31_70b => (80, 8, 128, false),
             Self::DeepseekV3 => (61, 1, 576, true),
         };
-        Geometry {
-            model: self.name().to_owned(),
+        let group = GroupGeometry {
+            kind: if mla { GroupKind::Latent } else { GroupKind::Heads },
             layers,
             kv_heads,
             head_size,
             element_bytes: 2,
             dtype: "bfloat16".to_owned(),
             block_size,
-            tp_size: 1,
-            mla,
+            window: None,
             opaque_planes: None,
-        }
+        };
+        Geometry { model: self.name().to_owned(), tp_size: 1, groups: vec![group] }
     }
 }
 
 /// Memory for `num_blocks` blocks, backed at once so that no transfer meets a page fault.
 pub(super) fn memory(geometry: &Geometry, layout: Layout, num_blocks: u32) -> anyhow::Result<RankMemory> {
-    let (tokens, halves) = (u64::from(geometry.block_size), u64::from(geometry.halves()));
-    let (heads, content) = (u64::from(geometry.kv_heads), geometry.content_bytes());
+    let [group] = &geometry.groups[..] else {
+        anyhow::bail!("{} KV groups, one is laid out here", geometry.groups.len())
+    };
+    let (tokens, halves) = (u64::from(group.block_size), u64::from(group.halves()));
+    let (heads, content) = (u64::from(group.kv_heads), group.content_bytes());
     let block_stride = halves * tokens * heads * content;
     let layer_bytes = block_stride * u64::from(num_blocks);
     let split = layout == Layout::SplitKv;
-    let (regions, bytes) =
-        if split { (geometry.layers, layer_bytes) } else { (1, layer_bytes * u64::from(geometry.layers)) };
+    let (regions, bytes) = if split { (group.layers, layer_bytes) } else { (1, layer_bytes * u64::from(group.layers)) };
     let options = RegionOptions { prefault: true, huge_pages: false };
     let regions = (0..regions).map(|_| Region::shared_with(to_usize(bytes), options));
     let regions: Vec<Arc<Region>> = regions.collect::<Result<_, _>>()?;
-    let layers = (0..geometry.layers).map(|layer| {
+    let layers = (0..group.layers).map(|layer| {
         let head_stride = if split { content } else { halves * content };
         Ok(LayerPlacement {
             region: if split { u16::try_from(layer)? } else { 0 },

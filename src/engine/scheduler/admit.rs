@@ -32,8 +32,7 @@ impl Scheduler {
     fn try_admit(&mut self, mut sequence: Sequence) -> Admitted {
         let block_size = self.parts.blocks.cache.block_size();
         let count = sequence.len().div_ceil(block_size);
-        let step = if let Load::Claimed { step, .. } = sequence.load { step } else { 1 };
-        let Some((blocks, found)) = self.parts.blocks.take_for(sequence.reusable(block_size), count, step) else {
+        let Some((blocks, found)) = self.parts.blocks.take_for(sequence.reusable(block_size), count) else {
             return Admitted::Waits(sequence);
         };
         sequence.blocks = blocks;
@@ -41,7 +40,7 @@ impl Scheduler {
         sequence.start_after(found);
         self.parts.metrics.prompt_cached.inc_by((found * block_size) as u64);
         // The last token is computed here in any case: a load that would bring nothing else is not worth a copy.
-        let Load::Claimed { handle, .. } = sequence.load else { return Admitted::Runs(ran(sequence)) };
+        let Load::Claimed { handle } = sequence.load else { return Admitted::Runs(ran(sequence)) };
         if sequence.computed + 1 >= sequence.prompt_len() {
             self.parts.link.release(handle);
             sequence.load = Load::Local;
@@ -51,7 +50,7 @@ impl Scheduler {
     }
 
     fn start_load(&mut self, key: Key, sequence: Sequence) {
-        let Load::Claimed { handle, .. } = sequence.load else { unreachable!("only claimed sequences load") };
+        let Load::Claimed { handle } = sequence.load else { unreachable!("only claimed sequences load") };
         let first = sequence.computed / self.parts.blocks.cache.block_size();
         let blocks = sequence.blocks[first..].to_vec();
         let first_token = u32::try_from(sequence.computed).expect("prompts are shorter than 2^32 tokens");

@@ -21,9 +21,7 @@ impl Scheduler {
             let message = format!("the KV to load is of {tokens} tokens, the prompt has {prompt}: not the same prompt");
             return Err(ApiError::bad_param("kv_transfer_params", message));
         }
-        let remote_blocks = params.remote_block_ids.first().map_or(0, Vec::len);
-        let step = load_step(tokens.div_ceil(self.parts.blocks.cache.block_size()), remote_blocks);
-        Ok(Load::Claimed { handle, step })
+        Ok(Load::Claimed { handle })
     }
 
     /// Tells prefill that nobody will come.
@@ -35,7 +33,7 @@ impl Scheduler {
 
     /// A waiting sequence goes: its claim goes with it.
     pub(super) fn let_go(&mut self, sequence: &Sequence) {
-        if let Load::Claimed { handle, .. } = sequence.load {
+        if let Load::Claimed { handle } = sequence.load {
             self.parts.link.abort(handle.transfer_id);
         }
     }
@@ -98,7 +96,7 @@ impl Scheduler {
     /// A claim that prefill refused, or that ended before there were blocks.
     fn failed_while_waiting(&mut self, id: TransferId, end: &End) {
         let claimed =
-            |sequence: &Sequence| matches!(sequence.load, Load::Claimed { handle, .. } if handle.transfer_id == id);
+            |sequence: &Sequence| matches!(sequence.load, Load::Claimed { handle } if handle.transfer_id == id);
         let Some(key) = self.waiting.iter().find(|(_, sequence)| claimed(sequence)).map(|(key, _)| *key) else {
             return;
         };
@@ -130,17 +128,6 @@ impl Scheduler {
     }
 }
 
-/// How many of our blocks make up one of theirs, from how many either side needs for the same tokens. Where several
-/// sizes explain the counts, a multiple of all of them.
-fn load_step(own_blocks: usize, remote_blocks: usize) -> usize {
-    let fits = |step: &usize| own_blocks.div_ceil(*step) == remote_blocks;
-    (1..=own_blocks).filter(fits).fold(1, |all, step| (all / gcd(all, step) * step).min(own_blocks))
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
-}
-
 /// Parameters that a client made are its own fault; anything else is this worker's.
 pub(super) fn refused(error: &KvError) -> ApiError {
     let message = format!("the KV of this request cannot be handed over: {error}");
@@ -157,27 +144,5 @@ fn cause(end: &End) -> String {
         End::Failed { failure, .. } => failure.to_string(),
         End::Aborted => "the transfer was aborted".to_owned(),
         other => format!("the transfer ended as {other:?}"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::load_step;
-
-    #[test]
-    fn a_load_starts_where_a_block_starts_on_both_sides() {
-        // (our blocks, theirs, step)
-        let cases = [
-            (1, 1, 1, "one block each"),
-            (9, 9, 1, "equal sizes"),
-            (9, 36, 1, "theirs are smaller"),
-            (10, 3, 4, "theirs are four of ours"),
-            (8, 2, 8, "4, 5, 6 or 7 of ours: only the first start fits them all"),
-            (5, 1, 5, "one of theirs holds it all"),
-            (0, 0, 1, "nothing"),
-        ];
-        for (own, remote, want, name) in cases {
-            assert_eq!(load_step(own, remote), want, "case: {name}");
-        }
     }
 }

@@ -9,6 +9,10 @@
 //! either    any ─Abort, PeerLost, Ended, deadline─► (Stopping ─CopyDone or Fenced─►) the one report
 //! ```
 //!
+//! A worker may run one process for each rank. Then decode has one [`Receive`] for each runtime of prefill that it reads,
+//! under a [`Gather`], and prefill one [`Send`] for each runtime of decode that reads it, under a [`Hold`]. These give the
+//! one report, once the last of theirs has ended; the first that goes wrong stops the others.
+//!
 //! - **KV-1**: a machine gives [`Report`](super::Report) as its last action, once, and takes no event after it.
 //! - **KV-2**: prefill reports, and so frees, only on `Sent`, at the end of the lease, or when told to stop.
 //! - **KV-3**: decode reports `Received` only on prefill's `Confirmed` or `Pushed`, which prefill gives only while it has
@@ -16,9 +20,13 @@
 //! - **KV-7**: while something may write into decode's blocks, no end is reported: `Stopping` waits for it first.
 
 mod decode;
+mod gather;
+mod hold;
 mod prefill;
 
 pub(super) use decode::{Receive, ReceiveAction, ReceiveEvent};
+pub(super) use gather::{Gather, GatherAction};
+pub(super) use hold::{Hold, HoldAction};
 pub(super) use prefill::{Send, SendAction, SendEvent};
 
 /// Who moves the bytes of a transfer.

@@ -1,0 +1,105 @@
+//! Prefill's own copies: started once their link is there, cancelled, ended.
+
+use std::time::Instant;
+
+use super::channel::SendEvent;
+use super::clients::PushPath;
+use super::core::{Core, Event};
+use super::run_list::by_group;
+use super::{Extent, TransferFailure};
+use crate::control::TransferId;
+use crate::telemetry::Side;
+use crate::transport::{Copied, Direction, TransferRequest, TransportError};
+
+impl Core {
+    /// Submits the push, or waits for its link.
+    pub(super) fn start_push(&mut self, transfer_id: TransferId, reader: usize) {
+        let Some(sending) = self.sending.get(&transfer_id) else { return };
+        let of_reader = &sending.readers[reader];
+        let (Some(client), Some(place)) = (of_reader.client, of_reader.place.clone()) else { return };
+        if of_reader.push.is_some() || sending.machine.state(reader) != "pushing" {
+            return;
+        }
+        let (link, plan) = match self.push_path(client, place.path, transfer_id, reader) {
+            PushPath::Ready(link, plan) => (link, plan),
+            PushPath::Waiting => return,
+            PushPath::Impossible(why) => return self.push_impossible(transfer_id, reader, why),
+        };
+        let Some(sending) = self.sending.get_mut(&transfer_id) else { return };
+        let extent = Extent {
+            src_blocks: &by_group(&sending.offer.blocks),
+            dst_blocks: &by_group(&place.blocks),
+            first_token: place.first_token,
+            tokens: sending.offer.tokens,
+        };
+        let runs = match plan.runs(extent) {
+            Ok(runs) => runs,
+            Err(error) => return self.push_impossible(transfer_id, reader, error.to_string()),
+        };
+        sending.record.path = Some(place.path);
+        let serial = sending.serial;
+        let of_reader = &mut sending.readers[reader];
+        of_reader.runs = runs.runs() as u64;
+        let events = self.events.clone();
+        let request = TransferRequest {
+            direction: Direction::Push,
+            runs,
+            grant: Some(place.grant),
+            deadline: Instant::now() + self.kv.transfer_timeout,
+        };
+        let done = move |result| {
+            let _ = events.send(Event::Copied { side: Side::Prefill, transfer_id, part: reader, serial, result });
+        };
+        let ticket = link.submit(request, Box::new(done));
+        of_reader.push = Some((link, ticket));
+    }
+
+    pub(super) fn push_done(
+        &mut self,
+        transfer_id: TransferId,
+        serial: u64,
+        reader: usize,
+        result: Result<Copied, TransportError>,
+    ) {
+        let Some(sending) = self.sending.get_mut(&transfer_id).filter(|sending| sending.serial == serial) else {
+            return;
+        };
+        let (record, of_reader) = (&sending.record, &mut sending.readers[reader]);
+        of_reader.push = None;
+        of_reader.landed = Some(Instant::now());
+        let fenced = result.as_ref().map_or_else(TransportError::fenced, |_| true);
+        let result = match result {
+            Ok(copied) => {
+                of_reader.bytes = copied.bytes;
+                of_reader.posts = copied.posts;
+                of_reader.copy_started = Some(copied.started);
+                of_reader.landed = Some(copied.finished);
+                Ok(())
+            }
+            Err(error) => {
+                let path = record.path.map_or("no path", |path| path.name()).to_owned();
+                let peer = record.peer_engine_id.clone().unwrap_or_default();
+                Err(TransferFailure::Copy { peer, path, why: error.to_string() })
+            }
+        };
+        self.drive_sending(transfer_id, reader, SendEvent::CopyDone { result, fenced });
+    }
+
+    /// A push that never began: nothing of it can land.
+    pub(super) fn push_impossible(&mut self, transfer_id: TransferId, reader: usize, why: String) {
+        let Some(sending) = self.sending.get(&transfer_id) else { return };
+        let place = sending.readers[reader].place.as_ref();
+        let path = place.map_or("no path", |place| place.path.name()).to_owned();
+        let peer = sending.record.peer_engine_id.clone().unwrap_or_default();
+        let result = Err(TransferFailure::Copy { peer, path, why });
+        self.drive_sending(transfer_id, reader, SendEvent::CopyDone { result, fenced: true });
+    }
+
+    pub(super) fn cancel_push(&mut self, transfer_id: TransferId, reader: usize) {
+        let Some(sending) = self.sending.get(&transfer_id) else { return };
+        match &sending.readers[reader].push {
+            Some((link, ticket)) => link.cancel(*ticket),
+            None => self.push_impossible(transfer_id, reader, "stopped before it began".to_owned()),
+        }
+    }
+}
