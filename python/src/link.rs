@@ -177,6 +177,7 @@ fn start(link: LinkSettings, regions: Vec<Arc<pdlink::memory::Region>>) -> PyRes
         send_type: link.send_type,
         geometry: link.geometry,
         ranks: vec![rank],
+        siblings: link.siblings,
         secret,
         listener,
         advertise_host: link.advertise_host,

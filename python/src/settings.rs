@@ -20,6 +20,8 @@ pub(crate) struct LinkSettings {
     pub(crate) send_type: KvSendType,
     pub(crate) geometry: Geometry,
     pub(crate) rank: u32,
+    /// `host:port` of the worker's other ranks.
+    pub(crate) siblings: Vec<String>,
     pub(crate) layers: Vec<LayerPlacement>,
     pub(crate) num_blocks: u32,
     pub(crate) bind_host: String,

@@ -169,9 +169,15 @@ impl Core {
         }
     }
 
-    pub(super) fn fetch(&mut self, transfer_id: TransferId, blocks: Vec<Vec<BlockId>>, first_token: u32) {
+    pub(super) fn fetch(&mut self, transfer_id: TransferId, mut blocks: Vec<Vec<BlockId>>, first_token: u32) {
         let digest = self.wants_digest();
         let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
+        for (group, blocks) in self.shared.layout.geometry().groups.iter().zip(&mut blocks) {
+            // Blocks for tokens yet to come. Where lists may begin late they must end with the last token.
+            if group.needed_from(receiving.tokens) == 0 {
+                blocks.truncate(group.blocks_for(receiving.tokens.saturating_sub(first_token)) as usize);
+            }
+        }
         if receiving.fetched.is_some() {
             return tracing::warn!(%transfer_id, "fetched twice: ignored");
         }

@@ -36,7 +36,8 @@ pub trait KvLink: Send + Sync {
     fn expect(&self, params: &TransferParams) -> Result<TransferHandle, KvError>;
 
     /// Decode, once blocks are there: moves the KV of tokens `first_token..` into `blocks`, which cover them in order,
-    /// one list for each KV group, each up to the last token; leading blocks outside a group's window may be absent.
+    /// one list for each KV group, up to the last token; leading blocks outside a group's window may be absent, and
+    /// groups without a window may have more, for tokens to come.
     /// `first_token` must be a multiple of decode's block sizes. Ends in `Received`, `Failed` or `Aborted`. Does
     /// nothing if the transfer was reported already.
     fn fetch(&self, handle: TransferHandle, blocks: Vec<Vec<BlockId>>, first_token: u32);

@@ -39,6 +39,8 @@ class LinkConfig:
     host: str
     bind_host: str
     port: int
+    siblings: tuple[str, ...]
+    """`host:port` of the worker's other ranks."""
     """Of this rank. 0 takes a free one."""
     send_type: str
     kv: dict[str, Any]
@@ -81,6 +83,7 @@ def read(vllm_config: VllmConfig, paths: list[str] | None, tp_rank: int) -> Link
         host=host,
         bind_host=str(extra.get("kv_bind_host") or host),
         port=_port(extra.get("kv_ports"), transfer.kv_port, parallel, tp_rank),
+        siblings=_siblings(host, extra.get("kv_ports"), transfer.kv_port, parallel, tp_rank),
         send_type=str(extra.get("send_type") or "GET"),
         kv=kv,
         secret_file=extra.get("secret_file") or os.environ.get(SECRET_FILE_ENV) or None,
@@ -105,6 +108,14 @@ def _port(ports: list[int] | None, first: int, parallel: Any, tp_rank: int) -> i
             )
         return int(ports[at])
     return int(first) + index
+
+
+def _siblings(host: str, ports: list[int] | None, first: int, parallel: Any, tp_rank: int) -> tuple[str, ...]:
+    """Where the other ranks listen, as far as that is settled beforehand."""
+    others = [rank for rank in range(parallel.tensor_parallel_size) if rank != tp_rank]
+    known = [_port(ports, first, parallel, rank) for rank in others]
+    name = f"[{host}]" if ":" in host else host
+    return tuple(f"{name}:{port}" for port in known if port)
 
 
 def _model(model_config: Any) -> str:

@@ -40,7 +40,7 @@ class CacheMap:
 
     def cover(self, scheduler_blocks: list[int], tokens: int) -> list[int]:
         """The first of them that hold `tokens` tokens."""
-        return self.blocks(scheduler_blocks)[: -(-tokens // self.geometry["block_size"])]
+        return self.blocks(scheduler_blocks)[: -(-tokens // self.geometry["groups"][0]["block_size"])]
 
 
 def describe(
@@ -69,18 +69,18 @@ def describe(
             )
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     kv_heads = 1 if first.mla else vllm_config.model_config.get_total_num_kv_heads()
-    geometry = {
-        "model": model,
+    group = {
+        "kind": "Latent" if first.mla else "Heads",
         "layers": len(views),
         "kv_heads": kv_heads,
         "head_size": first.head_size,
         "element_bytes": first.element_bytes,
         "dtype": first.dtype,
         "block_size": first.tokens,
-        "tp_size": tp_size,
-        "mla": first.mla,
+        "window": None,
         "opaque_planes": first.planes,
     }
+    geometry = {"model": model, "tp_size": tp_size, "groups": [group]}
     spec = layers[0][1]
     split, rest = divmod(spec.block_size, first.tokens)
     if rest or first.blocks < kv_cache_config.num_blocks * split:

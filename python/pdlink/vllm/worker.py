@@ -92,6 +92,7 @@ class WorkerSide:
             "send_type": config.send_type,
             "geometry": cache.geometry,
             "rank": config.tp_rank,
+            "siblings": list(config.siblings),
             "layers": cache.layers,
             "num_blocks": cache.num_blocks,
             "bind_host": config.bind_host,
@@ -102,7 +103,7 @@ class WorkerSide:
         }
         self._map = cache
         self._link = _native.Link(json.dumps(settings), cache.memory)
-        shape = ", ".join(f"{name} {value}" for name, value in cache.geometry.items() if value is not None)
+        shape = ", ".join(f"{name} {value}" for name, value in cache.geometry["groups"][0].items() if value is not None)
         logger.info("KV link of rank %d (%s) at %s: %s", config.tp_rank, config.role, self._link.address, shape)
 
     def close(self) -> None:
