@@ -40,6 +40,7 @@ fn a_deployment_is_started_measured_and_ended_with_the_hand_offs_part() {
         assert_eq!((&row["server"], &row["requests"], &row["errors"]), (&"deployment".into(), &6.into(), &0.into()));
         assert_eq!(row["prompt_tokens"].as_f64(), row["prompt_tokens_seen"].as_f64(), "token ids are exact: {row:#}");
         let hand_off = &row["hand_off"];
+        assert_eq!(row["hand_offs_missed"], 0, "{row:#}");
         assert_eq!((&hand_off["transfers"], &hand_off["paths"]["shm"]), (&6.into(), &6.into()), "{row:#}");
         let quantile = |of: &Value, name: &str| of[name].as_f64().expect("a number");
         for times in [&row["ttft_ms"], &row["itl_ms"]] {

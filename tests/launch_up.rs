@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 
-use launch::{Place, Process, all_end, descendants, post, serve_as_stand_in, status, wait_for};
+use launch::{Place, Process, all_end, descendants, post, serve_as_stand_in, status, wait_for, zombies_of};
 use rustix::process::Signal;
 
 const PD: &str = "[pd_disagg]\nenabled = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [1]\n\
@@ -87,7 +87,7 @@ fn a_killed_guard_takes_its_worker_along_and_both_come_back() {
 #[test]
 fn a_worker_that_dies_is_named_and_started_again() {
     let place = Place::new();
-    let mut up = place.up(&place.stand_in_config(PD), &[], &[]);
+    let mut up = place.up(&place.stand_in_config(PD), &[], &[("STAND_IN_CHILDREN", "1")]);
     let base_url = up.base_url();
     let worker = descendants(up.pid()).into_iter().find(|process| process.command_line().contains("stand_in_for_vllm"));
     worker.expect("a worker").kill();
@@ -96,6 +96,7 @@ fn a_worker_that_dies_is_named_and_started_again() {
     up.line_with("starting it again in 0.05 s");
     up.line_with("ready after");
     assert_eq!(status(&base_url.replace("/v1", "/health")), Some(200));
+    assert_eq!(zombies_of(up.pid()), 0, "the guard took the status of all that it ended");
     up.signal(Signal::TERM);
     assert!(up.ended().0.success());
 }

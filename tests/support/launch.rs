@@ -300,6 +300,14 @@ fn state_and_start(pid: i32) -> Option<(String, String)> {
     Some((fields.first()?.clone(), fields.get(19)?.clone()))
 }
 
+/// Direct children that have ended and whose status nobody took.
+pub(crate) fn zombies_of(parent: Pid) -> usize {
+    let pids = std::fs::read_dir("/proc").expect("/proc").flatten();
+    let fields = pids.filter_map(|entry| fields(entry.file_name().to_str()?.parse().ok()?));
+    let parent = parent.as_raw_pid().to_string();
+    fields.filter(|fields| fields[0] == "Z" && fields[1] == parent).count()
+}
+
 /// Every living descendant.
 pub(crate) fn descendants(root: Pid) -> BTreeSet<Process> {
     let pids: Vec<i32> = std::fs::read_dir("/proc")

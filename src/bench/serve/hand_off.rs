@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anyhow::Context;
 use serde::Deserialize;
 use tokio::task::JoinSet;
 
@@ -34,26 +35,44 @@ struct Entry {
     record: TransferRecord,
 }
 
-/// Asks the proxy at `address` for the transfers of these answers. One whose record is gone, or that has none (a request
-/// that one worker served alone, or vLLM's own connector), is left out.
-pub(super) async fn of(address: &str, answers: &[Answer], patience: Duration) -> Vec<HandOff> {
+/// The records of a row.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub(super) hand_offs: Vec<HandOff>,
+    /// Transfers that an answer named and that no record of decode's could be read of.
+    pub(super) missed: usize,
+    /// Why, for the first of them.
+    pub(super) told: Option<String>,
+}
+
+/// Asks the proxy at `address` for the transfers of these answers. An answer that names none (one worker served it alone,
+/// or vLLM's own connector did) is left out.
+pub(super) async fn of(address: &str, answers: &[Answer], patience: Duration) -> Found {
     let mut waiting: Vec<(String, Duration)> =
         answers.iter().filter_map(|answer| Some((answer.transfer_id.clone()?, answer.first))).collect();
     let mut asking = JoinSet::new();
-    let mut found = Vec::new();
+    let mut found = Found::default();
     loop {
         while asking.len() < ASKED_AT_ONCE
             && let Some((id, first)) = waiting.pop()
         {
             let address = address.to_owned();
             asking.spawn(async move {
-                let page = client::get_text(&address, &format!("/admin/transfers/{id}"), patience).await.ok()?;
-                read(&page, first)
+                let page = client::get_text(&address, &format!("/admin/transfers/{id}"), patience).await?;
+                read(&page, first).context("no record of decode's that says it is done")
             });
         }
         match asking.join_next().await {
-            Some(hand_off) => found.extend(hand_off.ok().flatten()),
             None => return found,
+            Some(Ok(Ok(hand_off))) => found.hand_offs.push(hand_off),
+            Some(failed) => {
+                found.missed += 1;
+                let error = failed.map_or_else(
+                    |error| error.to_string(),
+                    |asked| asked.map_or_else(|error| format!("{error:#}"), |_| String::new()),
+                );
+                found.told.get_or_insert(error);
+            }
         }
     }
 }

@@ -141,8 +141,11 @@ async fn one_row(options: &Options, side: &Side, tokens: usize, pace: Pace, numb
     };
     load::run(load(warm, Pace::AtOnce(at_once))).await?;
     let seen = load::run(load(counted, pace)).await?;
-    let hand_offs =
-        if side.has_records { hand_off::of(&side.address, &seen.answers, ASK_PATIENCE).await } else { Vec::new() };
+    let hand_offs = if side.has_records {
+        hand_off::of(&side.address, &seen.answers, ASK_PATIENCE).await
+    } else {
+        hand_off::Found::default()
+    };
     Ok(Row::new(side.name, tokens, options.output_tokens, pace, &seen, &hand_offs))
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::Pace;
-use super::hand_off::HandOff;
+use super::hand_off::{Found, HandOff};
 use super::load::Seen;
 use crate::bench::environment::Environment;
 use crate::bench::stats::Samples;
@@ -86,6 +86,9 @@ pub struct Row {
     /// Of all answers together.
     pub tokens_per_second: f64,
     pub hand_off: Option<HandOffs>,
+    /// Transfers that answers named and whose record could not be read; and why, for one.
+    pub hand_offs_missed: usize,
+    pub hand_offs_missed_example: Option<String>,
 }
 
 impl Row {
@@ -95,7 +98,7 @@ impl Row {
         output_tokens: u32,
         pace: Pace,
         seen: &Seen,
-        hand_offs: &[HandOff],
+        found: &Found,
     ) -> Self {
         let answers = &seen.answers;
         let seconds = seen.took.as_secs_f64();
@@ -114,7 +117,9 @@ impl Row {
             ttft_ms: Quantiles::of_times(answers.iter().map(|answer| answer.first)),
             itl_ms: Quantiles::of_times(answers.iter().flat_map(|answer| answer.gaps.iter().copied())),
             tokens_per_second: if seconds > 0.0 { tokens / seconds } else { 0.0 },
-            hand_off: HandOffs::of(hand_offs),
+            hand_off: HandOffs::of(&found.hand_offs),
+            hand_offs_missed: found.missed,
+            hand_offs_missed_example: found.told.clone(),
         }
     }
 
@@ -170,8 +175,14 @@ impl Report {
     /// The hand-off, where there are records of it.
     fn hand_off(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let with_records = || self.rows.iter().filter_map(|row| Some((row, row.hand_off.as_ref()?)));
+        let missed: usize = self.rows.iter().map(|row| row.hand_offs_missed).sum();
+        if missed > 0 {
+            let why = self.rows.iter().find_map(|row| row.hand_offs_missed_example.as_deref()).unwrap_or_default();
+            writeln!(f, "\nrecords of {missed} transfers could not be read: {why}")?;
+        }
         if with_records().next().is_none() {
-            return writeln!(f, "\nno records of hand-offs: plain workers, or a connector that keeps none");
+            let none = "no records of hand-offs: plain workers, or a connector that keeps none";
+            return if missed > 0 { Ok(()) } else { writeln!(f, "\n{none}") };
         }
         let mut table = Table::new(
             &[

@@ -46,7 +46,8 @@ const KNOWN: &[(&[&str], &str)] = &[
     ),
     (
         &["KV cache is needed, which is larger than the available"],
-        "lower `inference.model.max_model_len`, or raise `inference.gpu_memory_utilization`",
+        "lower `inference.model.max_model_len`, or give the KV cache more by `inference.gpu_memory_utilization` or \
+         `inference.vllm.kv_cache_memory_bytes`",
     ),
     (
         &["is greater than the derived max_model_len"],

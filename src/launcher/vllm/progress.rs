@@ -8,6 +8,8 @@ use std::fmt;
 /// What a line of the log tells of the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sign {
+    /// The server's process has imported its packages and reads the model's configuration.
+    Config,
     /// The engine's process has imported its packages and builds the engine.
     Engine,
     /// Weights are read; how much of them where it is said.
@@ -30,6 +32,7 @@ impl Sign {
     /// The name that machines are told.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Config => "config",
             Self::Engine => "engine",
             Self::Weights { .. } => "weights",
             Self::WeightsLoaded => "weights_loaded",
@@ -58,6 +61,7 @@ impl Sign {
 impl fmt::Display for Sign {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Config => write!(f, "reading the model's configuration")?,
             Self::Engine => write!(f, "building the engine")?,
             Self::Weights { .. } => write!(f, "loading weights")?,
             Self::WeightsLoaded => write!(f, "weights loaded")?,
@@ -99,6 +103,7 @@ pub fn read(line: &str) -> Option<Sign> {
         return Some(Sign::Capturing { percent: percent(line) });
     }
     let known: &[(&[&str], Sign)] = &[
+        (&["non-default args:", "Resolved architecture:"], Sign::Config),
         (&["Initializing a V1 LLM engine", "Initializing an LLM engine"], Sign::Engine),
         (&["Starting to load model", "Loading model from scratch"], Sign::Weights { percent: None }),
         (&["Loading weights took", "Model loading took"], Sign::WeightsLoaded),
@@ -177,6 +182,10 @@ mod tests {
                 "Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  36%|███▋      | 4/11 [00:00<00:01]"
                     .to_owned(),
                 Some(Sign::Capturing { percent: Some(36) }),
+            ),
+            (
+                "(APIServer pid=9) INFO 11-22 21:09:55 [api_utils.py:286] non-default args: {}".to_owned(),
+                Some(Sign::Config),
             ),
             ("Capturing prefill CUDA graphs (PIECEWISE):   0%|".to_owned(), Some(Sign::Capturing { percent: Some(0) })),
             (
