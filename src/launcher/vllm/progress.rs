@@ -157,7 +157,10 @@ mod tests {
                 "Loading safetensors checkpoint shards:  50% Completed | 2/4 [00:01<00:01, 1.32it/s]".to_owned(),
                 Some(Sign::Weights { percent: Some(50) }),
             ),
-            ("Multi-thread loading shards: 100% Completed | 4/4".to_owned(), None),
+            (
+                "Multi-thread loading shards: 100% Completed | 4/4".to_owned(),
+                Some(Sign::Weights { percent: Some(100) }),
+            ),
             (format!("{engine} [default_loader.py:272] Loading weights took 3.22 seconds"), Some(Sign::WeightsLoaded)),
             (
                 format!("{engine} [gpu_model_runner.py:1801] Model loading took 14.2488 GiB and 5.1 seconds"),
