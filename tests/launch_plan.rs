@@ -330,7 +330,9 @@ fn workers_on_a_cpu_share_its_cores_and_its_memory() {
 
     config.pd_disagg.connector_impl = ConnectorImpl::Vllm;
     config.pd_disagg.kv_connector = KvConnector::NixlConnector;
-    assert_eq!(kv_settings(&planned_on_cpu(&config, 2).workers[0])["kv_buffer_device"], "cpu");
+    let plan = planned_on_cpu(&config, 2);
+    assert_eq!(kv_settings(&plan.workers[0])["kv_buffer_device"], "cpu");
+    assert!(plan.notes.iter().any(|note| note.contains("NIXL keeps a core busy")), "{:?}", plan.notes);
 }
 
 #[test]

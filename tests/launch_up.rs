@@ -236,9 +236,18 @@ fn the_environment_of_vllm_is_asked_before_anything_starts() {
     assert!(ended.success() && !said.contains("warning"), "{said}");
     assert!(said.contains("by shm, tcp") && said.contains("computes on the CPU"), "{said}");
 
-    let roles = ["--dry-run", "--pd_disagg.prefill_env.PYTHONPATH", "/a"];
-    let (ended, said) = place.up(&config, &roles, &[("STAND_IN_PACKAGES", &good)]).ended();
-    assert!(ended.success(), "the same vLLM under both: {said}");
+    let elsewhere = packages("0.33.0", "null", "null");
+    let apart = place.stand_in_config(&format!("{NATIVE}prefill_env = {{ PYTHONPATH = '{elsewhere}' }}\n"));
+    let (ended, said) = place.up(&apart, &[], &[("STAND_IN_PACKAGES", &good)]).ended();
+    assert_eq!(ended.code(), Some(1), "{said}");
+    assert!(said.contains("different versions of vLLM: 0.33.0") && said.contains("0.32.0+cpu"), "{said}");
+    let same = packages("0.32.0+cpu", "null", "null");
+    let apart = place.stand_in_config(&format!("{NATIVE}decode_env = {{ PYTHONPATH = '{same}' }}\n"));
+    let (ended, said) = place.up(&apart, &[], &[("STAND_IN_PACKAGES", &good)]).ended();
+    assert!(
+        ended.code() == Some(1) && said.contains("connector is not installed"),
+        "the role without it counts: {said}"
+    );
 }
 
 #[test]

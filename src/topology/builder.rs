@@ -131,10 +131,14 @@ pub fn needs_p2p_nccl(config: &Config) -> bool {
     pd.enabled && config.inference.engine == EngineKind::Vllm && pd.connector_impl == ConnectorImpl::Vllm && is_p2p
 }
 
-fn needs_nixl_push(config: &Config) -> bool {
+/// Whether the workers run a NIXL class that vLLM ships.
+fn is_own_nixl(config: &Config) -> bool {
     let pd = &config.pd_disagg;
-    let is_nixl = pd.connector_impl == ConnectorImpl::Vllm && pd.kv_connector == KvConnector::NixlConnector;
-    pd.enabled && is_nixl && pd.send_type() != KvSendType::Get
+    pd.enabled && pd.connector_impl == ConnectorImpl::Vllm && pd.kv_connector == KvConnector::NixlConnector
+}
+
+fn needs_nixl_push(config: &Config) -> bool {
+    is_own_nixl(config) && config.pd_disagg.send_type() != KvSendType::Get
 }
 
 fn check_vllm(config: &Config, around: &Surroundings<'_>, warnings: &mut Vec<String>) -> Result<(), PlanError> {
@@ -315,6 +319,13 @@ fn notes(config: &Config, around: &Surroundings<'_>) -> Vec<String> {
     let mut notes = Vec::new();
     if let Some(vllm) = around.vllm.filter(|_| is_on_cpu(config, around)) {
         notes.push(format!("vLLM {} computes on the CPU: GPU ids only number the workers", vllm.release));
+        let ranks: usize = config.roles().iter().map(|role| config.gpu_ids(*role).len()).sum();
+        if is_own_nixl(config) && around.cores.len() < 2 * ranks {
+            notes.push(format!(
+                "NIXL keeps a core busy for each rank, idle or not: {ranks} ranks on {} cores may starve each other",
+                around.cores.len()
+            ));
+        }
     }
     if config.inference.engine == EngineKind::Reference {
         notes.push("engine = \"reference\": GPU ids only number the workers, no GPU is used".to_owned());

@@ -1,4 +1,5 @@
 //! Runs `pdlink up` with a stand-in for vLLM, and watches it as a person or a system would.
+#![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -48,9 +49,10 @@ if [ -n "$STAND_IN_SLOW" ]; then sleep 1; fi
 exec "$STAND_IN_PROGRAM" --exact stand_in_for_vllm --ignored --nocapture --test-threads 1
 "#;
 
-/// A Python as the launcher asks it: answers with what [`Place::with_python`] was given, and runs the stand-in.
+/// A Python as the launcher asks it: answers with what STAND_IN_PACKAGES holds, or PYTHONPATH, as if that led elsewhere; and
+/// runs the stand-in.
 const PYTHON: &str = r#"#!/bin/sh
-if [ "$1" = "-c" ]; then echo "a warning of some import"; echo "pdlink-asks $STAND_IN_PACKAGES"; exit 0; fi
+if [ "$1" = "-c" ]; then echo "a warning of some import"; echo "pdlink-asks ${PYTHONPATH:-$STAND_IN_PACKAGES}"; exit 0; fi
 exec /bin/sh "$@"
 "#;
 
@@ -146,6 +148,7 @@ impl Place {
             .env("STAND_IN_RECORD", self.path("record"))
             .env("STAND_IN_PROGRAM", std::env::current_exe().expect("this program"))
             .env_remove("PDLINK_SECRET_FILE")
+            .env_remove("PYTHONPATH")
             .stdin(Stdio::null());
         command
     }
@@ -163,6 +166,8 @@ pub(crate) struct Up {
     child: Child,
     lines: Receiver<String>,
     pub(crate) seen: Vec<String>,
+    /// Bound of each wait for a line.
+    pub(crate) patience: Duration,
 }
 
 impl Up {
@@ -178,7 +183,7 @@ impl Up {
                 lines.for_each(|line| drop(sender.send(line)));
             });
         }
-        Self { child, lines, seen: Vec::new() }
+        Self { child, lines, seen: Vec::new(), patience: PATIENCE }
     }
 
     pub(crate) fn pid(&self) -> Pid {
@@ -187,7 +192,7 @@ impl Up {
 
     /// The first line from now on that holds `text`.
     pub(crate) fn line_with(&mut self, text: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.patience;
         loop {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
@@ -344,10 +349,16 @@ pub(crate) fn post(url: &str, body: &str) -> String {
     exchange(url, "POST", body).unwrap_or_default()
 }
 
+/// The body of the answer to one GET; empty when there was none.
+pub(crate) fn get(url: &str) -> String {
+    let answer = exchange(url, "GET", "").unwrap_or_default();
+    answer.split_once("\r\n\r\n").map_or_else(String::new, |(_, body)| body.to_owned())
+}
+
 fn exchange(url: &str, method: &str, body: &str) -> Option<String> {
     let (address, path) = url.strip_prefix("http://")?.split_once('/')?;
     let mut stream = TcpStream::connect(address).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(20))).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
     let length = body.len();
     let head = format!("{method} /{path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {length}");
     write!(stream, "{head}\r\ncontent-type: application/json\r\n\r\n{body}").ok()?;
