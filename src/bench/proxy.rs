@@ -19,6 +19,7 @@ use super::load::{self, Load, Seen, Until};
 use super::mock::{self, Mock};
 use super::process::{cpu_time, resident_bytes};
 use super::relay;
+use crate::proxy::FILES_OF_OTHERS;
 
 /// Requests before each measurement, so that buffers, pools and caches are as in a running server.
 const WARM_UP_REQUESTS: u64 = 400;
@@ -324,8 +325,8 @@ impl<'a> Bench<'a> {
     }
 
     /// Holds `inflight` requests at once, several times: no wave must need more memory than the first.
-    fn memory(&self) -> anyhow::Result<Option<Memory>> {
-        let (inflight, Some(pid)) = (self.args.inflight, self.pid) else { return Ok(None) };
+    fn memory(&self, inflight: usize) -> anyhow::Result<Option<Memory>> {
+        let Some(pid) = self.pid else { return Ok(None) };
         let now = || resident_bytes(pid).context("the proxy is gone");
         let before_bytes = now()?;
         let mut waves = Vec::new();
@@ -351,7 +352,7 @@ impl<'a> Bench<'a> {
 }
 
 fn measure(args: &Args) -> anyhow::Result<ExitCode> {
-    raise_file_limit(args.inflight);
+    let inflight = raise_file_limit(args.inflight);
     let mut report = Report { environment: Environment::current(), rows: Vec::new(), memory: None };
     println!("{}", report.environment);
     println!("{}", HEADINGS);
@@ -365,8 +366,8 @@ fn measure(args: &Args) -> anyhow::Result<ExitCode> {
         }
     }
     drop(bench);
-    if args.inflight > 0 {
-        let memory = Bench::start(args, HOLD)?.memory()?;
+    if inflight > 0 {
+        let memory = Bench::start(args, HOLD)?.memory(inflight)?;
         if let Some(memory) = &memory {
             println!("{}", memory.lines());
         }
@@ -422,15 +423,22 @@ impl Memory {
     }
 }
 
-/// Each request in flight takes two sockets of the proxy. The parts inherit the limit.
-fn raise_file_limit(inflight: usize) {
+/// Each request in flight takes two sockets of the proxy. The parts inherit the limit. Returns how many requests it allows,
+/// `inflight` at most.
+fn raise_file_limit(inflight: usize) -> usize {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let wanted = inflight as u64 * 3 + 1_000;
-    let limit = getrlimit(Resource::Nofile);
-    if limit.maximum.is_some_and(|maximum| maximum < wanted) {
-        // Only a privileged user may; others see the errors in the table.
+    let wanted = inflight as u64 * 2 + FILES_OF_OTHERS as u64;
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    // Only a privileged user may raise the hard limit; for others it stays, and says how many requests there can be.
+    if maximum.is_some_and(|maximum| maximum < wanted) {
         let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: Some(wanted) });
-        return;
+    } else {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
     }
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let Some(files) = getrlimit(Resource::Nofile).current.filter(|&files| files < wanted) else { return inflight };
+    let fitting = usize::try_from(files.saturating_sub(FILES_OF_OTHERS as u64) / 2).unwrap_or(inflight);
+    println!(
+        "the limit on open files is {files}: {fitting} requests are held in flight, for {inflight} raise it to {wanted}"
+    );
+    fitting
 }

@@ -31,7 +31,7 @@ use crate::security::Secret;
 const THREADS_DEFAULT_MAX: usize = 4;
 
 /// Files that are no request's: listeners, idle connections to workers, control connections, the log.
-const FILES_OF_OTHERS: usize = 320;
+pub const FILES_OF_OTHERS: usize = 320;
 
 /// Whether prefill and decode are apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

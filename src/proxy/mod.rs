@@ -35,5 +35,5 @@ mod upstream;
 mod worker;
 
 pub use dialect::Connector;
-pub use front::{Drained, Mode, ProxyError, ProxyHandle, ProxySetup, serve};
+pub use front::{Drained, FILES_OF_OTHERS, Mode, ProxyError, ProxyHandle, ProxySetup, serve};
 pub use worker::WorkerAddress;
