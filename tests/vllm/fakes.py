@@ -55,8 +55,10 @@ class Cache:
 
     @property
     def config(self) -> SimpleNamespace:
-        group = SimpleNamespace(layer_names=list(self.views), kv_cache_spec=self.spec)
-        return SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group])
+        """Of one group; with a dictionary for spec, of the groups that it gives: layer names to spec."""
+        groups = self.spec if isinstance(self.spec, dict) else {tuple(self.views): self.spec}
+        found = [SimpleNamespace(layer_names=list(names), kv_cache_spec=spec) for names, spec in groups.items()]
+        return SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=found)
 
 
 class Engine:
@@ -106,9 +108,10 @@ class Engine:
         return self.scheduler._maker.params(transfer_id, label, blocks, tokens)
 
     def load(self, request_id: str, params: str, blocks: Blocks, first_token: int = 0) -> None:
-        transfer_id = json.loads(params)["pdlink"]["transfer_id"]
-        expects = [(request_id, transfer_id, params)]
-        self.step(StepMeta(expects=expects, fetches=[Fetch(request_id, blocks, first_token)]))
+        read = json.loads(params)
+        expects = [(request_id, read["pdlink"]["transfer_id"], params)]
+        fetch = Fetch(request_id, blocks, first_token, read["remote_num_tokens"])
+        self.step(StepMeta(expects=expects, fetches=[fetch]))
 
     def close(self) -> None:
         self.worker.close()

@@ -120,6 +120,7 @@ class Server:
     send_type: str = "GET"
     connector: str = "PdlinkConnector"
     ports: list[int] = field(default_factory=lambda: free_ports(2))
+    """HTTP, then one KV port for each tensor-parallel rank."""
     pid: int = 0
 
     @property
@@ -137,7 +138,7 @@ class Server:
     def start(self) -> Server:
         argv = ["serve", str(self.model), "--port", str(self.ports[0]), *COMMON, *self.flags]
         if self.role is not None:
-            extra = {"kv_host": "127.0.0.1", "kv_ports": [self.ports[1]], "kv": KV, "send_type": self.send_type}
+            extra = {"kv_host": "127.0.0.1", "kv_ports": self.ports[1:], "kv": KV, "send_type": self.send_type}
             transfer = {
                 "kv_connector": self.connector,
                 "kv_connector_module_path": "pdlink.vllm",

@@ -9,7 +9,7 @@ import torch
 from fakes import BLOCKS, HEADS, LAYERS, SIZE, TOKENS, Cache, Engine, full_attention
 from pdlink import _native
 from pdlink.vllm import geometry
-from vllm.v1.kv_cache_interface import MLAAttentionSpec
+from vllm.v1.kv_cache_interface import MLAAttentionSpec, SlidingWindowSpec
 
 HALVES = 2
 LENGTH = {"L": LAYERS, "B": BLOCKS, "N": TOKENS, "H": HEADS, "K": HALVES, "D": SIZE}
@@ -161,12 +161,41 @@ def test_latents(dims: int):
         decode.close()
 
 
+def test_a_sliding_window_has_a_table_of_its_own_and_only_its_last_blocks():
+    """One full layer and two with a window of 20 tokens; KV groups share the memory, so their block ids never meet."""
+    sliding = SlidingWindowSpec(
+        block_size=TOKENS, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32, sliding_window=20
+    )
+
+    def cache() -> Cache:
+        made = side_by_side("LBHNKD")
+        first, *rest = made.views
+        made.spec = {(first,): full_attention(), tuple(rest): sliding}
+        return made
+
+    source, target = cache(), cache()
+    source.fill()
+    prefill, decode = Engine("kv_producer", source), Engine("kv_consumer", target)
+    try:
+        tokens = 2 * TOKENS + 5
+        params = prefill.hold("p", "4" * 32, [[7, 2, 9], [3, 5]], tokens)
+        decode.load("d", params, [[1, 10, 4], [6, 8]])
+        decode.until(lambda: decode.received)
+        assert decode.failed == []
+        assert torch.equal(target.logical[:1, :, [1, 10]], source.logical[:1, :, [7, 2]])
+        assert torch.equal(target.logical[1:, :, [6, 8]], source.logical[1:, :, [3, 5]])
+        assert not target.logical[0, :, [6, 8]].any() and not target.logical[1:, :, [1, 10, 4]].any()
+    finally:
+        prefill.close()
+        decode.close()
+
+
 def test_what_is_unknown_is_refused_by_name():
     odd = torch.zeros(BLOCKS, HEADS, TOKENS, 2 * SIZE + 4)
     with pytest.raises(_native.LayoutError, match="shape"):
         Engine("kv_consumer", Cache(names([odd]), odd))
-    mixed = [torch.zeros(BLOCKS, 2, TOKENS, heads, SIZE) for heads in (2, 4)]
-    with pytest.raises(_native.LayoutError):
+    mixed = [torch.zeros(BLOCKS * parts, 2, TOKENS // parts, HEADS, SIZE) for parts in (1, 2)]
+    with pytest.raises(_native.LayoutError, match="parts"):
         Engine("kv_consumer", Cache(names(mixed), mixed[0]))
     few = torch.zeros(BLOCKS - 1, 2, TOKENS, HEADS, SIZE)
     with pytest.raises(_native.LayoutError, match="blocks"):

@@ -96,7 +96,7 @@ def test_dropped_in_the_same_step(pair: Pair):
 def test_aborted_while_loading(pair: Pair):
     params = pair.prefill.hold("p", transfer_id(), [[1]], TOKENS)
     name = json.loads(params)["pdlink"]["transfer_id"]
-    fetch = Fetch("d", [[4]], 0)
+    fetch = Fetch("d", [[4]], 0, TOKENS)
     pair.decode.step(StepMeta(expects=[("d", name, params)], fetches=[fetch], aborts=["d"]))
     pair.decode.until(lambda: pair.decode.received)
     # It may have been complete before the abort was heard: then it is no failure.
@@ -119,13 +119,13 @@ def test_refused_before_the_fetch_and_told_with_it(pair: Pair):
     pair.decode.step(StepMeta(expects=[("late", name, params)]))
     pair.decode.settle()
     assert pair.decode.received == ["first"], "nothing is told of a load that has not started"
-    pair.decode.step(StepMeta(fetches=[Fetch("late", [[6]], 0)]))
+    pair.decode.step(StepMeta(fetches=[Fetch("late", [[6]], 0, TOKENS)]))
     pair.end(["p"], ["first", "late"], ["late"])
 
 
 def test_parameters_that_are_no_good(pair: Pair):
     pair.decode.step(StepMeta(refusals=[("a", "no good"), ("b", "no good")]))
-    pair.decode.step(StepMeta(fetches=[Fetch("a", [[6]], 0)], drops=["b"]))
+    pair.decode.step(StepMeta(fetches=[Fetch("a", [[6]], 0, TOKENS)], drops=["b"]))
     pair.end([], ["a"], ["a"])
 
 
@@ -133,7 +133,7 @@ def test_the_same_parameters_twice_at_once(pair: Pair):
     params = pair.prefill.hold("p", transfer_id(), [[1]], TOKENS)
     name = json.loads(params)["pdlink"]["transfer_id"]
     pair.decode.step(StepMeta(expects=[("one", name, params), ("two", name, params)]))
-    pair.decode.step(StepMeta(fetches=[Fetch("two", [[6]], 0), Fetch("one", [[7]], 0)]))
+    pair.decode.step(StepMeta(fetches=[Fetch("two", [[6]], 0, TOKENS), Fetch("one", [[7]], 0, TOKENS)]))
     pair.end(["p"], ["one", "two"], ["two"])
 
 
@@ -196,7 +196,7 @@ def test_decode_falls_asleep_while_it_loads(pair: Pair):
     pair.decode.step(StepMeta(expects=[("announced", name, params[1])]))
     pair.decode.worker.close()
     pair.decode.until(lambda: "started" in pair.decode.received)
-    pair.decode.step(StepMeta(fetches=[Fetch("announced", [[5]], 0)]))
+    pair.decode.step(StepMeta(fetches=[Fetch("announced", [[5]], 0, TOKENS)]))
     pair.decode.until(lambda: "announced" in pair.decode.received)
     assert "announced" in pair.decode.failed
     pair.end(["p", "q"], ["started", "announced"], pair.decode.failed)

@@ -39,9 +39,9 @@ class LinkConfig:
     host: str
     bind_host: str
     port: int
+    """Of this rank. 0 takes a free one."""
     siblings: tuple[str, ...]
     """`host:port` of the worker's other ranks."""
-    """Of this rank. 0 takes a free one."""
     send_type: str
     kv: dict[str, Any]
     """`[kv]`, with the paths this connector prefers where none were given."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import vllm.distributed.kv_transfer.kv_connector.v1.base as base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
+from .. import _native
 from . import config
 from .geometry import transfer_group_ids
 from .metrics import PdlinkPromMetrics, PdlinkStats
@@ -49,6 +50,12 @@ class PdlinkConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._results = Results()
+        groups = len(transfer_group_ids(kv_cache_config))
+        if groups > 1 and _TransferResults is None:
+            raise _native.SettingsError(
+                f"the model has {groups} KV cache groups, and this vLLM cannot be told which request's load failed; use "
+                "vLLM 0.30 or newer, or --disable-hybrid-kv-cache-manager"
+            )
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(config.read(vllm_config, self.PATHS, 0), kv_cache_config)
         else:

@@ -19,81 +19,127 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
 
+# Attention that needs all tokens, or the last of them. What else vLLM has keeps state, or forgets in steps.
+KNOWN_KINDS = {"FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec", "SlidingWindowMLASpec"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of the runtime's KV groups: layers of one shape that share a block table."""
+
+    table: int
+    """Which of vLLM's transfer groups has its blocks."""
+    block_size: int
+    split: int
+    """The runtime's blocks in one of the scheduler's: backends may cut blocks smaller."""
+
+    def blocks(self, scheduler_blocks: list[int], tokens: int) -> list[int]:
+        """The runtime's blocks that the scheduler's are made of, up to the last of `tokens` tokens."""
+        if self.split == 1:
+            return scheduler_blocks
+        parts = [block * self.split + part for block in scheduler_blocks for part in range(self.split)]
+        behind = -(-tokens // (self.block_size * self.split)) * self.split - -(-tokens // self.block_size)
+        return parts[: len(parts) - behind]
+
 
 @dataclass(frozen=True)
 class CacheMap:
     """One rank's KV cache in the runtime's words."""
 
     geometry: dict[str, Any]
+    groups: list[Group]
     layers: list[dict[str, int]]
+    """Group by group."""
     num_blocks: int
     memory: list[tuple[int, int, Any]]
     """(address, bytes, owner) of each storage."""
-    split: int
-    """The runtime's blocks in one of the scheduler's: backends may cut blocks smaller."""
 
-    def blocks(self, scheduler_blocks: list[int]) -> list[int]:
-        """The runtime's blocks that the scheduler's are made of."""
-        if self.split == 1:
-            return list(scheduler_blocks)
-        return [block * self.split + part for block in scheduler_blocks for part in range(self.split)]
-
-    def cover(self, scheduler_blocks: list[int], tokens: int) -> list[int]:
-        """The first of them that hold `tokens` tokens."""
-        return self.blocks(scheduler_blocks)[: -(-tokens // self.geometry["groups"][0]["block_size"])]
+    def blocks(self, scheduler_blocks: list[list[int]], tokens: int) -> list[list[int]]:
+        """The blocks of each of the runtime's groups, of those of each of vLLM's."""
+        return [group.blocks(scheduler_blocks[group.table], tokens) for group in self.groups]
 
 
 def describe(
     kv_caches: dict[str, torch.Tensor], vllm_config: VllmConfig, kv_cache_config: Any, model: str
 ) -> CacheMap:
     """Reads the map of what vLLM registered."""
-    layers = _layers(kv_caches, kv_cache_config)
-    memory: list[tuple[int, int, Any]] = []
-    regions: dict[int, int] = {}
-    views = []
-    for name, spec in layers:
+    memory = _Memory()
+    groups: dict[tuple[int, Any], list[_View]] = {}
+    specs: dict[tuple[int, Any], Any] = {}
+    for table, name, spec in _layers(kv_caches, kv_cache_config):
         tensor = kv_caches[name]
-        storage = tensor.untyped_storage()
+        view = _view(name, spec, tensor, memory.region(name, tensor), vllm_config)
+        # Where layers of one table differ in shape, they are several groups to the runtime.
+        groups.setdefault((table, view.shape), []).append(view)
+        specs[table, view.shape] = spec
+    tp_size = vllm_config.parallel_config.tensor_parallel_size
+    found, described = [], []
+    for key, views in groups.items():
+        found.append(Group(key[0], views[0].tokens, _split(views[0], specs[key], kv_cache_config.num_blocks)))
+        described.append(_group(views, specs[key], vllm_config, tp_size))
+    splits = {group.split for group in found}
+    if len(splits) > 1:
+        raise _native.LayoutError(f"backends cut the scheduler's blocks into {sorted(splits)} parts, by layer; one is known")
+    return CacheMap(
+        geometry={"model": model, "tp_size": tp_size, "groups": described},
+        groups=found,
+        layers=[view.placement for views in groups.values() for view in views],
+        num_blocks=kv_cache_config.num_blocks * splits.pop(),
+        memory=memory.storages,
+    )
+
+
+class _Memory:
+    """The storages under the views, each once."""
+
+    def __init__(self) -> None:
+        self.storages: list[tuple[int, int, Any]] = []
+        self._regions: dict[int, int] = {}
+
+    def region(self, name: str, tensor: torch.Tensor) -> int:
         if tensor.device.type != "cpu":
             raise _native.LayoutError(f"{name}: its KV is on {tensor.device}; this build moves KV in host memory only")
-        region = regions.setdefault(storage.data_ptr(), len(memory))
-        if region == len(memory):
-            memory.append((storage.data_ptr(), storage.nbytes(), storage))
-        views.append(_view(name, spec, tensor, region, vllm_config))
-    first = views[0]
-    for view, (name, _) in zip(views, layers):
-        if view.shape != first.shape:
-            raise _native.LayoutError(
-                f"{name} has KV of another shape than {layers[0][0]}: {view.shape} and {first.shape}; models that mix "
-                "shapes are not handed over"
-            )
-    tp_size = vllm_config.parallel_config.tensor_parallel_size
-    kv_heads = 1 if first.mla else vllm_config.model_config.get_total_num_kv_heads()
-    group = {
-        "kind": "Latent" if first.mla else "Heads",
-        "layers": len(views),
-        "kv_heads": kv_heads,
-        "head_size": first.head_size,
-        "element_bytes": first.element_bytes,
-        "dtype": first.dtype,
-        "block_size": first.tokens,
-        "window": None,
-        "opaque_planes": first.planes,
-    }
-    geometry = {"model": model, "tp_size": tp_size, "groups": [group]}
-    spec = layers[0][1]
-    split, rest = divmod(spec.block_size, first.tokens)
-    if rest or first.blocks < kv_cache_config.num_blocks * split:
+        storage = tensor.untyped_storage()
+        region = self._regions.setdefault(storage.data_ptr(), len(self.storages))
+        if region == len(self.storages):
+            self.storages.append((storage.data_ptr(), storage.nbytes(), storage))
+        return region
+
+
+def _split(view: _View, spec: Any, num_blocks: int) -> int:
+    split, rest = divmod(spec.block_size, view.tokens)
+    if rest or view.blocks < num_blocks * split:
         raise _native.LayoutError(
-            f"{layers[0][0]} has {first.blocks} blocks of {first.tokens} tokens, the scheduler counts "
-            f"{kv_cache_config.num_blocks} of {spec.block_size}"
+            f"{view.name} has {view.blocks} blocks of {view.tokens} tokens, the scheduler counts {num_blocks} of "
+            f"{spec.block_size}"
         )
-    placements = [view.placement for view in views]
-    return CacheMap(geometry, placements, kv_cache_config.num_blocks * split, memory, split)
+    return split
+
+
+def _group(views: list[_View], spec: Any, vllm_config: VllmConfig, tp_size: int) -> dict[str, Any]:
+    view = views[0]
+    return {
+        "kind": "Latent" if view.mla else "Heads",
+        "layers": len(views),
+        "kv_heads": 1 if view.mla else _all_heads(view, vllm_config, tp_size),
+        "head_size": view.head_size,
+        "element_bytes": view.element_bytes,
+        "dtype": view.dtype,
+        "block_size": view.tokens,
+        "window": view.window,
+        "opaque_planes": view.planes,
+    }
+
+
+def _all_heads(view: _View, vllm_config: VllmConfig, tp_size: int) -> int:
+    """KV heads over all ranks. Fewer than ranks are replicated; layers may have other numbers than the model's."""
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    return total if max(1, total // tp_size) == view.heads else view.heads * tp_size
 
 
 @dataclass(frozen=True)
 class _View:
+    name: str
     placement: dict[str, int]
     blocks: int
     tokens: int
@@ -103,22 +149,22 @@ class _View:
     dtype: str
     mla: bool
     planes: str | None
+    window: int | None
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        return (self.blocks, self.tokens, self.heads, self.head_size, self.dtype, self.mla, self.planes)
+        """Equal for layers that are one group to the runtime."""
+        return (self.tokens, self.heads, self.head_size, self.dtype, self.mla, self.planes, self.window)
 
 
-def _layers(kv_caches: dict[str, Any], kv_cache_config: Any) -> list[tuple[str, Any]]:
-    """The layers to hand over, in the order of the model, with the spec of each."""
-    groups = transfer_groups(kv_cache_config)
-    if len(groups) != 1:
-        raise _native.LayoutError(
-            f"the model has {len(groups)} KV cache groups; pdlink hands over models with one kind of attention"
-        )
-    spec = groups[0].kv_cache_spec
-    specs = getattr(spec, "kv_cache_specs", None)
-    found = [(name, specs[name] if specs else spec) for name in groups[0].layer_names if name in kv_caches]
+def _layers(kv_caches: dict[str, Any], kv_cache_config: Any) -> list[tuple[int, str, Any]]:
+    """The layers to hand over, in the order of the model: which transfer group, name, spec."""
+    found = []
+    for table, group in enumerate(transfer_groups(kv_cache_config)):
+        specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+        for name in group.layer_names:
+            if name in kv_caches:
+                found.append((table, name, specs[name] if specs else group.kv_cache_spec))
     if not found:
         raise _native.LayoutError("vLLM registered no KV cache")
     return found
@@ -136,11 +182,13 @@ def transfer_group_ids(kv_cache_config: Any) -> tuple[int, ...]:
 
 
 def _view(name: str, spec: Any, tensor: torch.Tensor, region: int, vllm_config: VllmConfig) -> _View:
-    kinds = {kind.__name__ for kind in type(spec).__mro__}
+    kind = type(spec).__name__
     shape, item = tuple(tensor.shape), tensor.element_size()
-    if "AttentionSpec" not in kinds or tensor.stride(-1) != 1:
-        raise _native.LayoutError(f"{name}: KV of kind {type(spec).__name__} and strides {tensor.stride()} is unknown")
-    mla = "MLAAttentionSpec" in kinds
+    if kind not in KNOWN_KINDS or getattr(spec, "tokens_per_state", 1) != 1:
+        raise _native.LayoutError(f"{name} keeps KV as {kind}; pdlink hands over {', '.join(sorted(KNOWN_KINDS))}")
+    if tensor.stride(-1) != 1:
+        raise _native.LayoutError(f"{name}: KV with strides {tensor.stride()} is unknown: the last one must be 1")
+    mla = "MLA" in kind
     planes = _planes(name, spec, tensor, vllm_config)
     block, token, head, half, heads, head_size = _axes(name, spec, tensor, mla)
     placement = {
@@ -154,6 +202,7 @@ def _view(name: str, spec: Any, tensor: torch.Tensor, region: int, vllm_config: 
     if planes is not None and (shape[2], token) != (shape[-2], shape[-1]):
         raise _native.LayoutError(f"{name}: packed planes of shape {shape} and strides {tensor.stride()} are not dense")
     return _View(
+        name=name,
         placement=placement,
         blocks=shape[0],
         tokens=shape[2] if len(shape) == 5 else shape[-2],
@@ -163,6 +212,7 @@ def _view(name: str, spec: Any, tensor: torch.Tensor, region: int, vllm_config: 
         dtype=_dtype(tensor, vllm_config),
         mla=mla,
         planes=planes,
+        window=spec.sliding_window if kind.startswith("SlidingWindow") else None,
     )
 
 

@@ -20,6 +20,7 @@ class Fetch:
     request_id: str
     blocks: Blocks
     first_token: int
+    tokens: int
 
 
 @dataclass

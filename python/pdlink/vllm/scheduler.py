@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.utils import yield_req_data
@@ -34,6 +35,9 @@ logger = init_logger("vllm.pdlink.scheduler")
 
 # Any other end means that there is no prompt to hand over, or nobody who wants it.
 HANDED_OVER = {"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED"}
+
+# The block that stands for no block in every table of vLLM's.
+NULL_BLOCK = 0
 
 
 @dataclass
@@ -160,12 +164,14 @@ class SchedulerSide:
         ids = blocks.get_block_ids()
         needed = self._cut([list(ids[group]) for group in self._groups], first_token, request.num_prompt_tokens)
         load.blocks = [block for group in needed for block in group]
-        self._meta.fetches.append(Fetch(request.request_id, needed, first_token))
+        self._meta.fetches.append(Fetch(request.request_id, needed, first_token, request.num_prompt_tokens))
 
     def _cut(self, blocks: Blocks, first_token: int, tokens: int) -> Blocks:
         """The blocks of tokens `first_token..tokens`: those before hold valid KV, those behind are for tokens to come."""
         sizes = zip(blocks, self._block_sizes)
-        return [group[first_token // size : -(-tokens // size)] for group, size in sizes]
+        cut = [group[first_token // size : -(-tokens // size)] for group, size in sizes]
+        # Blocks that a sliding window has left behind are the null block, at the front.
+        return [list(dropwhile(lambda block: block == NULL_BLOCK, group)) for group in cut]
 
     # ---------------------------------------------------------------- steps
 

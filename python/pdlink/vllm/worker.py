@@ -103,8 +103,8 @@ class WorkerSide:
         }
         self._map = cache
         self._link = _native.Link(json.dumps(settings), cache.memory)
-        shape = ", ".join(f"{name} {value}" for name, value in cache.geometry["groups"][0].items() if value is not None)
-        logger.info("KV link of rank %d (%s) at %s: %s", config.tp_rank, config.role, self._link.address, shape)
+        groups = [_words(group) for group in cache.geometry["groups"]]
+        logger.info("KV link of rank %d (%s) at %s: %s", config.tp_rank, config.role, self._link.address, "; ".join(groups))
 
     def close(self) -> None:
         """Ends every transfer with its report, and lets go of the memory."""
@@ -169,7 +169,7 @@ class WorkerSide:
             self._load_ended(fetch.request_id, load)
             return
         try:
-            blocks = self._in_our_blocks(fetch.blocks)
+            blocks = self._in_our_blocks(fetch.blocks, fetch.tokens)
             self._running().fetch(load.transfer_id or "", blocks, fetch.first_token)
         except _native.PdlinkError as error:
             # Nothing was begun, so nothing will be reported: end it here, and at prefill.
@@ -208,7 +208,7 @@ class WorkerSide:
         try:
             if hold.transfer_id in self._offered:
                 raise _native.DuplicateTransferError(f"transfer {hold.transfer_id} is in progress here already")
-            blocks = self._covering(hold.blocks, hold.tokens)
+            blocks = self._in_our_blocks(hold.blocks, hold.tokens)
             self._running().offer(hold.transfer_id, hold.label, blocks, hold.tokens)
         except _native.PdlinkError as error:
             logger.warning("the KV of request %s is not held: %s", hold.request_id, error)
@@ -276,11 +276,8 @@ class WorkerSide:
             raise _native.ShutDownError("the KV link is closed while the engine sleeps or ends")
         return self._link
 
-    def _in_our_blocks(self, blocks: Blocks) -> Blocks:
-        return [self._map.blocks(group) for group in blocks] if self._map is not None else blocks
-
-    def _covering(self, blocks: Blocks, tokens: int) -> Blocks:
-        return [self._map.cover(group, tokens) for group in blocks] if self._map is not None else blocks
+    def _in_our_blocks(self, blocks: Blocks, tokens: int) -> Blocks:
+        return self._map.blocks(blocks, tokens) if self._map is not None else blocks
 
     def worker_meta(self, results: Results) -> WorkerMeta | None:
         told = WorkerMeta(results.unfenced, results.dropped)
@@ -297,3 +294,8 @@ class WorkerSide:
             return None
         stats, self._stats = self._stats, PdlinkStats()
         return stats
+
+
+def _words(group: dict[str, Any]) -> str:
+    """A KV group in one line of the log."""
+    return ", ".join(f"{name} {value}" for name, value in group.items() if value is not None)
