@@ -194,7 +194,7 @@ impl Cache {
         let cache = Self::new(shape, arrangement);
         cache.scribble(seed);
         for block in 0..shape.num_blocks {
-            for token in 0..shape.block_size {
+            for token in 0..if shape.state { 1 } else { shape.block_size } {
                 cache.write(BlockId(block), token, u64::from(block) << 32 | u64::from(token), seed);
             }
         }
@@ -211,6 +211,9 @@ impl Cache {
 
     /// Writes the KV of tokens `first..tokens` into `blocks`, which start at `first`.
     pub fn put_tokens(&self, blocks: &[BlockId], first: u32, tokens: u32, seed: u64) {
+        if self.shape.state {
+            return self.write(*blocks.last().unwrap(), 0, tokens.into(), seed);
+        }
         for token in first..tokens {
             let block = blocks[((token - first) / self.shape.block_size) as usize];
             self.write(block, token % self.shape.block_size, token.into(), seed);
@@ -219,15 +222,13 @@ impl Cache {
 
     /// Whether `blocks` hold the KV that [`Cache::put_tokens`] writes.
     pub fn holds_tokens(&self, blocks: &[BlockId], first: u32, tokens: u32, seed: u64) -> bool {
-        let mut equal = true;
-        for token in first..tokens {
-            let block = blocks[((token - first) / self.shape.block_size) as usize];
-            self.each_row(block, token % self.shape.block_size, |cache, region, offset, place| {
-                let want = row_bytes(place, token.into(), seed, cache.shape.group().content_bytes());
-                equal &= cache.regions[region].to_vec(offset, want.len() as u64).unwrap() == want;
-            });
+        if self.shape.state {
+            return self.holds(*blocks.last().unwrap(), 0, tokens.into(), seed);
         }
-        equal
+        (first..tokens).all(|token| {
+            let block = blocks[((token - first) / self.shape.block_size) as usize];
+            self.holds(block, token % self.shape.block_size, token.into(), seed)
+        })
     }
 
     pub fn rank_memory(&self) -> Vec<RankMemory> {
@@ -269,6 +270,15 @@ impl Cache {
                 (offset..offset + content).for_each(|offset| visit(&cache.regions[region], offset));
             });
         }
+    }
+
+    fn holds(&self, block: BlockId, token: u32, name: u64, seed: u64) -> bool {
+        let mut equal = true;
+        self.each_row(block, token, |cache, region, offset, place| {
+            let want = row_bytes(place, name, seed, cache.shape.group().content_bytes());
+            equal &= cache.regions[region].to_vec(offset, want.len() as u64).unwrap() == want;
+        });
+        equal
     }
 
     fn write(&self, block: BlockId, token: u32, name: u64, seed: u64) {
