@@ -1,11 +1,14 @@
-//! Both machines of one transfer, with a simulated connection and simulated copies, under random interleavings.
+//! The machines of one transfer on both sides, with simulated connections and copies, under random interleavings: some
+//! runtimes of prefill, each read by all of some runtimes of decode.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::{Mode, Receive, ReceiveAction, ReceiveEvent, Send, SendAction, SendEvent};
+use super::{
+    Gather, GatherAction, Hold, HoldAction, Mode, OutOfOrder, ReceiveAction, ReceiveEvent, SendAction, SendEvent,
+};
 use crate::control::TransferId;
 use crate::kv::messages::Ending;
 use crate::kv::{End, TransferFailure};
@@ -56,14 +59,10 @@ enum ToDecode {
     Ended(Ending),
 }
 
-struct World {
-    mode: Mode,
-    digest: bool,
-    /// Whether the path can take back a permission to write (`tcp`), or must ask (`shm`).
-    revocable: bool,
-    now: Instant,
-    send: Send,
-    receive: Receive,
+/// One runtime of prefill, one of decode, and what is between them.
+struct Edge {
+    prefill: usize,
+    decode: usize,
     claimed: bool,
     connected: bool,
     to_prefill: VecDeque<ToPrefill>,
@@ -76,23 +75,29 @@ struct World {
     decode_digesting: bool,
     /// Decode waits to be told that nothing writes any more.
     fencing: bool,
-    sent: Vec<End>,
-    received: Vec<End>,
     /// Whether prefill had reported when it gave its word that the blocks were held.
     vouched_while_held: Option<bool>,
     copied: bool,
 }
 
+struct World {
+    mode: Mode,
+    digest: bool,
+    /// Whether the path can take back a permission to write (`tcp`), or must ask (`shm`).
+    revocable: bool,
+    now: Instant,
+    prefill: Vec<(Hold, Vec<End>)>,
+    decode: Vec<(Gather, Vec<End>)>,
+    /// Prefill by prefill, decode by decode.
+    edges: Vec<Edge>,
+}
+
 impl World {
-    fn new(mode: Mode, digest: bool, revocable: bool) -> Self {
+    fn new(sizes: (usize, usize), mode: Mode, digest: bool, revocable: bool) -> Self {
         let now = Instant::now();
-        Self {
-            mode,
-            digest,
-            revocable,
-            now,
-            send: Send::new(ID, LEASE, now),
-            receive: Receive::new(ID, "prefill", TIMEOUT, now),
+        let edge = |number: usize| Edge {
+            prefill: number / sizes.1,
+            decode: number % sizes.1,
             claimed: false,
             connected: true,
             to_prefill: VecDeque::from([ToPrefill::Claim]),
@@ -103,73 +108,93 @@ impl World {
             prefill_digesting: false,
             decode_digesting: false,
             fencing: false,
-            sent: Vec::new(),
-            received: Vec::new(),
             vouched_while_held: None,
             copied: false,
+        };
+        let gather = || Gather::new(ID, &vec!["prefill"; sizes.0], TIMEOUT, now);
+        Self {
+            mode,
+            digest,
+            revocable,
+            now,
+            prefill: (0..sizes.0).map(|_| (Hold::new(ID, LEASE, now), Vec::new())).collect(),
+            decode: (0..sizes.1).map(|_| (gather(), Vec::new())).collect(),
+            edges: (0..sizes.0 * sizes.1).map(edge).collect(),
         }
     }
 
-    fn step(&mut self, step: Step) {
+    /// `at` picks the edge, or the side.
+    fn step(&mut self, step: Step, at: usize) {
+        let (prefill, decode) = (at % self.prefill.len(), at % self.decode.len());
+        let at = at % self.edges.len();
+        let edge = &mut self.edges[at];
         match step {
-            Step::DeliverToPrefill => self.deliver_to_prefill(),
-            Step::DeliverToDecode => self.deliver_to_decode(),
-            Step::Fetch => self.decode(ReceiveEvent::Fetch { digest: self.digest }),
-            Step::Release => self.decode(ReceiveEvent::Release),
-            Step::FinishPull { ok } if std::mem::take(&mut self.pulling) => {
-                self.copied = ok;
-                self.decode(ReceiveEvent::CopyDone(if ok { Ok(()) } else { Err(lost()) }));
+            Step::DeliverToPrefill => self.deliver_to_prefill(at),
+            Step::DeliverToDecode => self.deliver_to_decode(at),
+            Step::Fetch => self.decode_all(decode, &ReceiveEvent::Fetch { digest: self.digest }),
+            Step::Release => self.decode_all(decode, &ReceiveEvent::Release),
+            Step::FinishPull { ok } if std::mem::take(&mut edge.pulling) => {
+                edge.copied = ok;
+                self.decode(at, ReceiveEvent::CopyDone(if ok { Ok(()) } else { Err(lost()) }));
             }
-            Step::FinishPush { ok } if std::mem::take(&mut self.pushing) => {
-                self.copied = ok;
-                self.may_push = false;
-                self.prefill(SendEvent::CopyDone { result: if ok { Ok(()) } else { Err(lost()) }, fenced: true });
+            Step::FinishPush { ok } if std::mem::take(&mut edge.pushing) => {
+                edge.copied = ok;
+                edge.may_push = false;
+                self.prefill(at, SendEvent::CopyDone { result: if ok { Ok(()) } else { Err(lost()) }, fenced: true });
             }
-            Step::FinishPrefillDigest if std::mem::take(&mut self.prefill_digesting) => {
-                self.prefill(SendEvent::DigestReady(DIGEST));
+            Step::FinishPrefillDigest if std::mem::take(&mut edge.prefill_digesting) => {
+                self.prefill(at, SendEvent::DigestReady(DIGEST));
             }
-            Step::FinishDecodeDigest { right } if std::mem::take(&mut self.decode_digesting) => {
-                self.decode(ReceiveEvent::DigestReady(if right { DIGEST } else { !DIGEST }));
+            Step::FinishDecodeDigest { right } if std::mem::take(&mut edge.decode_digesting) => {
+                self.decode(at, ReceiveEvent::DigestReady(if right { DIGEST } else { !DIGEST }));
             }
-            Step::AbortPrefill => self.prefill(SendEvent::Abort),
-            Step::AbortDecode => self.decode(ReceiveEvent::Abort),
-            Step::LoseConnection if self.connected => {
-                self.connected = false;
-                self.to_prefill.clear();
-                self.to_decode.clear();
-                if self.claimed {
-                    self.prefill(SendEvent::PeerLost(lost()));
+            Step::AbortPrefill => self.prefill_all(prefill, &SendEvent::Abort),
+            Step::AbortDecode => self.decode_all(decode, &ReceiveEvent::Abort),
+            Step::LoseConnection if edge.connected => {
+                edge.connected = false;
+                edge.to_prefill.clear();
+                edge.to_decode.clear();
+                if edge.claimed {
+                    self.prefill(at, SendEvent::PeerLost(lost()));
                 }
-                self.decode(ReceiveEvent::PeerLost(lost()));
+                self.decode(at, ReceiveEvent::PeerLost(lost()));
             }
             Step::Outdate => {
-                self.prefill(SendEvent::Outdated(lost()));
-                self.decode(ReceiveEvent::Outdated(lost()));
+                self.prefill_all(prefill, &SendEvent::Outdated(lost()));
+                self.decode_all(decode, &ReceiveEvent::Outdated(lost()));
             }
-            Step::ShutDownPrefill => self.prefill(SendEvent::ShutDown),
-            Step::ShutDownDecode => self.decode(ReceiveEvent::ShutDown),
+            Step::ShutDownPrefill => self.prefill_all(prefill, &SendEvent::ShutDown),
+            Step::ShutDownDecode => self.decode_all(decode, &ReceiveEvent::ShutDown),
             Step::Wait(seconds) => {
                 self.now += Duration::from_secs(seconds);
-                self.prefill(SendEvent::Tick);
-                self.decode(ReceiveEvent::Tick);
+                (0..self.prefill.len()).for_each(|prefill| self.prefill_all(prefill, &SendEvent::Tick));
+                (0..self.decode.len()).for_each(|decode| self.decode_all(decode, &ReceiveEvent::Tick));
             }
             _ => {}
         }
     }
 
-    fn deliver_to_prefill(&mut self) {
-        let Some(message) = self.to_prefill.pop_front() else { return };
-        let over = !self.sent.is_empty();
+    fn deliver_to_prefill(&mut self, at: usize) {
+        let edge = &mut self.edges[at];
+        let (hold, sent) = &mut self.prefill[edge.prefill];
+        let Some(message) = edge.to_prefill.pop_front() else { return };
+        let over = !sent.is_empty() || (edge.claimed && !hold.is_unclaimed() && hold.state(edge.decode) == "ended");
         // What the driver answers for transfers that it does not hold.
         match message {
-            ToPrefill::Place(_) if over => return self.tell_decode(ToDecode::Over(Ending::Failed(lost()), true)),
+            ToPrefill::Place(_) if over => return self.tell_decode(at, ToDecode::Over(Ending::Failed(lost()), true)),
             ToPrefill::Ended(_) if over => return,
-            _ if over => return self.tell_decode(ToDecode::Refused(lost())),
+            _ if over => return self.tell_decode(at, ToDecode::Refused(lost())),
             _ => {}
         }
         let event = match message {
             ToPrefill::Claim => {
-                self.claimed = true;
+                if hold.is_unclaimed() {
+                    hold.expect_readers(self.decode.len(), self.now);
+                }
+                if !hold.awaits(edge.decode) {
+                    return self.tell_decode(at, ToDecode::Refused(lost()));
+                }
+                edge.claimed = true;
                 SendEvent::Claim
             }
             ToPrefill::Landed(digest) => SendEvent::Landed { digest },
@@ -178,130 +203,192 @@ impl World {
             ToPrefill::Accepted => SendEvent::Accepted,
             ToPrefill::Ended(how) => SendEvent::PeerEnded(how),
         };
-        self.prefill(event);
+        self.prefill(at, event);
     }
 
-    fn deliver_to_decode(&mut self) {
-        let Some(message) = self.to_decode.pop_front() else { return };
-        self.decode(match message {
+    fn deliver_to_decode(&mut self, at: usize) {
+        let Some(message) = self.edges[at].to_decode.pop_front() else { return };
+        let event = match message {
             ToDecode::Granted => ReceiveEvent::Granted(self.mode),
             ToDecode::Refused(failure) => ReceiveEvent::Refused(failure),
             ToDecode::Confirmed(digest) => ReceiveEvent::Confirmed { digest },
             ToDecode::Pushed(digest) => ReceiveEvent::Pushed { digest },
             ToDecode::Over(how, fenced) => ReceiveEvent::Over { how, fenced },
             ToDecode::Ended(how) => ReceiveEvent::PeerEnded(how),
-        });
+        };
+        self.decode(at, event);
     }
 
-    fn tell_prefill(&mut self, message: ToPrefill) {
-        if self.connected {
-            self.to_prefill.push_back(message);
+    fn tell_prefill(&mut self, at: usize, message: ToPrefill) {
+        if self.edges[at].connected {
+            self.edges[at].to_prefill.push_back(message);
         }
     }
 
-    fn tell_decode(&mut self, message: ToDecode) {
-        if self.connected {
-            self.to_decode.push_back(message);
+    fn tell_decode(&mut self, at: usize, message: ToDecode) {
+        if self.edges[at].connected {
+            self.edges[at].to_decode.push_back(message);
         }
     }
 
-    fn prefill(&mut self, event: SendEvent) {
-        if !self.sent.is_empty() {
-            return;
+    fn prefill(&mut self, at: usize, event: SendEvent) {
+        let (prefill, reader) = (self.edges[at].prefill, self.edges[at].decode);
+        let (hold, sent) = &mut self.prefill[prefill];
+        // Before the first claim there is one reader, nobody.
+        let reader = if hold.is_unclaimed() { 0 } else { reader };
+        if sent.is_empty()
+            && let Ok(actions) = hold.on(reader, event, self.now)
+        {
+            self.do_prefill(prefill, actions);
         }
-        let Ok(actions) = self.send.on(event, self.now) else { return };
+    }
+
+    fn prefill_all(&mut self, prefill: usize, event: &SendEvent) {
+        if self.prefill[prefill].1.is_empty() {
+            let actions = self.prefill[prefill].0.on_all(event, self.now);
+            self.do_prefill(prefill, actions);
+        }
+    }
+
+    fn do_prefill(&mut self, prefill: usize, actions: Vec<HoldAction>) {
         for action in actions {
-            assert!(self.sent.is_empty(), "KV-1: the report is the last action");
+            assert!(self.prefill[prefill].1.is_empty(), "KV-1: the report is the last action");
+            let (reader, action) = match action {
+                HoldAction::Reader(reader, action) => (reader, action),
+                HoldAction::Report(end) => {
+                    let pushes = self.edges.iter().any(|edge| edge.prefill == prefill && edge.pushing);
+                    assert!(!pushes, "KV-7: {end:?} reported while blocks are read");
+                    self.prefill[prefill].1.push(end);
+                    continue;
+                }
+            };
+            let at = prefill * self.decode.len() + reader;
+            let edge = &mut self.edges[at];
             match action {
-                SendAction::Grant => self.tell_decode(ToDecode::Granted),
+                SendAction::Grant => self.tell_decode(at, ToDecode::Granted),
                 SendAction::Confirm { digest } => {
-                    self.vouched_while_held = Some(self.sent.is_empty());
-                    self.tell_decode(ToDecode::Confirmed(digest));
+                    edge.vouched_while_held = Some(self.prefill[prefill].1.is_empty());
+                    self.tell_decode(at, ToDecode::Confirmed(digest));
                 }
                 SendAction::TellPushed { digest } => {
-                    assert!(!self.pushing, "nothing is pushed before the copy is done");
-                    self.vouched_while_held = Some(self.sent.is_empty());
-                    self.tell_decode(ToDecode::Pushed(digest));
+                    assert!(!edge.pushing, "nothing is pushed before the copy is done");
+                    edge.vouched_while_held = Some(self.prefill[prefill].1.is_empty());
+                    self.tell_decode(at, ToDecode::Pushed(digest));
                 }
-                SendAction::StartDigest => self.prefill_digesting = true,
-                SendAction::StartPush => (self.pushing, self.may_push) = (true, true),
+                SendAction::StartDigest => edge.prefill_digesting = true,
+                SendAction::StartPush => (edge.pushing, edge.may_push) = (true, true),
                 // The copy goes on until it has noticed.
-                SendAction::CancelPush => assert!(self.pushing),
-                SendAction::TellOver { how, fenced } => self.tell_decode(ToDecode::Over(how, fenced)),
-                SendAction::Refuse(failure) => self.tell_decode(ToDecode::Refused(failure)),
-                SendAction::TellEnded(how) => self.tell_decode(ToDecode::Ended(how)),
-                SendAction::Report(end) => self.sent.push(end),
+                SendAction::CancelPush => assert!(edge.pushing),
+                SendAction::TellOver { how, fenced } => self.tell_decode(at, ToDecode::Over(how, fenced)),
+                SendAction::Refuse(failure) => self.tell_decode(at, ToDecode::Refused(failure)),
+                SendAction::TellEnded(how) => self.tell_decode(at, ToDecode::Ended(how)),
+                SendAction::Report(end) => panic!("KV-1: a reader's own report got out: {end:?}"),
             }
         }
     }
 
-    fn decode(&mut self, event: ReceiveEvent) {
-        if !self.received.is_empty() {
-            return;
+    fn decode(&mut self, at: usize, event: ReceiveEvent) {
+        let (decode, part) = (self.edges[at].decode, self.edges[at].prefill);
+        if self.decode[decode].1.is_empty() {
+            let actions = self.decode[decode].0.on(part, event, self.now);
+            self.do_decode(decode, actions);
         }
-        let Ok(actions) = self.receive.on(event, self.now) else { return };
-        for action in actions {
-            assert!(self.received.is_empty(), "KV-1: the report is the last action");
+    }
+
+    fn decode_all(&mut self, decode: usize, event: &ReceiveEvent) {
+        if self.decode[decode].1.is_empty() {
+            let actions = self.decode[decode].0.on_all(event, self.now);
+            self.do_decode(decode, actions);
+        }
+    }
+
+    fn do_decode(&mut self, decode: usize, actions: Result<Vec<GatherAction>, OutOfOrder>) {
+        for action in actions.unwrap_or_default() {
+            assert!(self.decode[decode].1.is_empty(), "KV-1: the report is the last action");
+            let (part, action) = match action {
+                GatherAction::Part(part, action) => (part, action),
+                GatherAction::Report(end) => {
+                    self.received(decode, end);
+                    continue;
+                }
+            };
+            let at = part * self.decode.len() + decode;
             match action {
                 ReceiveAction::StartCopy { digest } => {
                     if digest {
-                        self.tell_prefill(ToPrefill::Copying);
+                        self.tell_prefill(at, ToPrefill::Copying);
                     }
-                    self.pulling = true;
+                    self.edges[at].pulling = true;
                 }
-                ReceiveAction::CancelCopy => assert!(self.pulling),
-                ReceiveAction::StartDigest => self.decode_digesting = true,
-                ReceiveAction::TellLanded { digest } => self.tell_prefill(ToPrefill::Landed(digest)),
-                ReceiveAction::TellPlace { digest } => self.tell_prefill(ToPrefill::Place(digest)),
-                ReceiveAction::TellAccepted => self.tell_prefill(ToPrefill::Accepted),
-                ReceiveAction::TellEnded(how) => self.tell_prefill(ToPrefill::Ended(how)),
-                ReceiveAction::Fence => self.fencing = true,
-                ReceiveAction::Report(end) => self.received(end),
+                ReceiveAction::CancelCopy => assert!(self.edges[at].pulling),
+                ReceiveAction::StartDigest => self.edges[at].decode_digesting = true,
+                ReceiveAction::TellLanded { digest } => self.tell_prefill(at, ToPrefill::Landed(digest)),
+                ReceiveAction::TellPlace { digest } => self.tell_prefill(at, ToPrefill::Place(digest)),
+                ReceiveAction::TellAccepted => self.tell_prefill(at, ToPrefill::Accepted),
+                ReceiveAction::TellEnded(how) => self.tell_prefill(at, ToPrefill::Ended(how)),
+                ReceiveAction::Fence => self.edges[at].fencing = true,
+                ReceiveAction::Report(end) => panic!("KV-1: a part's own report got out: {end:?}"),
             }
         }
         // The driver takes the permission back at once where the path can.
-        if self.revocable && std::mem::take(&mut self.fencing) {
-            self.may_push = false;
-            self.decode(ReceiveEvent::Fenced(true));
+        for at in 0..self.edges.len() {
+            if self.revocable && std::mem::take(&mut self.edges[at].fencing) {
+                self.edges[at].may_push = false;
+                self.decode(at, ReceiveEvent::Fenced(true));
+            }
         }
     }
 
-    fn received(&mut self, end: End) {
-        if !matches!(end, End::Failed { fenced: false, .. }) {
-            assert!(!self.pulling && !self.may_push, "KV-7: {end:?} reported under a live write");
+    fn received(&mut self, decode: usize, end: End) {
+        for edge in self.edges.iter().filter(|edge| edge.decode == decode) {
+            if !matches!(end, End::Failed { fenced: false, .. }) {
+                assert!(!edge.pulling && !edge.may_push, "KV-7: {end:?} reported under a live write");
+            }
+            if end == End::Received {
+                assert!(edge.copied, "received without a copy");
+                assert_eq!(edge.vouched_while_held, Some(true), "KV-3: received without prefill's word");
+            }
         }
-        if end == End::Received {
-            assert!(self.copied, "received without a copy");
-            assert_eq!(self.vouched_while_held, Some(true), "KV-3: received without prefill's word");
-        }
-        self.received.push(end);
+        self.decode[decode].1.push(end);
+    }
+
+    fn is_over(&self) -> bool {
+        self.prefill.iter().all(|(_, ends)| !ends.is_empty()) && self.decode.iter().all(|(_, ends)| !ends.is_empty())
     }
 
     /// Lets everything that was begun come to its end, without further mishap.
     fn settle(&mut self) {
         for round in 0..64 {
-            if !self.sent.is_empty() && !self.received.is_empty() {
+            for at in 0..self.edges.len() {
+                for step in [
+                    Step::DeliverToPrefill,
+                    Step::DeliverToDecode,
+                    Step::FinishPull { ok: true },
+                    Step::FinishPush { ok: true },
+                    Step::FinishPrefillDigest,
+                    Step::FinishDecodeDigest { right: true },
+                    Step::Fetch,
+                ] {
+                    self.step(step, at);
+                }
+                // A dead prefill's process is seen to be gone.
+                let edge = &self.edges[at];
+                if edge.fencing && !edge.connected && !edge.pushing {
+                    self.decode(at, ReceiveEvent::Fenced(true));
+                }
+            }
+            if self.is_over() {
                 return;
             }
-            for step in [
-                Step::DeliverToPrefill,
-                Step::DeliverToDecode,
-                Step::FinishPull { ok: true },
-                Step::FinishPush { ok: true },
-                Step::FinishPrefillDigest,
-                Step::FinishDecodeDigest { right: true },
-                Step::Fetch,
-            ] {
-                self.step(step);
-            }
-            // A dead prefill's process is seen to be gone.
-            if self.fencing && !self.connected && !self.pushing {
-                self.decode(ReceiveEvent::Fenced(true));
-            }
             if round > 8 {
-                self.step(Step::Wait(31));
+                self.step(Step::Wait(31), 0);
             }
         }
+    }
+
+    fn ends(&self) -> (Vec<&[End]>, Vec<&[End]>) {
+        let prefill = self.prefill.iter().map(|(_, ends)| ends.as_slice());
+        (prefill.collect(), self.decode.iter().map(|(_, ends)| ends.as_slice()).collect())
     }
 }
 
@@ -309,7 +396,7 @@ fn lost() -> TransferFailure {
     TransferFailure::PeerLost { peer: "peer".to_owned(), why: "simulated".to_owned() }
 }
 
-fn steps() -> impl Strategy<Value = Vec<Step>> {
+fn steps() -> impl Strategy<Value = Vec<(Step, usize)>> {
     let step = prop_oneof![
         8 => Just(Step::DeliverToPrefill),
         8 => Just(Step::DeliverToDecode),
@@ -327,33 +414,40 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::ShutDownDecode),
         2 => (0..25u64).prop_map(Step::Wait),
     ];
-    prop::collection::vec(step, 0..40)
+    prop::collection::vec((step, 0..4usize), 0..80)
 }
 
+const SIZES: [(usize, usize); 4] = [(1, 1), (2, 1), (1, 2), (2, 2)];
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 6000, ..ProptestConfig::default() })]
 
     #[test]
     fn kv_1_each_side_reports_exactly_once_whatever_happens(
-        steps in steps(), pull in any::<bool>(), digest in any::<bool>(), revocable in any::<bool>(),
+        sizes in prop::sample::select(SIZES.to_vec()), steps in steps(), pull in any::<bool>(), digest in any::<bool>(),
+        revocable in any::<bool>(),
     ) {
-        let mut world = World::new(if pull { Mode::Pull } else { Mode::Push }, digest, revocable);
-        for step in steps {
-            world.step(step);
+        let mut world = World::new(sizes, if pull { Mode::Pull } else { Mode::Push }, digest, revocable);
+        for (step, at) in steps {
+            world.step(step, at);
         }
         world.settle();
-        prop_assert_eq!((world.sent.len(), world.received.len()), (1, 1), "sent {:?}, received {:?}, states {} and {}",
-            world.sent, world.received, world.send.state(), world.receive.state());
+        let (sent, received) = world.ends();
+        prop_assert!(sent.iter().chain(&received).all(|ends| ends.len() == 1), "sent {:?}, received {:?}", sent, received);
     }
 }
 
 #[test]
 fn without_mishap_both_sides_end_well() {
-    for mode in [Mode::Pull, Mode::Push] {
-        for digest in [false, true] {
-            let mut world = World::new(mode, digest, true);
-            world.settle();
-            assert_eq!((world.sent, world.received), (vec![End::Sent], vec![End::Received]), "{mode:?} {digest}");
+    for sizes in SIZES {
+        for mode in [Mode::Pull, Mode::Push] {
+            for digest in [false, true] {
+                let mut world = World::new(sizes, mode, digest, true);
+                world.settle();
+                let (sent, received) = world.ends();
+                assert!(sent.iter().all(|ends| **ends == [End::Sent]), "{sizes:?} {mode:?} {digest}: {sent:?}");
+                assert!(received.iter().all(|ends| **ends == [End::Received]), "{sizes:?} {mode:?} {digest}");
+            }
         }
     }
 }
