@@ -13,9 +13,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use kv_cache::Shape;
 use kv_worker::{PATIENCE, Plan, Worker};
 use pdlink::config::{DigestPolicy, KvSendType, Path, Role};
-use pdlink::kv::{BlockId, End, TransferFailure, TransferParams};
+use pdlink::kv::{BlockId, End, KvLink, Offer, ParamsMaker, TransferFailure, TransferId, TransferParams};
 use pdlink::security::Secret;
 use pdlink::transport::{Fault, FaultPlan, Faulty, Shm, Tcp, TcpSetup, Transport, When};
 
@@ -38,7 +39,20 @@ fn transport(path: Path, cache: &kv_cache::Cache) -> Arc<dyn Transport> {
 
 /// A worker whose own copies start late: a transfer of its making can be killed in its middle.
 fn worker(role: Role, path: Path, send_type: KvSendType, delay_ms: u64, listener: TcpListener) -> Worker {
+    rank_worker((1, 0), role, path, send_type, delay_ms, listener)
+}
+
+/// One rank of so many.
+fn rank_worker(
+    (tp_size, rank): (u32, u32),
+    role: Role,
+    path: Path,
+    send_type: KvSendType,
+    delay_ms: u64,
+    listener: TcpListener,
+) -> Worker {
     let mut plan = Plan::new(role.name(), role);
+    plan.shape = Shape { tp_size, held: Some(rank), ..plan.shape };
     plan.send_type = send_type;
     plan.kv.digest = DigestPolicy::Every;
     plan.transports = Some(Box::new(move |cache| -> Vec<Arc<dyn Transport>> {
@@ -59,9 +73,21 @@ struct Other {
 impl Other {
     /// Starts this test binary again, as a worker.
     fn spawn(role: Role, path: Path, send_type: KvSendType, delay_ms: u64, address: &str) -> Self {
+        Self::spawn_rank((1, 0), role, path, send_type, delay_ms, address)
+    }
+
+    fn spawn_rank(
+        (tp_size, rank): (u32, u32),
+        role: Role,
+        path: Path,
+        send_type: KvSendType,
+        delay_ms: u64,
+        address: &str,
+    ) -> Self {
+        let (path, send_type) = (path.name(), send_type.name());
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "child", "--ignored", "--nocapture", "--test-threads=1"])
-            .env(CHILD_ENV, format!("{} {} {} {delay_ms} {address}", role.name(), path.name(), send_type.name()))
+            .env(CHILD_ENV, format!("{} {path} {send_type} {delay_ms} {address} {tp_size} {rank}", role.name()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -114,7 +140,9 @@ fn child() {
     let role = if words[0] == "prefill" { Role::Prefill } else { Role::Decode };
     let path = if words[1] == "shm" { Path::Shm } else { Path::Tcp };
     let send_type = if words[2] == "GET" { KvSendType::Get } else { KvSendType::PutAsync };
-    let worker = worker(role, path, send_type, words[3].parse().unwrap(), TcpListener::bind(words[4]).unwrap());
+    let ranks = (words[5].parse().unwrap(), words[6].parse().unwrap());
+    let listener = TcpListener::bind(words[4]).unwrap();
+    let worker = rank_worker(ranks, role, path, send_type, words[3].parse().unwrap(), listener);
     println!("\nkv: {}", worker.runtime.address());
     for line in std::io::stdin().lines().map_while(Result::ok) {
         match line.split_once(' ').unwrap() {
@@ -124,6 +152,14 @@ fn child() {
                 let handle = worker.expect(&params);
                 worker.fetch(handle, &DST, 0);
                 println!("\nkv: fetching");
+            }
+            ("card", _) => println!("\nkv: {}", serde_json::to_string(&worker.runtime.card()).unwrap()),
+            ("offer-as", transfer_id) => {
+                let (blocks, transfer_id) = (vec![SRC.to_vec()], transfer_id.parse().unwrap());
+                let offer = Offer { transfer_id, request_id: String::new(), blocks, tokens: 8 };
+                worker.cache.put_tokens(&SRC, 0, 8, 1);
+                worker.runtime.offer(offer).unwrap();
+                println!("\nkv: offered");
             }
             ("report", _) => println!("\nkv: {:?}", worker.report().end),
             ("holds", seed) => println!("\nkv: {}", worker.cache.holds_tokens(&DST, 0, 8, seed.parse().unwrap())),
@@ -224,5 +260,32 @@ fn kv_8_decode_killed_under_a_transfer_and_restarted_at_its_address() {
             decode = Other::spawn(Role::Decode, path, send_type, 0, &address);
         }
         prefill.assert_at_rest();
+    });
+}
+
+#[test]
+fn kv_8_one_rank_of_prefill_killed_under_a_transfer_ends_it_on_every_rank() {
+    each_way(|path, send_type| {
+        let (here_ms, there_ms) = if send_type == KvSendType::Get { (60_000, 0) } else { (0, 60_000) };
+        let decode = here(Role::Decode, path, send_type, here_ms);
+        let spawn = |rank| Other::spawn_rank((2, rank), Role::Prefill, path, send_type, there_ms, "127.0.0.1:0");
+        let mut ranks = [spawn(0), spawn(1)];
+        let cards = ranks.each_mut().map(|rank| serde_json::from_str(&rank.ask("card -")).unwrap()).to_vec();
+        let maker = ParamsMaker::new(cards, Secret::loopback()).unwrap();
+        let transfer_id = TransferId::random();
+        let params = maker.params(transfer_id, String::new(), vec![SRC.to_vec()], 8);
+        for rank in &mut ranks {
+            assert_eq!(rank.ask(&format!("offer-as {transfer_id}")), "offered");
+        }
+        let handle = decode.expect(&params);
+        decode.fetch(handle, &DST, 0);
+        std::thread::sleep(Duration::from_millis(200));
+        ranks[1].kill();
+        let end = decode.end_of(transfer_id);
+        let lost = matches!(&end, End::Failed { failure: TransferFailure::PeerLost { .. }, fenced: true });
+        assert!(lost, "{path:?} {send_type:?}: {end:?}");
+        let end = ranks[0].ask("report -");
+        assert!(end.starts_with("Failed"), "{path:?} {send_type:?}: {end}");
+        decode.assert_at_rest();
     });
 }

@@ -34,7 +34,7 @@ pub struct Versions {
 }
 
 /// What this build speaks.
-pub const VERSIONS: Versions = Versions { min: 1, max: 1 };
+pub const VERSIONS: Versions = Versions { min: 2, max: 2 };
 
 /// Who is at one end, said after both have proved that they belong to the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -265,7 +265,8 @@ mod tests {
         let (mut near, mut far) = tokio::io::duplex(1 << 16);
         let server = identity(&secret, VERSIONS, "b");
         let impostor = async {
-            near.write_all(&[&MAGIC[..], &[1, 0, 1, 0], &[0; 32], &[0; 32]].concat()).await.unwrap();
+            let [min, max] = [VERSIONS.min, VERSIONS.max].map(u16::to_le_bytes);
+            near.write_all(&[&MAGIC[..], &min, &max, &[0; 32], &[0; 32]].concat()).await.unwrap();
             let mut answer = [0; 72];
             near.read_exact(&mut answer).await.unwrap();
             near
