@@ -211,6 +211,7 @@ impl Scanner<'_> {
                             self.key()?;
                         } else {
                             self.at = integers(self.text, self.at);
+                            self.skip_space();
                         }
                         continue;
                     }
@@ -248,6 +249,7 @@ impl Scanner<'_> {
                         self.key()?;
                     } else {
                         self.at = integers(self.text, self.at);
+                        self.skip_space();
                     }
                     return Ok(false);
                 }
