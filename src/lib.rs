@@ -7,6 +7,7 @@ extern crate self as pdlink;
 
 // Layer 0: plain data and words that everything shares.
 pub mod config;
+pub mod ffi;
 pub mod openai;
 pub mod security;
 pub mod telemetry;

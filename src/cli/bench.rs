@@ -63,6 +63,9 @@ struct LinkArgs {
     /// Push into the other process's memory, rather than pull from it
     #[arg(long)]
     push: bool,
+    /// GPU of this process and of the other, on paths between GPUs; one number for both
+    #[arg(long, value_delimiter = ',', default_values_t = [0])]
+    gpus: Vec<i32>,
     /// Also write the report to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -91,6 +94,7 @@ struct SoakArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum PathName {
+    CudaIpc,
     Shm,
     Tcp,
 }
@@ -112,6 +116,7 @@ fn run_link(args: LinkArgs) -> anyhow::Result<ExitCode> {
     let paths = named.into_iter().map(|path| match path {
         PathName::Shm => Path::Shm,
         PathName::Tcp => Path::Tcp,
+        PathName::CudaIpc => Path::CudaIpc,
     });
     let cores = || std::thread::available_parallelism().map_or(1, usize::from).clamp(1, 8);
     let options = link::Options {
@@ -121,6 +126,7 @@ fn run_link(args: LinkArgs) -> anyhow::Result<ExitCode> {
         threads: args.threads.unwrap_or_else(cores).max(1),
         seconds: args.seconds.clamp(0.0, 3600.0),
         push: args.push,
+        gpus: [args.gpus[0], args.gpus.get(1).copied().unwrap_or(args.gpus[0])],
     };
     tell(args.json.as_deref(), |text| link::run(&options, text))
 }

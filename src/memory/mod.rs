@@ -5,12 +5,14 @@
 //! out a `&[u8]` or `&mut [u8]` over one: bytes are copied in, copied out, or read as words through a small buffer. What a
 //! torn read yields is for the layers above to judge (KV-3, KV-4).
 
+mod gpu;
 mod mapping;
 mod region;
 mod stream;
 mod words;
 
-pub use region::{Backing, MemoryKind, OutOfRange, Region, RegionOptions};
+pub use gpu::{GpuCopies, GpuRun};
+pub use region::{AccessError, Backing, MemoryKind, OutOfRange, Region, RegionOptions};
 
 // Offsets and lengths are `u64` on the wire and in run lists, and `usize` where they meet an address. On the one width we
 // build for the two are the same numbers.

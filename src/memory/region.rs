@@ -10,6 +10,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat,
 
 use super::mapping::Mapping;
 use super::{to_u64, to_usize};
+use crate::ffi::cuda::{CudaError, Device, IpcHandle};
 
 /// Where memory lies, as far as paths care.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -17,6 +18,8 @@ use super::{to_u64, to_usize};
 pub enum MemoryKind {
     /// Memory that the processor reads and writes.
     Host,
+    /// Memory of a GPU, by CUDA's number of it in this process.
+    Cuda(i32),
 }
 
 impl MemoryKind {
@@ -24,6 +27,7 @@ impl MemoryKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Host => "host",
+            Self::Cuda(_) => "GPU",
         }
     }
 }
@@ -35,6 +39,19 @@ pub struct OutOfRange {
     pub offset: u64,
     pub len: u64,
     pub region_len: u64,
+}
+
+/// Why bytes of a region were not reached.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AccessError {
+    #[error(transparent)]
+    OutOfRange(#[from] OutOfRange),
+    #[error("the processor does not address GPU memory")]
+    NotHost,
+    #[error("a GPU does not address the processor's memory")]
+    NotGpu,
+    #[error("GPU memory: {0}")]
+    Cuda(#[from] CudaError),
 }
 
 /// How a shared region is set up. The default gives memory page by page, at first touch.
@@ -54,6 +71,8 @@ pub enum Backing {
     Shared { fd: RawFd, device: u64, inode: u64, prefault: bool },
     /// Memory that somebody else allocated.
     Borrowed,
+    /// Memory of a GPU.
+    Device,
 }
 
 /// What keeps the memory alive. Dropped with the region, never before.
@@ -61,6 +80,7 @@ enum Owner {
     Shared { _mapping: Mapping, fd: OwnedFd, device: u64, inode: u64, prefault: bool },
     Peer { _mapping: Mapping },
     Borrowed { _owner: Box<dyn Any + Send + Sync> },
+    Device { device: Arc<Device>, _owner: Box<dyn Any + Send + Sync> },
 }
 
 /// A stretch of memory that transfers read and write.
@@ -115,6 +135,42 @@ impl Region {
         Arc::new(Self { ptr, len: to_u64(len), owner: Owner::Borrowed { _owner: owner } })
     }
 
+    /// Memory of a GPU that somebody allocated: an engine's KV tensors.
+    ///
+    /// # Safety
+    /// `address` must name `len` bytes that `device` can read and write until `owner` is dropped.
+    pub unsafe fn on_device(
+        device: Arc<Device>,
+        address: u64,
+        len: u64,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> Option<Arc<Self>> {
+        let ptr = NonNull::new(std::ptr::without_provenance_mut::<u8>(to_usize(address)))?;
+        Some(Arc::new(Self { ptr, len, owner: Owner::Device { device, _owner: owner } }))
+    }
+
+    /// `len` bytes of our own on a GPU.
+    pub fn allocated_on(device: &Arc<Device>, len: usize) -> Result<Arc<Self>, CudaError> {
+        let memory = device.allocate(len)?;
+        let address = memory.address();
+        // SAFETY: `memory` is `len` bytes of `device`, and the region owns it from here on.
+        let region = unsafe { Self::on_device(Arc::clone(device), address, to_u64(len), Box::new(memory)) };
+        Ok(region.expect("no allocation starts at address 0"))
+    }
+
+    /// Maps `len` bytes of a peer's GPU memory for `device`. Unmapped when the region is dropped.
+    pub fn of_gpu_peer(device: &Arc<Device>, handle: &IpcHandle, len: u64) -> Result<Arc<Self>, AccessError> {
+        let mapped = device.map(handle)?;
+        let allocation = device.allocation_of(mapped.address())?;
+        if len > allocation.len {
+            return Err(OutOfRange { offset: 0, len, region_len: allocation.len }.into());
+        }
+        let address = mapped.address();
+        // SAFETY: the mapping is at least `len` bytes, as the driver just said, and the region owns it from here on.
+        let region = unsafe { Self::on_device(Arc::clone(device), address, len, Box::new(mapped)) };
+        Ok(region.expect("no mapping starts at address 0"))
+    }
+
     /// Maps a peer's sealed memory file of exactly `len` bytes. The mapping outlives the peer: its bytes then stay as the
     /// peer left them. Unmapped when the region is dropped.
     pub fn of_peer(fd: BorrowedFd<'_>, len: u64, prefault: bool) -> io::Result<Arc<Self>> {
@@ -141,12 +197,20 @@ impl Region {
     }
 
     pub fn kind(&self) -> MemoryKind {
-        MemoryKind::Host
+        self.device().map_or(MemoryKind::Host, |device| MemoryKind::Cuda(device.ordinal()))
     }
 
-    /// Where the region starts. For system calls and comparisons; a peer may write what it points at.
-    pub fn ptr(&self) -> *mut u8 {
-        self.ptr.as_ptr()
+    /// The GPU that the memory is on.
+    pub fn device(&self) -> Option<&Arc<Device>> {
+        match &self.owner {
+            Owner::Device { device, .. } => Some(device),
+            _ => None,
+        }
+    }
+
+    /// Where the region starts, as a number: the processor's address, or the GPU's.
+    pub fn address(&self) -> u64 {
+        to_u64(self.ptr.as_ptr().addr())
     }
 
     pub fn backing(&self) -> Backing {
@@ -155,6 +219,7 @@ impl Region {
                 Backing::Shared { fd: fd.as_raw_fd(), device: *device, inode: *inode, prefault: *prefault }
             }
             Owner::Peer { .. } | Owner::Borrowed { .. } => Backing::Borrowed,
+            Owner::Device { .. } => Backing::Device,
         }
     }
 
@@ -166,15 +231,23 @@ impl Region {
         }
     }
 
-    /// The address of `offset`, of which `len` bytes are the region's. Valid while the region lives.
-    pub fn at(&self, offset: u64, len: u64) -> Result<*mut u8, OutOfRange> {
+    /// The address of `offset`, of which `len` bytes are the region's. Valid while the region lives. Host memory only.
+    pub fn at(&self, offset: u64, len: u64) -> Result<*mut u8, AccessError> {
         self.check(offset, len)?;
+        if self.device().is_some() {
+            return Err(AccessError::NotHost);
+        }
         // SAFETY: `offset` is at most the length of the one allocation that starts at `ptr`.
         Ok(unsafe { self.ptr.as_ptr().add(to_usize(offset)) })
     }
 
     /// Copies `bytes` into the region.
-    pub fn copy_in(&self, offset: u64, bytes: &[u8]) -> Result<(), OutOfRange> {
+    pub fn copy_in(&self, offset: u64, bytes: &[u8]) -> Result<(), AccessError> {
+        if let Some(device) = self.device() {
+            self.check(offset, to_u64(bytes.len()))?;
+            // SAFETY: checked to lie in the region, which `device` can write.
+            return Ok(unsafe { device.copy_in(self.address() + offset, bytes) }?);
+        }
         let dst = self.at(offset, to_u64(bytes.len()))?;
         // SAFETY: `dst` is as many writable bytes of this region as `bytes` has. `copy` allows the two to overlap, which
         // they would if a borrowed region's owner passed a slice of it.
@@ -183,7 +256,12 @@ impl Region {
     }
 
     /// Copies bytes of the region out into `bytes`.
-    pub fn copy_out(&self, offset: u64, bytes: &mut [u8]) -> Result<(), OutOfRange> {
+    pub fn copy_out(&self, offset: u64, bytes: &mut [u8]) -> Result<(), AccessError> {
+        if let Some(device) = self.device() {
+            self.check(offset, to_u64(bytes.len()))?;
+            // SAFETY: checked to lie in the region, which `device` can read.
+            return Ok(unsafe { device.copy_out(self.address() + offset, bytes) }?);
+        }
         let src = self.at(offset, to_u64(bytes.len()))?;
         // SAFETY: `src` is as many readable bytes of this region as `bytes` has room for. A concurrent write by a peer
         // yields old or new bytes, and any bytes are valid.
@@ -192,15 +270,23 @@ impl Region {
     }
 
     /// Bytes of the region, copied out.
-    pub fn to_vec(&self, offset: u64, len: u64) -> Result<Vec<u8>, OutOfRange> {
+    pub fn to_vec(&self, offset: u64, len: u64) -> Result<Vec<u8>, AccessError> {
         self.check(offset, len)?;
         let mut bytes = vec![0; to_usize(len)];
         self.copy_out(offset, &mut bytes)?;
         Ok(bytes)
     }
 
-    /// Copies `len` bytes from here into `dst`, which may be this region; ranges may overlap.
-    pub fn copy_to(&self, offset: u64, dst: &Self, dst_offset: u64, len: u64) -> Result<(), OutOfRange> {
+    /// Copies `len` bytes from here into `dst`, which may be this region; in host memory ranges may overlap. Both must be
+    /// of one kind.
+    pub fn copy_to(&self, offset: u64, dst: &Self, dst_offset: u64, len: u64) -> Result<(), AccessError> {
+        if let (Some(device), Some(_)) = (dst.device(), self.device()) {
+            self.check(offset, len)?;
+            dst.check(dst_offset, len)?;
+            let (from, to) = (self.address() + offset, dst.address() + dst_offset);
+            // SAFETY: checked to lie in two regions that `device` can address: its own, and a peer's mapped for it.
+            return Ok(unsafe { device.copy_within(from, to, to_usize(len)) }?);
+        }
         let src = self.at(offset, len)?;
         let dst = dst.at(dst_offset, len)?;
         // SAFETY: both are `len` bytes of live regions, and `copy` allows overlap.
@@ -209,7 +295,12 @@ impl Region {
     }
 
     /// Sets `len` bytes to `byte`.
-    pub fn fill(&self, offset: u64, len: u64, byte: u8) -> Result<(), OutOfRange> {
+    pub fn fill(&self, offset: u64, len: u64, byte: u8) -> Result<(), AccessError> {
+        if let Some(device) = self.device() {
+            self.check(offset, len)?;
+            // SAFETY: checked to lie in the region, which `device` can write.
+            return Ok(unsafe { device.fill(self.address() + offset, byte, to_usize(len)) }?);
+        }
         let dst = self.at(offset, len)?;
         // SAFETY: `dst` is `len` writable bytes of this region.
         unsafe { std::ptr::write_bytes(dst, byte, to_usize(len)) };
@@ -242,7 +333,7 @@ mod tests {
     #[test]
     fn every_access_is_held_to_the_length() {
         let region = Region::shared(16).unwrap();
-        let want = |offset, len| Err(OutOfRange { offset, len, region_len: 16 });
+        let want = |offset, len| Err(OutOfRange { offset, len, region_len: 16 }.into());
         assert_eq!(region.copy_in(15, b"ab"), want(15, 2));
         assert_eq!(region.copy_out(17, &mut []), want(17, 0));
         assert_eq!(region.fill(u64::MAX, 2, 0), want(u64::MAX, 2));

@@ -5,7 +5,7 @@
 //! memcpy does the same inside, but not for scattered blocks of 16 KiB, which are too short for it to know. Measured on two
 //! cores with 128 MiB in all: a third faster than memcpy, run for run, from 4 KiB to 64 KiB.
 
-use super::region::{OutOfRange, Region};
+use super::region::{AccessError, Region};
 use super::to_usize;
 
 /// Bytes of a cache line, and what is stored at once.
@@ -18,7 +18,7 @@ const AHEAD_BYTES: u64 = 1024;
 impl Region {
     /// Copies runs of (offset here, offset in `dst`, bytes) so that they leave no trace in the caches. For transfers larger
     /// than those. The bytes are visible to other threads once it returns and they synchronise with this one.
-    pub fn stream_to(&self, dst: &Self, runs: impl Iterator<Item = (u64, u64, u64)>) -> Result<(), OutOfRange> {
+    pub fn stream_to(&self, dst: &Self, runs: impl Iterator<Item = (u64, u64, u64)>) -> Result<(), AccessError> {
         let mut runs = runs.peekable();
         let mut copied = Ok(());
         while let Some((offset, dst_offset, len)) = runs.next() {
@@ -34,7 +34,7 @@ impl Region {
         copied
     }
 
-    fn stream_run(&self, offset: u64, dst: &Self, dst_offset: u64, len: u64) -> Result<(), OutOfRange> {
+    fn stream_run(&self, offset: u64, dst: &Self, dst_offset: u64, len: u64) -> Result<(), AccessError> {
         let (from, to) = (self.at(offset, len)?, dst.at(dst_offset, len)?);
         let apart = from.addr().abs_diff(to.addr()) >= to_usize(len);
         if len < RUN_BYTES_MIN || !apart || !arch::STREAMS {
@@ -119,6 +119,7 @@ mod arch {
 
 #[cfg(test)]
 mod tests {
+    use super::super::OutOfRange;
     use super::*;
 
     #[test]
@@ -152,7 +153,7 @@ mod tests {
         region.stream_to(&region, [(0, 100, 5000)].into_iter()).unwrap();
         assert!(region.to_vec(100, 5000).unwrap() == bytes[..5000]);
         let refused = region.stream_to(&region, [(9000, 0, 1001)].into_iter());
-        assert_eq!(refused, Err(OutOfRange { offset: 9000, len: 1001, region_len: 10_000 }));
+        assert_eq!(refused, Err(OutOfRange { offset: 9000, len: 1001, region_len: 10_000 }.into()));
         assert!(region.stream_to(&region, [(0, u64::MAX, 2), (0, 0, 1)].into_iter()).is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! Reading a region as 8-byte words, through a small buffer on the stack.
 
-use super::region::{OutOfRange, Region};
+use super::region::{AccessError, Region};
 use super::{to_u64, to_usize};
 
 /// Words per chunk: 4 KiB, which stays in the first-level cache while the caller works on it.
@@ -11,7 +11,7 @@ impl Region {
     /// Reads `len` bytes from `offset` as native-endian words and gives them to `take` in order, in chunks of up to 512
     /// words. The last word is filled up with zeros if `len` is no multiple of eight. The chunks are copies: a peer that
     /// writes meanwhile changes what is copied, never what `take` holds.
-    pub fn with_words(&self, offset: u64, len: u64, mut take: impl FnMut(&[u64])) -> Result<(), OutOfRange> {
+    pub fn with_words(&self, offset: u64, len: u64, mut take: impl FnMut(&[u64])) -> Result<(), AccessError> {
         self.check(offset, len)?;
         let mut chunk = [0_u64; CHUNK_WORDS];
         let mut done = 0;
@@ -26,8 +26,18 @@ impl Region {
         Ok(())
     }
 
-    fn read_words(&self, offset: u64, words: &mut [u64], bytes: usize) -> Result<(), OutOfRange> {
+    fn read_words(&self, offset: u64, words: &mut [u64], bytes: usize) -> Result<(), AccessError> {
         assert!(bytes <= size_of_val(words), "a chunk is never larger than its buffer");
+        if self.device().is_some() {
+            let mut copied = vec![0; bytes];
+            self.copy_out(offset, &mut copied)?;
+            for (word, bytes) in words.iter_mut().zip(copied.chunks(WORD_BYTES)) {
+                let mut whole = [0; WORD_BYTES];
+                whole[..bytes.len()].copy_from_slice(bytes);
+                *word = u64::from_ne_bytes(whole);
+            }
+            return Ok(());
+        }
         let src = self.at(offset, to_u64(bytes))?;
         let dst = words.as_mut_ptr().cast::<u8>();
         // SAFETY: `src` is `bytes` readable bytes of this region, `dst` at least as many of a buffer that we hold alone,

@@ -16,6 +16,7 @@
 #![deny(unsafe_code)] // Allowed again, by name, in the two files that make system calls with raw addresses.
 
 mod copy_pool;
+mod cuda_ipc;
 mod error;
 mod export;
 mod faulty;
@@ -23,7 +24,9 @@ mod flight;
 mod flight_queue;
 mod grant;
 mod grant_table;
+mod identity;
 mod loopback;
+mod process;
 mod request;
 mod run_list;
 mod select;
@@ -34,6 +37,7 @@ mod threads;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use cuda_ipc::CudaIpc;
 pub use error::{End, TransportError};
 pub use export::{Export, Offer};
 pub use faulty::{Fault, FaultPlan, Faulty, When};

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Link, Offer, Shm, Tcp, TcpSetup, Transport, TransportError};
+use super::{CudaIpc, Link, Offer, Shm, Tcp, TcpSetup, Transport, TransportError};
 use crate::config::{KvConfig, Path};
 use crate::memory::{MemoryKind, Region};
 use crate::security::Secret;
@@ -49,8 +49,9 @@ pub fn offers(setup: &Setup) -> Result<Vec<Arc<dyn Transport>>, TransportError> 
 /// The one table: which path moves which memory.
 fn moves(path: Path, kind: MemoryKind) -> bool {
     match (path, kind) {
-        (Path::Shm | Path::Tcp, MemoryKind::Host) => true,
-        (Path::CudaIpc | Path::Nccl | Path::Nixl, MemoryKind::Host) => false,
+        (Path::Shm | Path::Tcp, MemoryKind::Host) | (Path::CudaIpc, MemoryKind::Cuda(_)) => true,
+        (Path::CudaIpc | Path::Nccl | Path::Nixl, MemoryKind::Host)
+        | (Path::Shm | Path::Tcp | Path::Nccl | Path::Nixl, MemoryKind::Cuda(_)) => false,
     }
 }
 
@@ -66,7 +67,8 @@ fn open(path: Path, setup: &Setup) -> Result<Arc<dyn Transport>, TransportError>
             };
             Ok(Arc::new(Tcp::new(setup.regions, setup.secret, &tcp)?))
         }
-        Path::CudaIpc | Path::Nccl | Path::Nixl => unreachable!("`moves` lets no memory through to {}", path.name()),
+        Path::CudaIpc => Ok(Arc::new(CudaIpc::new(setup.regions)?)),
+        Path::Nccl | Path::Nixl => unreachable!("`moves` lets no memory through to {}", path.name()),
     }
 }
 

@@ -51,8 +51,8 @@ class CacheMap:
     layers: list[dict[str, int]]
     """Group by group."""
     num_blocks: int
-    memory: list[tuple[int, int, Any]]
-    """(address, bytes, owner) of each storage."""
+    memory: list[tuple[int, int, Any, int | None]]
+    """(address, bytes, owner, number of its GPU) of each storage."""
 
     def blocks(self, scheduler_blocks: list[list[int]], tokens: int) -> list[list[int]]:
         """The blocks of each of the runtime's groups, of those of each of vLLM's."""
@@ -93,16 +93,16 @@ class _Memory:
     """The storages under the views, each once."""
 
     def __init__(self) -> None:
-        self.storages: list[tuple[int, int, Any]] = []
+        self.storages: list[tuple[int, int, Any, int | None]] = []
         self._regions: dict[int, int] = {}
 
     def region(self, name: str, tensor: torch.Tensor) -> int:
-        if tensor.device.type != "cpu":
-            raise _native.LayoutError(f"{name}: its KV is on {tensor.device}; this build moves KV in host memory only")
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise _native.LayoutError(f"{name}: its KV is on {tensor.device}; pdlink moves KV of CPUs and NVIDIA GPUs")
         storage = tensor.untyped_storage()
         region = self._regions.setdefault(storage.data_ptr(), len(self.storages))
         if region == len(self.storages):
-            self.storages.append((storage.data_ptr(), storage.nbytes(), storage))
+            self.storages.append((storage.data_ptr(), storage.nbytes(), storage, tensor.device.index))
         return region
 
 

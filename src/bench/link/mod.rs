@@ -11,7 +11,7 @@ mod workload;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use serde::Serialize;
 
 pub use peer::serve as serve_peer;
@@ -23,7 +23,7 @@ use super::environment::Environment;
 use super::stats::{Samples, Spread};
 use super::table::{Table, size};
 use crate::config::Path;
-use crate::memory::{Region, RegionOptions, to_usize};
+use crate::memory::{Region, to_usize};
 use crate::security::Secret;
 use crate::transport::{Direction, Link, RunList, TransferRequest, Transport};
 
@@ -40,6 +40,8 @@ pub struct Options {
     /// Time per line of the table.
     pub seconds: f64,
     pub push: bool,
+    /// GPU of this process and of the other, for paths between GPUs.
+    pub gpus: [i32; 2],
 }
 
 /// One line of the table.
@@ -78,6 +80,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Memory walked through, so that nothing is met again while a cache still has it.
 const SPAN_BYTES_MIN: u64 = 256 << 20;
 const LATENCY_BYTES: u64 = 4096;
+/// What is compared before anything is measured.
+const CHECK_BYTES: u64 = 32 << 20;
+const CHECK_RUN_BYTES: u64 = 16 << 10;
 const LATENCY_ROUNDS_MAX: usize = 20_000;
 
 /// Measures, telling each line as it is known.
@@ -123,16 +128,40 @@ struct Rig {
 impl Rig {
     fn new(path: Path, options: &Options, direction: Direction, span: u64) -> anyhow::Result<Self> {
         let secret = Secret::generate()?;
-        let peer = Peer::start(path, span, options.threads, &secret)?;
-        let region = Region::shared_with(to_usize(span), RegionOptions { prefault: true, huge_pages: false })?;
+        let peer = Peer::start(path, span, options.threads, options.gpus[1], &secret)?;
+        let region = peer::memory(path, span, options.gpus[0])?;
         let transport = peer::open(path, &region, options.threads, &secret)?;
         let link =
             transport.connect(&peer.export, Instant::now() + PATIENCE).context("connecting to the other process")?;
         let ceiling = match path {
-            Path::Tcp => Ceiling::sockets(peer.plain_port, options.threads, region)?,
-            _ => Ceiling::memcpy(options.threads, region)?,
+            Path::Tcp => Ceiling::sockets(peer.plain_port, options.threads, region.clone())?,
+            Path::CudaIpc => Ceiling::gpu(peer.gpu_memory.as_ref(), &region)?,
+            _ => Ceiling::memcpy(options.threads, region.clone())?,
         };
-        Ok(Self { path, direction, transport, link, ceiling, peer, span })
+        let rig = Self { path, direction, transport, link, ceiling, peer, span };
+        rig.check(&region)?;
+        Ok(rig)
+    }
+
+    /// Whether what is pulled is what the other process holds: a fast copy of wrong bytes is worth nothing.
+    fn check(&self, region: &Region) -> anyhow::Result<()> {
+        if self.direction == Direction::Push {
+            return Ok(());
+        }
+        let bytes = CHECK_BYTES.min(self.span);
+        let runs = workload::scattered(0, bytes, CHECK_RUN_BYTES);
+        self.transfer(runs.clone())?;
+        let theirs = workload::noise(to_usize(ceiling::FILL_BYTES), peer::SEED);
+        for run in runs.segments.iter().flat_map(|segment| &segment.runs) {
+            let at = to_usize(run.src % ceiling::FILL_BYTES);
+            ensure!(
+                region.to_vec(run.dst, run.len)? == theirs[at..at + to_usize(run.len)],
+                "{} brought wrong bytes: run at {} of the other process's memory",
+                self.path.name(),
+                run.src
+            );
+        }
+        Ok(())
     }
 
     /// Seconds that one transfer took.

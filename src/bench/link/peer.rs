@@ -13,18 +13,23 @@ use super::PATIENCE;
 use super::ceiling::{PLAIN_BYTES, fill};
 use super::workload::noise;
 use crate::config::Path;
+use crate::ffi::cuda::{Device, IpcHandle};
 use crate::memory::{Region, RegionOptions, to_usize};
 use crate::security::Secret;
-use crate::transport::{Export, GrantToken, Run, RunList, Segment, Shm, Tcp, TcpSetup, Transport};
+use crate::transport::{CudaIpc, Export, GrantToken, Run, RunList, Segment, Shm, Tcp, TcpSetup, Transport};
 
 /// Name of the hidden subcommand of `pdlink bench` that calls [`serve`].
 const SUBCOMMAND: &str = "link-peer";
+
+/// What its memory is filled with.
+pub(super) const SEED: u64 = 5;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Orders {
     path: Path,
     span: u64,
     threads: usize,
+    gpu: i32,
     secret_file: std::path::PathBuf,
 }
 
@@ -33,6 +38,7 @@ struct Ready {
     export: Export,
     grant: GrantToken,
     plain_port: u16,
+    gpu_memory: Option<IpcHandle>,
 }
 
 /// The process, seen from the one that measures. Ended when dropped.
@@ -41,10 +47,12 @@ pub(super) struct Peer {
     pub(super) export: Export,
     pub(super) grant: GrantToken,
     pub(super) plain_port: u16,
+    /// Its memory, for the ceiling of a path between GPUs.
+    pub(super) gpu_memory: Option<IpcHandle>,
 }
 
 impl Peer {
-    pub(super) fn start(path: Path, span: u64, threads: usize, secret: &Secret) -> anyhow::Result<Self> {
+    pub(super) fn start(path: Path, span: u64, threads: usize, gpu: i32, secret: &Secret) -> anyhow::Result<Self> {
         let name = format!("pdlink-bench-{}-{:08x}", std::process::id(), rand::random::<u32>());
         let secret_file = std::env::temp_dir().join(name);
         secret.write_file(&secret_file)?;
@@ -55,12 +63,12 @@ impl Peer {
             .spawn()
             .context("starting the other process")?;
         // From here on dropping it ends the process.
-        let mut peer =
-            Self { child, export: Export::from_bytes(Vec::new()), grant: GrantToken([0; 16]), plain_port: 0 };
-        let answer = peer.order(&Orders { path, span, threads, secret_file: secret_file.clone() });
+        let export = Export::from_bytes(Vec::new());
+        let mut peer = Self { child, export, grant: GrantToken([0; 16]), plain_port: 0, gpu_memory: None };
+        let answer = peer.order(&Orders { path, span, threads, gpu, secret_file: secret_file.clone() });
         std::fs::remove_file(&secret_file)?;
-        let Ready { export, grant, plain_port } = answer?;
-        (peer.export, peer.grant, peer.plain_port) = (export, grant, plain_port);
+        let Ready { export, grant, plain_port, gpu_memory } = answer?;
+        (peer.export, peer.grant, peer.plain_port, peer.gpu_memory) = (export, grant, plain_port, gpu_memory);
         Ok(peer)
     }
 
@@ -86,6 +94,14 @@ impl Drop for Peer {
     }
 }
 
+/// Memory that `path` moves.
+pub(super) fn memory(path: Path, span: u64, gpu: i32) -> anyhow::Result<Arc<Region>> {
+    match path {
+        Path::CudaIpc => Ok(Region::allocated_on(&Device::open(gpu)?, to_usize(span))?),
+        _ => Ok(Region::shared_with(to_usize(span), RegionOptions { prefault: true, huge_pages: false })?),
+    }
+}
+
 /// One path over one region.
 pub(super) fn open(
     path: Path,
@@ -101,7 +117,8 @@ pub(super) fn open(
             let stall_max = Duration::from_secs(10);
             Arc::new(Tcp::new(regions, secret, &TcpSetup { bind, advertise_host, streams: threads, stall_max })?)
         }
-        Path::CudaIpc | Path::Nccl | Path::Nixl => bail!("{} needs memory that this bench does not have", path.name()),
+        Path::CudaIpc => Arc::new(CudaIpc::new(regions)?),
+        Path::Nccl | Path::Nixl => bail!("{} needs memory that this bench does not have", path.name()),
     })
 }
 
@@ -111,8 +128,9 @@ pub fn serve() -> anyhow::Result<()> {
     std::io::stdin().lock().read_line(&mut line)?;
     let orders: Orders = serde_json::from_str(&line).context("this command is started by `pdlink bench link`")?;
     let secret = Secret::read_file(&orders.secret_file)?;
-    let region = Region::shared_with(to_usize(orders.span), RegionOptions { prefault: true, huge_pages: false })?;
-    fill(&region, 5)?;
+    let region = memory(orders.path, orders.span, orders.gpu)?;
+    fill(&region, SEED)?;
+    let gpu_memory = region.device().map(|device| device.share(region.address())).transpose()?;
     let transport = open(orders.path, &region, orders.threads, &secret)?;
     let whole = vec![Run { src: 0, dst: 0, len: orders.span }];
     let grant = transport.grant(&RunList { segments: vec![Segment { src_region: 0, dst_region: 0, runs: whole }] })?;
@@ -121,7 +139,7 @@ pub fn serve() -> anyhow::Result<()> {
     if orders.path == Path::Tcp {
         plain_senders(listener, orders.threads, to_usize(orders.span))?;
     }
-    let ready = Ready { export: transport.export(), grant: grant.token(), plain_port };
+    let ready = Ready { export: transport.export(), grant: grant.token(), plain_port, gpu_memory };
     println!("{}", serde_json::to_string(&ready)?);
     std::io::stdout().flush()?;
     std::io::stdin().lock().read_to_end(&mut Vec::new())?;

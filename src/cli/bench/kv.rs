@@ -5,7 +5,6 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 
-use super::PathName;
 use crate::bench::kv;
 use crate::config::{KvSendType, Path};
 
@@ -70,6 +69,13 @@ pub(super) fn run(args: KvArgs) -> anyhow::Result<ExitCode> {
         seconds: args.seconds.clamp(0.0, 3600.0),
     };
     super::tell(args.json.as_deref(), |text| kv::run(&options, text))
+}
+
+/// The paths of host memory, which is what this bench keeps its KV in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PathName {
+    Shm,
+    Tcp,
 }
 
 fn path(name: PathName) -> Path {

@@ -5,7 +5,6 @@
 //! A pusher writes the peer's memory itself, so a grant here is a promise, not a fence ([`super::Fence::AskPeer`]): kv asks the
 //! peer whether its transfer is over, or waits until [`Link::peer_gone`] (KV-7).
 
-mod identity;
 mod peer;
 mod process_vm;
 
@@ -14,16 +13,16 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use self::identity::Identity;
 use self::peer::Peer;
 use super::copy_pool::CopyPool;
 use super::flight::{Inflight, locked};
+use super::identity::Identity;
 use super::{
     CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, GrantToken, Link, RunList, TransferRequest, TransferTicket,
     Transport, TransportError,
 };
 use crate::config::Path;
-use crate::memory::{Backing, Region, to_u64};
+use crate::memory::{Backing, Region};
 
 /// What a peer needs to reach our memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -74,7 +73,7 @@ impl Shm {
 fn describe(region: &Region) -> RegionDescription {
     let place = match region.backing() {
         Backing::Shared { fd, device, inode, prefault } => Place::File { fd, device, inode, prefault },
-        Backing::Borrowed => Place::Address(to_u64(region.ptr().addr())),
+        Backing::Borrowed | Backing::Device => Place::Address(region.address()),
     };
     RegionDescription { len: region.len(), place }
 }

@@ -5,16 +5,14 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, fstat, open};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::identity::Reach;
 use super::process_vm::{ProcessVm, Way};
 use super::{Description, Place, RegionDescription};
 use crate::memory::Region;
 use crate::transport::copy_pool::Carrier;
 use crate::transport::flight::Flight;
+use crate::transport::process::Process;
 use crate::transport::{Direction, Piece, Segment, TransportError};
 
 /// Transfers from this size on are copied past the caches: they would not fit. Below it, whoever reads the bytes next may find
@@ -23,14 +21,12 @@ const STREAM_BYTES_MIN: u64 = 32 << 20;
 
 /// One peer process and our way into its memory. Dropping it unmaps everything.
 pub(super) struct Peer {
-    name: String,
+    process: Process,
     regions: Vec<PeerRegion>,
     ours: Arc<[Arc<Region>]>,
     our_lens: Vec<u64>,
     their_lens: Vec<u64>,
     vm: ProcessVm,
-    /// Stays this process however often its number is reused, and turns readable when it ends.
-    pidfd: OwnedFd,
 }
 
 enum PeerRegion {
@@ -41,23 +37,9 @@ enum PeerRegion {
 
 impl Peer {
     pub(super) fn open(description: &Description, ours: Arc<[Arc<Region>]>) -> Result<Self, TransportError> {
-        let pid = description.owner.pid;
-        let name = format!("process {pid}");
+        let process = Process::open(&description.owner, "shm")?;
+        let (pid, name) = (process.pid(), process.name().to_owned());
         let unreachable = |reason: String| TransportError::Unreachable { path: "shm", peer: name.clone(), reason };
-        // The descriptor first, then the question whether that process is the one meant: so it cannot change in between.
-        let number = (pid > 0).then(|| Pid::from_raw(pid)).flatten();
-        let number = number.ok_or_else(|| unreachable("no process has that id".to_owned()))?;
-        let pidfd = pidfd_open(number, PidfdFlags::empty());
-        match description.owner.reach().map_err(|error| unreachable(error.to_string()))? {
-            Reach::Here => {}
-            Reach::OtherHost => return Err(unreachable("it runs on another host; allow tcp in kv.paths".to_owned())),
-            Reach::OtherNamespace => {
-                let mend = "start both with one process id namespace (docker: --pid=host), or allow tcp in kv.paths";
-                return Err(unreachable(format!("it runs in another process id namespace; {mend}")));
-            }
-            Reach::Gone => return Err(TransportError::PeerGone { peer: name }),
-        }
-        let pidfd = pidfd.map_err(|error| unreachable(format!("pidfd_open: {error}")))?;
         let vm = ProcessVm::new(pid);
         let open = |(index, region): (usize, &RegionDescription)| {
             open_region(pid, region, &vm).map_err(|error| unreachable(format!("region {index}: {error}")))
@@ -65,12 +47,12 @@ impl Peer {
         let regions = description.regions.iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
         let our_lens = ours.iter().map(|region| region.len()).collect();
         let their_lens = description.regions.iter().map(|region| region.len).collect();
-        let peer = Self { name, regions, ours, our_lens, their_lens, vm, pidfd };
-        if peer.gone() { Err(TransportError::PeerGone { peer: peer.name }) } else { Ok(peer) }
+        let peer = Self { process, regions, ours, our_lens, their_lens, vm };
+        if peer.gone() { Err(peer.ended()) } else { Ok(peer) }
     }
 
     pub(super) fn name(&self) -> &str {
-        &self.name
+        self.process.name()
     }
 
     /// Lengths of our regions and of the peer's.
@@ -80,9 +62,7 @@ impl Peer {
 
     /// Whether the process has ended. Cannot be wrong about a reused process id.
     pub(super) fn gone(&self) -> bool {
-        let mut ended = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut ended, Some(&now)).is_ok_and(|ready| ready > 0)
+        self.process.gone()
     }
 
     fn carry_mapped(&self, theirs: &Region, ours: &Region, flight: &Flight, piece: Piece) {
@@ -110,12 +90,12 @@ impl Peer {
         });
         self.vm.copy(way, ours, runs).map_err(|error| match error {
             _ if self.gone() => self.ended(),
-            error => TransportError::io(way.call(), &self.name, error),
+            error => TransportError::io(way.call(), self.name(), error),
         })
     }
 
     fn ended(&self) -> TransportError {
-        TransportError::PeerGone { peer: self.name.clone() }
+        TransportError::PeerGone { peer: self.name().to_owned() }
     }
 }
 

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 
 use libc::{c_int, c_void, iovec, msghdr};
 
-use crate::memory::{OutOfRange, Region, to_u64, to_usize};
+use crate::memory::{AccessError, Region, to_u64, to_usize};
 
 /// Bytes of regions that are still to be sent or received, in order. The regions outlive it.
 #[derive(Default)]
@@ -21,7 +21,7 @@ pub(super) struct Span<'a> {
 }
 
 impl<'a> Span<'a> {
-    pub(super) fn push(&mut self, region: &'a Region, offset: u64, len: u64) -> Result<(), OutOfRange> {
+    pub(super) fn push(&mut self, region: &'a Region, offset: u64, len: u64) -> Result<(), AccessError> {
         let iov_base = region.at(offset, len)?.cast::<c_void>();
         if len > 0 {
             self.iovecs.push(iovec { iov_base, iov_len: to_usize(len) });

@@ -1,0 +1,227 @@
+//! One GPU, as this process sees it, and memory on it.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use super::driver::{Context, CudaError, DevicePtr, Driver, RawIpcHandle};
+
+const MULTIPROCESSOR_COUNT: i32 = 16;
+/// Lets a mapped peer GPU be reached over NVLink or PCIe without a call of its own.
+const LAZY_PEER_ACCESS: u32 = 1;
+
+/// A GPU, with the context that PyTorch and everybody else in the process uses too.
+#[derive(Debug)]
+pub struct Device {
+    driver: &'static Driver,
+    ordinal: i32,
+    handle: i32,
+    context: Context,
+}
+
+// SAFETY: a context may be current on any number of threads; every call makes it current on its own thread first.
+unsafe impl Send for Device {}
+// SAFETY: as above, and the driver serialises what must be.
+unsafe impl Sync for Device {}
+
+impl std::fmt::Debug for Driver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Driver")
+    }
+}
+
+/// An allocation that an address lies in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allocation {
+    pub base: u64,
+    pub len: u64,
+}
+
+/// Names an allocation to other processes of this host.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct IpcHandle(Vec<u8>);
+
+impl Device {
+    /// The GPU of number `ordinal` among those that `CUDA_VISIBLE_DEVICES` leaves.
+    pub fn open(ordinal: i32) -> Result<Arc<Self>, CudaError> {
+        let driver = Driver::get()?;
+        let mut handle = 0;
+        // SAFETY: writes one int.
+        driver.check("cuDeviceGet", unsafe { (driver.device_get)(&raw mut handle, ordinal) })?;
+        let mut context: Context = std::ptr::null_mut();
+        // SAFETY: writes one pointer; released when the device is dropped.
+        let status = unsafe { (driver.primary_retain)(&raw mut context, handle) };
+        driver.check("cuDevicePrimaryCtxRetain", status)?;
+        Ok(Arc::new(Self { driver, ordinal, handle, context }))
+    }
+
+    pub fn ordinal(&self) -> i32 {
+        self.ordinal
+    }
+
+    /// The number that names this GPU on any machine.
+    pub fn uuid(&self) -> Result<[u8; 16], CudaError> {
+        let mut uuid = [0; 16];
+        // SAFETY: writes sixteen bytes.
+        let status = unsafe { (self.driver.device_uuid)(&raw mut uuid, self.handle) };
+        self.driver.check("cuDeviceGetUuid", status).map(|()| uuid)
+    }
+
+    pub fn multiprocessors(&self) -> Result<u32, CudaError> {
+        let mut count = 0;
+        // SAFETY: writes one int.
+        let status = unsafe { (self.driver.device_attribute)(&raw mut count, MULTIPROCESSOR_COUNT, self.handle) };
+        self.driver.check("cuDeviceGetAttribute", status).map(|()| u32::try_from(count).unwrap_or(1))
+    }
+
+    /// Runs `calls` with this GPU's context current on the calling thread, and puts back what was current before.
+    pub(super) fn current<T>(&self, calls: impl FnOnce(&Driver) -> Result<T, CudaError>) -> Result<T, CudaError> {
+        // SAFETY: the context is retained for as long as `self` lives.
+        self.driver.check("cuCtxPushCurrent", unsafe { (self.driver.context_push)(self.context) })?;
+        let result = calls(self.driver);
+        let mut popped: Context = std::ptr::null_mut();
+        // SAFETY: writes one pointer; what is popped was pushed above.
+        let status = unsafe { (self.driver.context_pop)(&raw mut popped) };
+        self.driver.check("cuCtxPopCurrent", status).and(result)
+    }
+
+    /// The allocation that `address` lies in.
+    pub fn allocation_of(&self, address: u64) -> Result<Allocation, CudaError> {
+        self.current(|driver| {
+            let (mut base, mut len) = (0, 0_usize);
+            // SAFETY: writes two numbers; any address may be asked about.
+            let status = unsafe { (driver.memory_range)(&raw mut base, &raw mut len, address) };
+            driver.check("cuMemGetAddressRange", status).map(|()| Allocation { base, len: len as u64 })
+        })
+    }
+
+    /// What other processes need to map the allocation that starts at `base`.
+    pub fn share(&self, base: u64) -> Result<IpcHandle, CudaError> {
+        self.current(|driver| {
+            let mut handle = RawIpcHandle([0; 64]);
+            // SAFETY: writes 64 bytes; an address that is none is answered with an error.
+            let status = unsafe { (driver.ipc_handle)(&raw mut handle, base) };
+            driver.check("cuIpcGetMemHandle", status).map(|()| IpcHandle(handle.0.to_vec()))
+        })
+    }
+
+    /// Maps another process's allocation for this GPU.
+    pub fn map(self: &Arc<Self>, handle: &IpcHandle) -> Result<Mapped, CudaError> {
+        let invalid = || CudaError::Kernel(format!("a memory handle has 64 bytes, this one {}", handle.0.len()));
+        let raw = RawIpcHandle(handle.0.as_slice().try_into().map_err(|_| invalid())?);
+        self.current(|driver| {
+            let mut address = 0;
+            // SAFETY: writes one address; unmapped once, when `Mapped` is dropped.
+            let status = unsafe { (driver.ipc_open)(&raw mut address, raw, LAZY_PEER_ACCESS) };
+            driver.check("cuIpcOpenMemHandle", status).map(|()| Mapped { device: Arc::clone(self), address })
+        })
+    }
+
+    /// `len` bytes of this GPU's memory.
+    pub fn allocate(self: &Arc<Self>, len: usize) -> Result<DeviceMemory, CudaError> {
+        self.current(|driver| {
+            let mut address = 0;
+            // SAFETY: writes one address; freed once, when `DeviceMemory` is dropped.
+            let status = unsafe { (driver.memory_allocate)(&raw mut address, len) };
+            driver.check("cuMemAlloc", status).map(|()| DeviceMemory { device: Arc::clone(self), address })
+        })
+    }
+
+    /// Copies `bytes` to `address`.
+    ///
+    /// # Safety
+    /// `address` must be that many writable bytes that this GPU can address.
+    pub unsafe fn copy_in(&self, address: DevicePtr, bytes: &[u8]) -> Result<(), CudaError> {
+        self.current(|driver| {
+            // SAFETY: the caller vouches for `address`; `bytes` are as many as are named.
+            let status = unsafe { (driver.copy_in)(address, bytes.as_ptr().cast::<c_void>(), bytes.len()) };
+            driver.check("cuMemcpyHtoD", status)
+        })
+    }
+
+    /// Copies what is at `address` into `bytes`.
+    ///
+    /// # Safety
+    /// `address` must be that many readable bytes that this GPU can address.
+    pub unsafe fn copy_out(&self, address: DevicePtr, bytes: &mut [u8]) -> Result<(), CudaError> {
+        self.current(|driver| {
+            // SAFETY: the caller vouches for `address`; `bytes` has room for as many as are named.
+            let status = unsafe { (driver.copy_out)(bytes.as_mut_ptr().cast::<c_void>(), address, bytes.len()) };
+            driver.check("cuMemcpyDtoH", status)
+        })
+    }
+
+    /// Copies `len` bytes from one address to another.
+    ///
+    /// # Safety
+    /// Both must be that many bytes that this GPU can address, and `dst` writable.
+    pub unsafe fn copy_within(&self, src: DevicePtr, dst: DevicePtr, len: usize) -> Result<(), CudaError> {
+        self.current(|driver| {
+            // SAFETY: the caller vouches for both.
+            driver.check("cuMemcpyDtoD", unsafe { (driver.copy_within)(dst, src, len) })?;
+            // Between two places on GPUs the call above only starts the copy.
+            // SAFETY: the null stream, where it runs, is always there.
+            driver.check("cuStreamSynchronize", unsafe { (driver.stream_synchronize)(std::ptr::null_mut()) })
+        })
+    }
+
+    /// Sets `len` bytes to `byte`.
+    ///
+    /// # Safety
+    /// `address` must be that many writable bytes that this GPU can address.
+    pub unsafe fn fill(&self, address: DevicePtr, byte: u8, len: usize) -> Result<(), CudaError> {
+        self.current(|driver| {
+            // SAFETY: the caller vouches for `address`.
+            driver.check("cuMemsetD8", unsafe { (driver.memory_set)(address, byte, len) })
+        })
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: retained once, in `open`. At the end of the process the driver may be gone already, and says so.
+        let _ = unsafe { (self.driver.primary_release)(self.handle) };
+    }
+}
+
+/// Memory that we allocated.
+#[derive(Debug)]
+pub struct DeviceMemory {
+    device: Arc<Device>,
+    address: DevicePtr,
+}
+
+impl DeviceMemory {
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated once, and nothing uses it after its owner.
+        let _ = self.device.current(|driver| driver.check("cuMemFree", unsafe { (driver.memory_free)(self.address) }));
+    }
+}
+
+/// Another process's allocation, mapped here.
+#[derive(Debug)]
+pub struct Mapped {
+    device: Arc<Device>,
+    address: DevicePtr,
+}
+
+impl Mapped {
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        let close = |driver: &Driver| {
+            // SAFETY: mapped once, and every copy that named it has ended: its owner waited for them.
+            driver.check("cuIpcCloseMemHandle", unsafe { (driver.ipc_close)(self.address) })
+        };
+        let _ = self.device.current(close);
+    }
+}

@@ -1,0 +1,130 @@
+//! The library, its functions, and what they answer.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::OnceLock;
+
+use libloading::Library;
+
+pub(super) type Context = *mut c_void;
+pub(super) type Stream = *mut c_void;
+pub(super) type Event = *mut c_void;
+pub(super) type Module = *mut c_void;
+pub(super) type Function = *mut c_void;
+pub(super) type DevicePtr = u64;
+pub(super) type Status = c_int;
+
+/// As the driver wants it, by value.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct RawIpcHandle(pub(super) [u8; 64]);
+
+/// Why something could not be done on a GPU.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CudaError {
+    #[error("NVIDIA's driver library cannot be used: {0}")]
+    NoDriver(String),
+    #[error("{call} failed: {name} ({code}), {text}")]
+    Call { call: &'static str, code: i32, name: String, text: String },
+    #[error("the GPU does not know our kernel: {0}")]
+    Kernel(String),
+}
+
+/// Declares the functions that are used: field, symbol, argument types.
+macro_rules! functions {
+    ($($name:ident = $symbol:literal ($($arg:ty),*);)*) => {
+        /// The functions of the library. Each pointer stays valid because the library is never closed.
+        pub(super) struct Driver {
+            $(pub(super) $name: unsafe extern "C" fn($($arg),*) -> Status,)*
+            _library: Library,
+        }
+
+        impl Driver {
+            fn load() -> Result<Self, String> {
+                // SAFETY: the driver's initialisers are made to be run by any process, once or many times.
+                let library = unsafe { Library::new("libcuda.so.1") }.map_err(|error| error.to_string())?;
+                $(
+                    // SAFETY: the symbol, by its versioned name, has had this signature since the version that named it.
+                    let $name = unsafe { library.get::<unsafe extern "C" fn($($arg),*) -> Status>($symbol) };
+                    let $name = *$name.map_err(|error| error.to_string())?;
+                )*
+                Ok(Self { $($name,)* _library: library })
+            }
+        }
+    };
+}
+
+functions! {
+    init = b"cuInit\0" (c_uint);
+    device_get = b"cuDeviceGet\0" (*mut c_int, c_int);
+    device_attribute = b"cuDeviceGetAttribute\0" (*mut c_int, c_int, c_int);
+    device_uuid = b"cuDeviceGetUuid_v2\0" (*mut [u8; 16], c_int);
+    primary_retain = b"cuDevicePrimaryCtxRetain\0" (*mut Context, c_int);
+    primary_release = b"cuDevicePrimaryCtxRelease_v2\0" (c_int);
+    context_push = b"cuCtxPushCurrent_v2\0" (Context);
+    context_pop = b"cuCtxPopCurrent_v2\0" (*mut Context);
+    memory_allocate = b"cuMemAlloc_v2\0" (*mut DevicePtr, usize);
+    memory_free = b"cuMemFree_v2\0" (DevicePtr);
+    memory_range = b"cuMemGetAddressRange_v2\0" (*mut DevicePtr, *mut usize, DevicePtr);
+    memory_set = b"cuMemsetD8_v2\0" (DevicePtr, u8, usize);
+    copy_in = b"cuMemcpyHtoD_v2\0" (DevicePtr, *const c_void, usize);
+    copy_in_async = b"cuMemcpyHtoDAsync_v2\0" (DevicePtr, *const c_void, usize, Stream);
+    copy_out = b"cuMemcpyDtoH_v2\0" (*mut c_void, DevicePtr, usize);
+    copy_within = b"cuMemcpyDtoD_v2\0" (DevicePtr, DevicePtr, usize);
+    host_allocate = b"cuMemHostAlloc\0" (*mut *mut c_void, usize, c_uint);
+    host_free = b"cuMemFreeHost\0" (*mut c_void);
+    ipc_handle = b"cuIpcGetMemHandle\0" (*mut RawIpcHandle, DevicePtr);
+    ipc_open = b"cuIpcOpenMemHandle_v2\0" (*mut DevicePtr, RawIpcHandle, c_uint);
+    ipc_close = b"cuIpcCloseMemHandle\0" (DevicePtr);
+    stream_create = b"cuStreamCreate\0" (*mut Stream, c_uint);
+    stream_destroy = b"cuStreamDestroy_v2\0" (Stream);
+    stream_synchronize = b"cuStreamSynchronize\0" (Stream);
+    event_create = b"cuEventCreate\0" (*mut Event, c_uint);
+    event_destroy = b"cuEventDestroy_v2\0" (Event);
+    event_record = b"cuEventRecord\0" (Event, Stream);
+    event_query = b"cuEventQuery\0" (Event);
+    event_synchronize = b"cuEventSynchronize\0" (Event);
+    module_load = b"cuModuleLoadData\0" (*mut Module, *const c_void);
+    module_unload = b"cuModuleUnload\0" (Module);
+    module_function = b"cuModuleGetFunction\0" (*mut Function, Module, *const c_char);
+    launch = b"cuLaunchKernel\0" (Function, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Stream, *mut *mut c_void, *mut *mut c_void);
+    error_name = b"cuGetErrorName\0" (Status, *mut *const c_char);
+    error_text = b"cuGetErrorString\0" (Status, *mut *const c_char);
+}
+
+/// `CUDA_ERROR_NOT_READY`: what an event that has not happened yet answers.
+pub(super) const NOT_READY: Status = 600;
+
+impl Driver {
+    /// The library of this process, opened and initialised at the first call.
+    pub(super) fn get() -> Result<&'static Self, CudaError> {
+        static DRIVER: OnceLock<Result<Driver, CudaError>> = OnceLock::new();
+        let driver = DRIVER.get_or_init(|| {
+            let driver = Self::load().map_err(CudaError::NoDriver)?;
+            // SAFETY: takes a number; 0 is the one that is defined.
+            let status = unsafe { (driver.init)(0) };
+            driver.check("cuInit", status)?;
+            Ok(driver)
+        });
+        driver.as_ref().map_err(Clone::clone)
+    }
+
+    /// An error unless `status` is success.
+    pub(super) fn check(&self, call: &'static str, status: Status) -> Result<(), CudaError> {
+        if status == 0 {
+            return Ok(());
+        }
+        let (name, text) = (self.said(self.error_name, status), self.said(self.error_text, status));
+        Err(CudaError::Call { call, code: status, name, text })
+    }
+
+    fn said(&self, ask: unsafe extern "C" fn(Status, *mut *const c_char) -> Status, status: Status) -> String {
+        let mut text: *const c_char = std::ptr::null();
+        // SAFETY: writes one pointer, to a string of the library's own or null.
+        let known = unsafe { ask(status, &raw mut text) } == 0 && !text.is_null();
+        if !known {
+            return "unknown".to_owned();
+        }
+        // SAFETY: not null, and the library's strings are terminated and never freed.
+        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+    }
+}

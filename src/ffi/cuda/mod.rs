@@ -1,0 +1,10 @@
+//! NVIDIA's driver library, `libcuda.so.1`: devices, their memory, memory of other processes, and our copy kernel. The
+//! driver, not the runtime library: it is the one that every GPU machine has, in one copy, whatever PyTorch brings.
+
+mod copier;
+mod device;
+mod driver;
+
+pub use copier::{Copier, CopyPiece};
+pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped};
+pub use driver::CudaError;

@@ -1,0 +1,285 @@
+//! GPUs of one host with peer access, or one GPU: a peer's allocations are mapped, and one kernel launch moves the run list
+//! straight from block to block. The process that submits makes the whole copy, and the peer does nothing.
+//!
+//! A pusher writes the peer's memory itself, so a grant here is a promise, not a fence ([`super::Fence::AskPeer`]), as on `shm`.
+
+mod peer;
+
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use self::peer::Peer;
+use super::flight::{Flight, Inflight, locked};
+use super::flight_queue::FlightQueue;
+use super::identity::Identity;
+use super::threads::Threads;
+use super::{
+    CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, GrantToken, Link, Piece, RunList, TransferRequest,
+    TransferTicket, Transport, TransportError,
+};
+use crate::config::Path;
+use crate::ffi::cuda::{CudaError, Device, IpcHandle};
+use crate::memory::{GpuCopies, GpuRun, Region};
+
+/// Most multiprocessors that a copy takes from the engine. Between two H200 over NVLink 8 pull 359 GB/s, 16 pull 371, all 132
+/// of them 372, of the 394 of a plain copy.
+const MULTIPROCESSORS_MAX: u32 = 16;
+/// Bounds of what one launch copies: a cancel, and what TR-3 waits for, take no longer than this.
+const LAUNCH_BYTES_MAX: u64 = 256 << 20;
+
+/// What a peer needs to reach our memory.
+#[derive(Debug, Serialize, Deserialize)]
+struct Description {
+    owner: Identity,
+    /// The GPU's own number, the same in every process.
+    gpu: [u8; 16],
+    allocations: Vec<SharedAllocation>,
+    regions: Vec<RegionDescription>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct SharedAllocation {
+    handle: IpcHandle,
+    len: u64,
+}
+
+/// Where a region is to be found.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct RegionDescription {
+    allocation: u32,
+    offset: u64,
+    len: u64,
+}
+
+/// The `cuda-ipc` path of this process.
+pub struct CudaIpc {
+    device: Arc<Device>,
+    regions: Arc<[Arc<Region>]>,
+    export: Export,
+    queue: Arc<FlightQueue<Arc<Peer>>>,
+    threads: Threads,
+    links: Mutex<Vec<Weak<CudaIpcLink>>>,
+}
+
+fn unusable(reason: String) -> TransportError {
+    TransportError::Unreachable { path: "cuda-ipc", peer: "this process".to_owned(), reason }
+}
+
+impl CudaIpc {
+    /// Offers `regions`, all of one GPU.
+    pub fn new(regions: &[Arc<Region>]) -> Result<Self, TransportError> {
+        let device = regions.first().and_then(|region| region.device()).cloned();
+        let device = device.ok_or_else(|| unusable("there is no GPU memory to offer".to_owned()))?;
+        if regions.iter().any(|region| region.device().is_none_or(|other| other.ordinal() != device.ordinal())) {
+            return Err(unusable("its regions lie on several GPUs; start one worker for each".to_owned()));
+        }
+        let description = describe(&device, regions)?;
+        let copies = GpuCopies::on(&device, MULTIPROCESSORS_MAX).map_err(|error| unusable(error.to_string()))?;
+        let (queue, threads) = (Arc::new(FlightQueue::new()), Threads::default());
+        let work = queue.clone();
+        threads
+            .spawn("pdlink-cuda".to_owned(), move || carry_all(&work, copies))
+            .map_err(|error| unusable(format!("no thread: {error}")))?;
+        let export = Export::encode(&description);
+        Ok(Self { device, regions: regions.into(), export, queue, threads, links: Mutex::default() })
+    }
+}
+
+/// The allocations that the regions lie in, each once, and where.
+fn describe(device: &Arc<Device>, regions: &[Arc<Region>]) -> Result<Description, TransportError> {
+    let failed = |error: CudaError| unusable(error.to_string());
+    let owner = Identity::of_self().map_err(|error| unusable(error.to_string()))?;
+    let mut bases = Vec::new();
+    let mut allocations = Vec::new();
+    let mut places = Vec::new();
+    for region in regions {
+        let found = device.allocation_of(region.address()).map_err(failed)?;
+        let offset = region.address() - found.base;
+        if offset.checked_add(region.len()).is_none_or(|end| end > found.len) {
+            return Err(unusable("a region reaches over several allocations; turn expandable_segments off".to_owned()));
+        }
+        let known = bases.iter().position(|base| *base == found.base);
+        let allocation = match known {
+            Some(known) => known,
+            None => {
+                let handle = device.share(found.base).map_err(|error| {
+                    unusable(format!("{error}; memory of expandable segments or of cuMemCreate cannot be shared"))
+                })?;
+                bases.push(found.base);
+                allocations.push(SharedAllocation { handle, len: found.len });
+                allocations.len() - 1
+            }
+        };
+        let allocation = u32::try_from(allocation).unwrap_or(u32::MAX);
+        places.push(RegionDescription { allocation, offset, len: region.len() });
+    }
+    Ok(Description { owner, gpu: device.uuid().map_err(failed)?, allocations, regions: places })
+}
+
+/// Carries pieces until the queue is closed. One thread: one launch fills the link already.
+fn carry_all(queue: &FlightQueue<Arc<Peer>>, mut copies: GpuCopies) {
+    let mut pieces = Vec::new();
+    while let Some((flight, peer, piece)) = queue.take() {
+        pieces.clear();
+        pieces.push(piece);
+        let carried = if flight.fail_if_late(Instant::now()) {
+            Ok(())
+        } else {
+            gather(&flight, &mut pieces);
+            carry(&flight, &peer, &pieces, &mut copies)
+        };
+        // First: once the pieces are accounted for, the link may be closed, and nothing of it held here.
+        drop(peer);
+        pieces.iter().for_each(|_| flight.account(carried.clone()));
+    }
+}
+
+/// Claims more pieces of a flight. Its segments go together: a launch for each would take longer than most of them.
+fn gather(flight: &Flight, pieces: &mut Vec<Piece>) {
+    let mut bytes: u64 = pieces.iter().map(|piece| piece.bytes).sum();
+    while bytes < LAUNCH_BYTES_MAX
+        && let Some(piece) = flight.claim()
+    {
+        bytes += piece.bytes;
+        pieces.push(piece);
+    }
+}
+
+fn carry(flight: &Flight, peer: &Peer, pieces: &[Piece], copies: &mut GpuCopies) -> Result<(), TransportError> {
+    if peer.gone() {
+        return Err(TransportError::PeerGone { peer: peer.name().to_owned() });
+    }
+    let runs = pieces.iter().flat_map(|piece| {
+        let segment = &flight.runs.segments[piece.segment];
+        let (src, dst) = peer.ends(flight.direction, segment.src_region, segment.dst_region);
+        flight.runs.walk(*piece).map(move |run| GpuRun {
+            src: src.region,
+            src_offset: src.offset + run.src,
+            dst: dst.region,
+            dst_offset: dst.offset + run.dst,
+            len: run.len,
+        })
+    });
+    copies.copy(runs).map_err(|error| TransportError::Unreachable {
+        path: "cuda-ipc",
+        peer: peer.name().to_owned(),
+        reason: error.to_string(),
+    })
+}
+
+impl Transport for CudaIpc {
+    fn path(&self) -> Path {
+        Path::CudaIpc
+    }
+
+    fn export(&self) -> Export {
+        self.export.clone()
+    }
+
+    fn connect(&self, peer: &Export, _deadline: Instant) -> Result<Arc<dyn Link>, TransportError> {
+        let description: Description = peer.decode(Path::CudaIpc)?;
+        let peer = Peer::open(&self.device, &description, self.regions.clone())?;
+        let inflight = Inflight::new(peer.name().to_owned());
+        let link =
+            Arc::new(CudaIpcLink { peer: Mutex::new(Some(Arc::new(peer))), queue: self.queue.clone(), inflight });
+        let mut links = locked(&self.links);
+        links.retain(|link| link.strong_count() > 0);
+        links.push(Arc::downgrade(&link));
+        Ok(link)
+    }
+
+    fn grant(&self, runs: &RunList) -> Result<Grant, TransportError> {
+        let lens: Vec<u64> = self.regions.iter().map(|region| region.len()).collect();
+        runs.validate_destinations(&lens)?;
+        Ok(Grant::unenforced(GrantToken::random()))
+    }
+
+    fn close(&self) {
+        let links = std::mem::take(&mut *locked(&self.links));
+        links.iter().filter_map(Weak::upgrade).for_each(|link| link.close());
+        for flight in self.queue.close() {
+            flight.fail(TransportError::Cancelled);
+        }
+        self.threads.join();
+    }
+}
+
+impl Drop for CudaIpc {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+struct CudaIpcLink {
+    /// Taken when the link closes: the peer's memory is unmapped once the last transfer has let go of it.
+    peer: Mutex<Option<Arc<Peer>>>,
+    queue: Arc<FlightQueue<Arc<Peer>>>,
+    inflight: Arc<Inflight>,
+}
+
+impl CudaIpcLink {
+    fn peer(&self) -> Option<Arc<Peer>> {
+        locked(&self.peer).clone()
+    }
+
+    fn closed(&self) -> TransportError {
+        TransportError::LinkClosed { peer: self.inflight.peer().to_owned() }
+    }
+}
+
+impl Link for CudaIpcLink {
+    fn path(&self) -> Path {
+        Path::CudaIpc
+    }
+
+    fn submit(&self, request: TransferRequest, done: Completion) -> TransferTicket {
+        let peer = self.peer();
+        let (ticket, flight) = self.inflight.admit(request, done, |request| {
+            let peer = peer.as_ref().ok_or_else(|| self.closed())?;
+            let (ours, theirs) = peer.lens();
+            let totals = match request.direction {
+                Direction::Pull => request.runs.validate(theirs, ours)?,
+                Direction::Push => request.runs.validate(ours, theirs)?,
+            };
+            Ok((totals, request.runs.pieces(LAUNCH_BYTES_MAX, GpuCopies::runs_max())))
+        });
+        if let (Some(flight), Some(peer)) = (flight, peer) {
+            flight.posted(flight.totals.posts);
+            if let Err(flight) = self.queue.push(flight, peer) {
+                flight.fail(TransportError::Cancelled);
+            }
+        }
+        ticket
+    }
+
+    fn cancel(&self, ticket: TransferTicket) {
+        if let Some(flight) = self.inflight.get(ticket) {
+            flight.fail(TransportError::Cancelled);
+        }
+    }
+
+    fn usable(&self) -> bool {
+        !self.inflight.is_closed() && !self.peer_gone()
+    }
+
+    fn peer_gone(&self) -> bool {
+        self.peer().is_some_and(|peer| peer.gone())
+    }
+
+    fn close(&self) {
+        for flight in self.inflight.close(self.closed()) {
+            flight.fail(TransportError::Cancelled);
+        }
+        self.inflight.wait_empty(CLOSE_WAIT_MAX);
+        self.queue.forget_ended();
+        drop(locked(&self.peer).take());
+    }
+}
+
+impl Drop for CudaIpcLink {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,88 @@
+//! A peer's GPU memory, mapped.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use super::{Description, RegionDescription};
+use crate::ffi::cuda::Device;
+use crate::memory::Region;
+use crate::transport::process::Process;
+use crate::transport::{Direction, TransportError};
+
+/// One peer process and our way into its memory. Dropping it unmaps everything.
+pub(super) struct Peer {
+    process: Process,
+    allocations: Vec<Arc<Region>>,
+    /// For each of its regions: which allocation, and where in it.
+    theirs: Vec<(usize, u64)>,
+    their_lens: Vec<u64>,
+    ours: Arc<[Arc<Region>]>,
+    our_lens: Vec<u64>,
+}
+
+/// Where a region of ours or theirs starts.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) region: &'a Region,
+    pub(super) offset: u64,
+}
+
+impl Peer {
+    pub(super) fn open(
+        device: &Arc<Device>,
+        description: &Description,
+        ours: Arc<[Arc<Region>]>,
+    ) -> Result<Self, TransportError> {
+        let process = Process::open(&description.owner, "cuda-ipc")?;
+        let name = process.name().to_owned();
+        let unreachable = |reason: String| TransportError::Unreachable { path: "cuda-ipc", peer: name.clone(), reason };
+        if process.is_this() {
+            return Err(unreachable("a process cannot map its own GPU memory".to_owned()));
+        }
+        let map = |allocation: &super::SharedAllocation| {
+            Region::of_gpu_peer(device, &allocation.handle, allocation.len)
+                .map_err(|error| unreachable(format!("{error}; its GPU must be visible here too, and reach this one")))
+        };
+        let allocations = description.allocations.iter().map(map).collect::<Result<Vec<_>, _>>()?;
+        let place = |region: &RegionDescription| {
+            let at = usize::try_from(region.allocation).ok()?;
+            allocations.get(at)?.check(region.offset, region.len).ok()?;
+            Some((at, region.offset))
+        };
+        let theirs: Option<Vec<_>> = description.regions.iter().map(place).collect();
+        let theirs = theirs.ok_or_else(|| unreachable("a region lies outside its allocation".to_owned()))?;
+        let their_lens = description.regions.iter().map(|region| region.len).collect();
+        let our_lens = ours.iter().map(|region| region.len()).collect();
+        Ok(Self { process, allocations, theirs, their_lens, ours, our_lens })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        self.process.name()
+    }
+
+    pub(super) fn gone(&self) -> bool {
+        self.process.gone()
+    }
+
+    /// Lengths of our regions and of the peer's.
+    pub(super) fn lens(&self) -> (&[u64], &[u64]) {
+        (&self.our_lens, &self.their_lens)
+    }
+
+    /// Where source and destination of a copy start. Both were found to exist when it was admitted.
+    pub(super) fn ends(&self, direction: Direction, src: u16, dst: u16) -> (Place<'_>, Place<'_>) {
+        match direction {
+            Direction::Pull => (self.their_place(src), self.our_place(dst)),
+            Direction::Push => (self.our_place(src), self.their_place(dst)),
+        }
+    }
+
+    fn our_place(&self, region: u16) -> Place<'_> {
+        Place { region: &self.ours[usize::from(region)], offset: 0 }
+    }
+
+    fn their_place(&self, region: u16) -> Place<'_> {
+        let (allocation, offset) = self.theirs[usize::from(region)];
+        Place { region: &self.allocations[allocation], offset }
+    }
+}
