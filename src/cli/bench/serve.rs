@@ -9,7 +9,7 @@ use crate::cli::{Sources, Usage, load_config};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ServeArgs {
-    /// The proxy of a running deployment [default: one is started from `@ FILE`]
+    /// The proxy of a running deployment (default: one is started from `@ FILE`)
     #[arg(long, value_name = "URL")]
     url: Option<String>,
     /// Also measure this server, which answers without PD: a plain one, or one of the workers
