@@ -13,8 +13,8 @@ use rustix::process::Signal;
 const PD: &str = "[pd_disagg]\nenabled = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [1]\n\
                   kv_connector = \"NixlConnector\"\nconnector_impl = \"vllm\"\n";
 
+/// The program behind the stand-in for vllm, where a port tells it to be one.
 #[test]
-#[ignore = "is the program behind the stand-in for vllm; the tests start it themselves"]
 fn stand_in_for_vllm() {
     serve_as_stand_in();
 }

@@ -19,8 +19,8 @@ use serde::{Deserialize, Serialize};
 
 const MIB: usize = 1024 * 1024;
 
+/// The other process of the tests here, when it is told to be one.
 #[test]
-#[ignore = "the other process of the tests here; does nothing by itself"]
 fn peer_process() {
     be_peer();
 }

@@ -46,7 +46,7 @@ echo "$$" > "$STAND_IN_RECORD/$port.pid"
 if [ -n "$STAND_IN_SLOW" ]; then sleep 1; fi
 echo "(EngineCore pid=7) INFO 11-22 21:10:29 [kv_cache_utils.py:2327] GPU KV cache size: 16,384 tokens"
 if [ -n "$STAND_IN_SLOW" ]; then sleep 1; fi
-exec "$STAND_IN_PROGRAM" --exact stand_in_for_vllm --ignored --nocapture --test-threads 1
+exec "$STAND_IN_PROGRAM" --exact stand_in_for_vllm --nocapture --test-threads 1
 "#;
 
 /// A Python as the launcher asks it: answers with what STAND_IN_PACKAGES holds, or PYTHONPATH, as if that led elsewhere; and

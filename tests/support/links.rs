@@ -211,10 +211,10 @@ pub struct PeerProcess {
 }
 
 impl PeerProcess {
-    /// Runs this test binary again, as `peer_process`, an ignored test that must call [`be_peer`].
+    /// Runs this test binary again, as `peer_process`, a test that must call [`be_peer`].
     pub fn start(kind: Kind, len: usize, secret: &std::path::Path) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["peer_process", "--exact", "--ignored", "--nocapture"])
+            .args(["peer_process", "--exact", "--nocapture"])
             .env(PEER_ENV, format!("{kind:?} {len} {}", secret.display()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
