@@ -47,8 +47,9 @@ pub enum DigestPolicy {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct KvConfig {
-    /// Paths allowed, best first. Default: what `kv_connector` prefers and the engine's memory can use. A path that is
-    /// not listed is never used, also not as a fall-back.
+    /// Paths allowed, best first. Default: on a GPU `cuda-ipc` and `nccl` with `P2pNcclConnector`, `nixl` with
+    /// `NixlConnector`; on a CPU `shm`, and `tcp` between hosts. A path that is not listed is never used, also not as a
+    /// fall-back.
     pub paths: Option<Vec<Path>>,
     /// How long prefill holds blocks that nobody claims or renews, in milliseconds. Default 30000. Longer costs blocks
     /// that a vanished decode worker still pins.

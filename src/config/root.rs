@@ -110,15 +110,16 @@ impl Config {
         own.unwrap_or(self.inference.all2all_backend)
     }
 
-    /// The paths KV may take, best first: `[kv] paths`, else what the engine's memory and the connector call for.
-    pub fn kv_paths(&self) -> Vec<Path> {
+    /// The paths KV may take, best first: `[kv] paths`, else what the memory it lies in and the connector call for.
+    /// `on_cpu`: vLLM is its build for the CPU. The reference engine always computes there.
+    pub fn kv_paths(&self, on_cpu: bool) -> Vec<Path> {
         if let Some(paths) = &self.kv.paths {
             return paths.clone();
         }
-        match (self.inference.engine, self.pd_disagg.kv_connector) {
-            (EngineKind::Reference, _) => vec![Path::Shm, Path::Tcp],
-            (EngineKind::Vllm, KvConnector::P2pNcclConnector) => vec![Path::CudaIpc, Path::Nccl],
-            (EngineKind::Vllm, KvConnector::NixlConnector) => vec![Path::Nixl],
+        match self.pd_disagg.kv_connector {
+            _ if on_cpu || self.inference.engine == EngineKind::Reference => vec![Path::Shm, Path::Tcp],
+            KvConnector::P2pNcclConnector => vec![Path::CudaIpc, Path::Nccl],
+            KvConnector::NixlConnector => vec![Path::Nixl],
         }
     }
 

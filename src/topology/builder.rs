@@ -85,7 +85,7 @@ pub fn plan(config: &Config, around: &Surroundings<'_>, ports: &mut dyn Ports) -
         slots.extend(chunks(config, *role)?.into_iter().enumerate().map(|(index, gpus)| (*role, index, gpus)));
     }
     let kv_parallel_size = count(slots.len());
-    let kv_paths = kv_paths(config, around.vllm)?;
+    let kv_paths = kv_paths(config, around)?;
     let ranks: Vec<u32> = slots.iter().map(|(.., gpus)| count(gpus.len())).collect();
     let shares = if is_on_cpu(config, around) { cpu::shares(around.cores, &ranks) } else { Vec::new() };
     let mut workers = Vec::new();
@@ -109,18 +109,17 @@ fn is_on_cpu(config: &Config, around: &Surroundings<'_>) -> bool {
     config.inference.engine == EngineKind::Vllm && around.vllm.is_some_and(|vllm| vllm.on_cpu)
 }
 
-/// The paths KV may take: those for host memory where vLLM's build keeps it there and none are named.
-fn kv_paths(config: &Config, vllm: Option<&VllmProgram>) -> Result<Vec<Path>, PlanError> {
+/// The paths KV may take; refused where those that are named all need a GPU, and vLLM's build has none.
+fn kv_paths(config: &Config, around: &Surroundings<'_>) -> Result<Vec<Path>, PlanError> {
+    let on_cpu = is_on_cpu(config, around);
+    let paths = config.kv_paths(on_cpu);
     let of_host = |path: &Path| matches!(path, Path::Shm | Path::Tcp | Path::Nixl);
-    let vllm = vllm.filter(|vllm| vllm.on_cpu && config.inference.engine == EngineKind::Vllm && is_native(config));
-    match (vllm, &config.kv.paths) {
-        (None, _) => Ok(config.kv_paths()),
-        (Some(_), None) => Ok(vec![Path::Shm, Path::Tcp]),
-        (Some(_), Some(paths)) if paths.iter().any(of_host) => Ok(paths.clone()),
-        (Some(vllm), Some(paths)) => {
+    match around.vllm {
+        Some(vllm) if on_cpu && is_native(config) && !paths.iter().any(of_host) => {
             let paths = paths.iter().map(|path| path.name()).collect::<Vec<_>>().join(", ");
             Err(PlanError::PathsOfGpu { paths, release: vllm.release.clone() })
         }
+        _ => Ok(paths),
     }
 }
 

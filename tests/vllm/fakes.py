@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from pdlink.vllm import config, worker
+from pdlink.vllm import PdlinkConnector, config, worker
 from pdlink.vllm.protocol import Blocks, Card, Fetch, Hold, StepMeta
 from pdlink.vllm.scheduler import SchedulerSide
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -64,9 +64,9 @@ class Cache:
 class Engine:
     """A worker's side with a real runtime, and the scheduler's side of the same engine."""
 
-    def __init__(self, role: str, cache: Cache, **changes: Any):
+    def __init__(self, role: str, cache: Cache, connector: type[PdlinkConnector] = PdlinkConnector, **changes: Any):
         told = vllm_config(role, **changes)
-        settings = config.read(told, None, 0)
+        settings = config.read(told, connector.PATHS, 0)
         self.cache = cache
         self.worker = worker.WorkerSide(settings, told, cache.config)
         self.worker.register(cache.views)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import BLOCKS, HEADS, LAYERS, SIZE, TOKENS, Cache, Engine
-from pdlink.vllm import config, geometry
+from pdlink.vllm import NixlConnector, P2pNcclConnector, PdlinkConnector, config, geometry
 from pdlink.vllm.protocol import Fetch, Hold, StepMeta, WorkerMeta
 from pdlink.vllm.scheduler import SchedulerSide
 
@@ -74,6 +74,19 @@ def test_taken_whoever_drives_the_copy(send_type: str):
         pair.end(["p"], ["d"], [])
         ours, theirs = pair.decode.cache.logical, pair.prefill.cache.logical
         assert torch.equal(ours[:, [5, 3]], theirs[:, [1, 2]])
+    finally:
+        pair.close()
+
+
+@pytest.mark.parametrize("connector", [PdlinkConnector, P2pNcclConnector, NixlConnector])
+def test_host_memory_goes_by_its_own_paths_under_every_name(connector: type[PdlinkConnector]):
+    """Without a launcher nobody names paths, and the cache of a CPU is no GPU's."""
+    pair = Pair(connector=connector, kv={"lease_ms": 4000, "transfer_timeout_ms": 3000})
+    try:
+        name = transfer_id()
+        pair.decode.load("d", pair.prefill.hold("p", name, [[1]], TOKENS), [[2]])
+        pair.end(["p"], ["d"], [])
+        assert json.loads(pair.decode.worker._link.record(name))["path"] == "shm"
     finally:
         pair.close()
 

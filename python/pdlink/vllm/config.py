@@ -15,6 +15,7 @@ ROLES = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
 # Names the run's secret to a child process; the secret itself is in no environment and no argument.
 SECRET_FILE_ENV = "PDLINK_SECRET_FILE"
 LOG_ENV = "PDLINK_LOG"
+HOST_PATHS = ["shm", "tcp"]
 KNOWN = {
     "kv",
     "kv_host",
@@ -44,7 +45,9 @@ class LinkConfig:
     """`host:port` of the worker's other ranks."""
     send_type: str
     kv: dict[str, Any]
-    """`[kv]`, with the paths this connector prefers where none were given."""
+    """`[kv]`, as it was given."""
+    gpu_paths: list[str] | None
+    """What this connector prefers for a cache in GPU memory."""
     secret_file: str | None
     model: str
     tp_rank: int
@@ -56,9 +59,14 @@ class LinkConfig:
     def prefills(self) -> bool:
         return self.role != "decode"
 
+    def kv_of(self, on_gpu: bool) -> dict[str, Any]:
+        """`[kv]` for a cache that lies there: the paths that were given, else those that suit its memory."""
+        paths = self.gpu_paths if on_gpu else HOST_PATHS
+        return self.kv if paths is None else {"paths": paths, **self.kv}
 
-def read(vllm_config: VllmConfig, paths: list[str] | None, tp_rank: int) -> LinkConfig:
-    """The settings of rank `tp_rank`; `paths` is the connector's own preference."""
+
+def read(vllm_config: VllmConfig, gpu_paths: list[str] | None, tp_rank: int) -> LinkConfig:
+    """The settings of rank `tp_rank`; `gpu_paths` is the connector's own preference."""
     transfer = vllm_config.kv_transfer_config
     extra = dict(transfer.kv_connector_extra_config or {})
     unknown = sorted(extra.keys() - KNOWN)
@@ -73,9 +81,6 @@ def read(vllm_config: VllmConfig, paths: list[str] | None, tp_rank: int) -> Link
             f"pipeline_parallel_size is {parallel.pipeline_parallel_size}: pdlink hands KV over between tensor-parallel "
             "ranks only; use --tensor-parallel-size"
         )
-    kv = dict(extra.get("kv") or {})
-    if paths is not None:
-        kv.setdefault("paths", paths)
     host = str(extra.get("kv_host") or "127.0.0.1")
     return LinkConfig(
         engine_id=str(transfer.engine_id),
@@ -85,7 +90,8 @@ def read(vllm_config: VllmConfig, paths: list[str] | None, tp_rank: int) -> Link
         port=_port(extra.get("kv_ports"), transfer.kv_port, parallel, tp_rank),
         siblings=_siblings(host, extra.get("kv_ports"), transfer.kv_port, parallel, tp_rank),
         send_type=str(extra.get("send_type") or "GET"),
-        kv=kv,
+        kv=dict(extra.get("kv") or {}),
+        gpu_paths=gpu_paths,
         secret_file=extra.get("secret_file") or os.environ.get(SECRET_FILE_ENV) or None,
         model=_model(vllm_config.model_config),
         tp_rank=tp_rank,

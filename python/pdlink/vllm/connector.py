@@ -42,7 +42,7 @@ class PdlinkConnector(KVConnectorBase_V1, SupportsHMA):
     """Hands KV over from prefill to decode through pdlink's runtime."""
 
     _cache_hit_source = _hit_source()
-    # What carries KV where `[kv] paths` says nothing; None: whatever the memory can use, fastest first.
+    # What carries KV out of a GPU's memory where `[kv] paths` says nothing; None: whatever it can use, fastest first.
     PATHS: list[str] | None = None
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any = None):
@@ -189,12 +189,12 @@ class PdlinkConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 class P2pNcclConnector(PdlinkConnector):
-    """Under the name of the connector that vLLM no longer ships: GPU to GPU first."""
+    """Under the name of the connector that vLLM no longer ships: GPU to GPU."""
 
-    PATHS = ["cuda-ipc", "nccl", "shm", "tcp"]
+    PATHS = ["cuda-ipc", "nccl"]
 
 
 class NixlConnector(PdlinkConnector):
-    """Under the name of vLLM's own: NIXL first, host memory where it is the cache's."""
+    """Under the name of vLLM's own: by NIXL."""
 
-    PATHS = ["nixl", "shm", "tcp"]
+    PATHS = ["nixl"]

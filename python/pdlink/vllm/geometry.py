@@ -54,6 +54,10 @@ class CacheMap:
     memory: list[tuple[int, int, Any, int | None]]
     """(address, bytes, owner, number of its GPU) of each storage."""
 
+    @property
+    def on_gpu(self) -> bool:
+        return any(gpu is not None for *_, gpu in self.memory)
+
     def blocks(self, scheduler_blocks: list[list[int]], tokens: int) -> list[list[int]]:
         """The blocks of each of the runtime's groups, of those of each of vLLM's."""
         return [group.blocks(scheduler_blocks[group.table], tokens) for group in self.groups]

@@ -86,7 +86,7 @@ class WorkerSide:
         _native.init_log(config.log_filter, config.log_json)
         cache = describe(self._caches, self._vllm_config, self._kv_cache_config, config.model)
         settings = {
-            "kv": config.kv,
+            "kv": config.kv_of(cache.on_gpu),
             "engine_id": config.engine_id,
             "role": config.role,
             "send_type": config.send_type,
