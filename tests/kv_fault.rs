@@ -15,7 +15,7 @@ use pdlink::config::{DigestPolicy, KvSendType, Path, Role};
 use pdlink::control::{AbortAnswer, AdminClient};
 use pdlink::kv::{BlockId, End, KvLink, Offer, TransferFailure, TransferId};
 use pdlink::security::Secret;
-use pdlink::telemetry::TransferOutcome;
+use pdlink::telemetry::{Side, TransferOutcome};
 use pdlink::transport::{Fault, FaultPlan, Faulty, LoopbackHub, Shm, Tcp, TcpSetup, Transport, When};
 
 const MODES: [KvSendType; 2] = [KvSendType::Get, KvSendType::PutAsync];
@@ -278,12 +278,43 @@ fn kv_8_transfers_fail_at_once_when_either_runtime_shuts_down() {
             let (survivor, ended) = if which == Role::Prefill { (decode, prefill) } else { (prefill, decode) };
             ended.runtime.shutdown();
             let end = ended.reports.recv_timeout(PATIENCE).unwrap();
-            assert!(matches!(end.end, End::Failed { failure: TransferFailure::ShutDown, .. }), "{end:?}");
+            assert!(matches!(end.end, End::Failed { failure: TransferFailure::ShutDown { .. }, .. }), "{end:?}");
             let end = survivor.end_of(transfer_id);
             assert!(matches!(end, End::Failed { .. }), "{send_type:?} {which:?}: {end:?}");
             survivor.assert_at_rest();
         }
     }
+}
+
+#[test]
+fn kv_2_a_decode_worker_that_ends_takes_its_claims_back_also_where_it_is_not_connected_yet() {
+    let reason = |end: &End| match end {
+        End::Failed { failure, fenced: true } => failure.clone(),
+        end => panic!("{end:?}"),
+    };
+    for send_type in MODES {
+        let plan = |name, role| Plan { send_type, ..Plan::new(name, role).path(Path::Shm) };
+        let prefill = plan("prefill", Role::Prefill).start();
+        let decode = plan("decode", Role::Decode).start();
+        let ids: Vec<TransferId> = (0..3).map(|_| announced(&prefill, &decode)).collect();
+        decode.runtime.shutdown();
+        for id in &ids {
+            let end = decode.reports.recv_timeout(PATIENCE).unwrap();
+            assert!(ids.contains(&end.transfer_id), "{id}");
+            assert_eq!(reason(&end.end), TransferFailure::ShutDown { side: Side::Decode });
+            let end = prefill.report();
+            assert!(ids.contains(&end.transfer_id));
+            assert_eq!(reason(&end.end), TransferFailure::ShutDown { side: Side::Decode });
+        }
+        prefill.assert_at_rest();
+    }
+}
+
+/// Offers, and announces to decode.
+fn announced(prefill: &Worker, decode: &Worker) -> TransferId {
+    let params = prefill.offer(&SRC, 8, 1);
+    decode.expect(&params);
+    params.pdlink.transfer_id
 }
 
 #[test]

@@ -289,7 +289,7 @@ fn kv_8_a_rank_that_ends_in_the_middle_fails_the_transfer_on_every_rank_that_nee
             let dead = many.ranks.remove(1);
             dead.runtime.shutdown();
             let end = dead.reports.recv_timeout(PATIENCE).unwrap();
-            assert!(matches!(end.end, End::Failed { failure: TransferFailure::ShutDown, .. }), "{end:?}");
+            assert!(matches!(end.end, End::Failed { failure: TransferFailure::ShutDown { .. }, .. }), "{end:?}");
             for end in decode.ends(transfer_id).into_iter().chain(prefill.ends(transfer_id)) {
                 assert!(matches!(end, End::Failed { .. }), "{sizes:?} {send_type:?}: {end:?}");
             }

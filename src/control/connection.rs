@@ -76,6 +76,8 @@ struct Shared {
     peer: String,
     outgoing: mpsc::UnboundedSender<Bytes>,
     queued_bytes: AtomicUsize,
+    /// Rung when nothing is queued any more, and at the end.
+    written: Notify,
     next_number: AtomicU32,
     unanswered: Mutex<HashMap<u32, oneshot::Sender<Bytes>>>,
     /// When the peer last said something, in microseconds after `opened`.
@@ -101,6 +103,7 @@ where
         peer,
         outgoing,
         queued_bytes: AtomicUsize::new(0),
+        written: Notify::new(),
         next_number: AtomicU32::new(0),
         unanswered: Mutex::new(HashMap::new()),
         heard_us: AtomicU64::new(0),
@@ -123,6 +126,7 @@ where
         let cause = shared.ended.get_or_init(|| cause).clone();
         // Dropping the senders is what tells those who wait.
         shared.lock_unanswered().clear();
+        shared.written.notify_waiters();
         sink(Inbound::Closed(cause));
     };
     (connection, driver)
@@ -163,7 +167,18 @@ impl Connection {
         }
     }
 
-    /// Ends the connection. The sink is told `cause`, unless it had ended before.
+    /// Waits until the kernel has all that was sent so far, or the connection has ended.
+    pub async fn flushed(&self) {
+        loop {
+            let written = self.shared.written.notified();
+            if self.is_closed() || self.shared.queued_bytes.load(Relaxed) == 0 {
+                return;
+            }
+            written.await;
+        }
+    }
+
+    /// Ends the connection; what is queued is dropped. The sink is told `cause`, unless it had ended before.
     pub fn close(&self, cause: ControlError) {
         let _ = self.shared.ended.set(cause);
         self.shared.end.notify_one();
@@ -313,7 +328,9 @@ where
         if let Err(error) = result {
             return shared.lost(error);
         }
-        shared.queued_bytes.fetch_sub(written, Relaxed);
+        if shared.queued_bytes.fetch_sub(written, Relaxed) == written {
+            shared.written.notify_waiters();
+        }
     }
     shared.closed_here()
 }
@@ -471,6 +488,20 @@ mod tests {
         let cause = ControlError::Refused { peer: "peer".to_owned(), why: "test".to_owned() };
         near.close(cause.clone());
         assert_eq!(closed(&mut inbound).await, cause);
+    }
+
+    #[tokio::test]
+    async fn what_was_flushed_arrives_though_the_connection_is_closed_at_once() {
+        let mut drivers = JoinSet::new();
+        let (near, far) = ends();
+        let (near, _near_inbound) = start(&mut drivers, near, BRISK);
+        let (_far, mut far_inbound) = start(&mut drivers, far, BRISK);
+        near.notify(Bytes::from_static(b"last words")).unwrap();
+        tokio::time::timeout(SOON, near.flushed()).await.expect("written in time");
+        near.close(ControlError::Closed { peer: "peer".to_owned(), why: "test".to_owned() });
+        let Some(Inbound::Notice(message)) = far_inbound.recv().await else { panic!("no notice") };
+        assert_eq!(&message.body[..], b"last words");
+        tokio::time::timeout(SOON, near.flushed()).await.expect("nothing to wait for after the end");
     }
 
     #[tokio::test]

@@ -29,8 +29,10 @@ use crate::control::{
 use crate::telemetry::{Side, TransferOutcome, TransferRecord};
 use crate::transport::{Copied, Link, Transport, TransportError, export_all};
 
-/// How long a runtime that shuts down waits for copies to end.
+/// How long a runtime that shuts down waits for copies to end, and for peers to be told.
 const SHUTDOWN_MAX: Duration = Duration::from_secs(5);
+/// How long after that it waits until the last messages are with the kernel.
+const FLUSH_MAX: Duration = Duration::from_secs(1);
 /// Events handled between two looks at the timers.
 const BATCH: usize = 256;
 
@@ -247,11 +249,14 @@ impl Core {
             }
             self.fire_timers();
         }
+        self.flush().await;
         self.close();
     }
 
     fn is_done(&self) -> bool {
-        let idle = self.sending.is_empty() && self.receiving.is_empty();
+        // KV-2: blocks may be held for us by peers that are not reached yet; they are told as soon as they are.
+        let told = !self.peers.values().any(Peer::has_unsent);
+        let idle = told && self.sending.is_empty() && self.receiving.is_empty();
         self.stopping.is_some_and(|until| idle || Instant::now() >= until)
     }
 
@@ -461,6 +466,18 @@ impl Core {
     /// Reaps what has ended beside the loop.
     pub(super) fn reap(&mut self) {
         while self.tasks.try_join_next().is_some() {}
+    }
+
+    /// Lets the last messages out. Peers would notice that we are gone, but not why, nor of what nobody has claimed yet.
+    async fn flush(&self) {
+        let clients = self.clients.values().map(|client| &client.connection);
+        let connections = clients.chain(self.peers.values().filter_map(Peer::connection));
+        let all = async {
+            for connection in connections {
+                connection.flushed().await;
+            }
+        };
+        let _ = tokio::time::timeout(FLUSH_MAX, all).await;
     }
 
     fn close(mut self) {

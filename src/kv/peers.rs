@@ -66,6 +66,11 @@ impl Peer {
         self.reached().map(|reached| &reached.connection)
     }
 
+    /// Whether messages wait for a connection.
+    pub(super) fn has_unsent(&self) -> bool {
+        matches!(&self.state, State::Connecting { outbox, .. } if !outbox.is_empty())
+    }
+
     pub(super) fn reached(&self) -> Option<&Reached> {
         match &self.state {
             State::Up(reached) => Some(reached),

@@ -61,8 +61,8 @@ pub enum TransferFailure {
     DigestMismatch { peer: String, transfer_id: TransferId, theirs: u64, ours: u64 },
     #[error("transfer {transfer_id} took longer than `kv.transfer_timeout_ms` in state {state}, with {peer}")]
     TimedOut { peer: String, transfer_id: TransferId, state: String },
-    #[error("the runtime shut down")]
-    ShutDown,
+    #[error("the {} worker's runtime shut down", side.name())]
+    ShutDown { side: Side },
 }
 
 impl TransferFailure {
@@ -81,7 +81,7 @@ impl TransferFailure {
             Self::Copy { .. } => "copy",
             Self::DigestMismatch { .. } => "digest_mismatch",
             Self::TimedOut { .. } => "timed_out",
-            Self::ShutDown => "shut_down",
+            Self::ShutDown { .. } => "shut_down",
         }
     }
 }

@@ -286,7 +286,7 @@ fn id(byte: u8) -> TransferId {
 }
 
 fn lost(fenced: bool) -> End {
-    End::Failed { failure: TransferFailure::ShutDown, fenced }
+    End::Failed { failure: TransferFailure::ShutDown { side: Side::Prefill }, fenced }
 }
 
 #[test]

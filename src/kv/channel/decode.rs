@@ -6,6 +6,7 @@ use super::{Mode, OutOfOrder};
 use crate::control::TransferId;
 use crate::kv::messages::Ending;
 use crate::kv::{End, TransferFailure};
+use crate::telemetry::Side;
 
 /// What happens to an expected transfer.
 #[derive(Debug, Clone, PartialEq)]
@@ -147,7 +148,7 @@ impl Receive {
             E::Refused(failure) | E::PeerLost(failure) => Ok(self.stop(failed(failure), None, now)),
             E::Outdated(failure) => Ok(self.stop(failed(failure.clone()), Some(Ending::Failed(failure)), now)),
             E::ShutDown => {
-                let failure = TransferFailure::ShutDown;
+                let failure = TransferFailure::ShutDown { side: Side::Decode };
                 Ok(self.stop(failed(failure.clone()), Some(Ending::Failed(failure)), now))
             }
             E::PeerEnded(how) => Ok(self.stop(self.end_of(how), None, now)),

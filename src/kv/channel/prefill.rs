@@ -6,6 +6,7 @@ use super::OutOfOrder;
 use crate::control::TransferId;
 use crate::kv::messages::Ending;
 use crate::kv::{End, TransferFailure};
+use crate::telemetry::Side;
 
 /// What happens to an offered transfer.
 #[derive(Debug, Clone, PartialEq)]
@@ -153,7 +154,7 @@ impl Send {
             E::PeerLost(failure) => Ok(self.stop(failed(failure), None)),
             E::Outdated(failure) => Ok(self.stop(failed(failure.clone()), Some(Ending::Failed(failure)))),
             E::ShutDown => {
-                let failure = TransferFailure::ShutDown;
+                let failure = TransferFailure::ShutDown { side: Side::Prefill };
                 Ok(self.stop(failed(failure.clone()), Some(Ending::Failed(failure))))
             }
             E::PeerEnded(how) => Ok(self.peer_ended(how)),
