@@ -204,7 +204,7 @@ async fn kv_6_pairs_that_cannot_work_are_refused_at_start_by_name() {
     let paired = admin(&decode).pair(&prefill.runtime.address()).await.unwrap();
     assert_eq!((paired.path, paired.peer_engine_id.as_str()), (Path::Shm, "prefill"));
     let refused = admin(&other).pair(&prefill.runtime.address()).await.unwrap_err().to_string();
-    assert!(refused.contains("model differs: another/model") || refused.contains("model differs: test"), "{refused}");
+    assert!(refused.contains("the model differs: test at prefill, another/model at decode"), "{refused}");
     let refused = admin(&decode).pair(&other.runtime.address()).await.unwrap_err().to_string();
     assert!(refused.contains("decode worker"), "{refused}");
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();

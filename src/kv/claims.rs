@@ -57,7 +57,6 @@ impl Core {
         }
         let (ReaderAt::First(_, reader) | ReaderAt::Known(reader)) = reader;
         sending.readers[reader].client = Some(client);
-        sending.machine.claimed_by(reader, &entry.name());
         entry.transfers.insert(transfer_id);
         self.drive_sending(transfer_id, reader, SendEvent::Claim);
     }

@@ -65,7 +65,7 @@ impl Core {
     pub(super) fn client_up(&mut self, client: u64, hello: &Hello, connection: Connection) {
         self.reap();
         let fit = PeerInfo::read(&hello.payload).map_err(|error| error.to_string()).and_then(|(layout, offers, _)| {
-            self.shared.layout.check_fits(&layout).map_err(|error| error.to_string())?;
+            self.shared.layout.check_feeds(&layout).map_err(|error| error.to_string())?;
             let split = Split::of(&layout);
             let part = split.part_of(layout.held().start);
             let scope = Arc::new(Scope::given(&self.shared.layout, &layout));

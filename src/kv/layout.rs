@@ -52,12 +52,13 @@ pub enum LayoutError {
     OutOfBounds { name: &'static str, value: u64, max: u64 },
     #[error("{kv_heads} KV heads cannot be spread over {tp_size} ranks: one must divide the other")]
     Heads { kv_heads: u32, tp_size: u32 },
-    #[error("{name} differs: {ours} here, {theirs} there")]
-    Differs { name: &'static str, ours: String, theirs: String },
+    // Read on either side, and on others' terminals: so no word of here and there.
+    #[error("{name} differs: {prefill} at prefill, {decode} at decode")]
+    Differs { name: &'static str, prefill: String, decode: String },
     #[error("KV group {group}: {source}")]
     Group { group: usize, source: Box<Self> },
-    #[error("block sizes {ours} here and {theirs} there: one must divide the other")]
-    BlockSizes { ours: u32, theirs: u32 },
+    #[error("the block size is {prefill} at prefill and {decode} at decode: one must divide the other")]
+    BlockSizes { prefill: u32, decode: u32 },
     #[error("rank {rank}: {given} layers are placed, the model has {layers}")]
     LayerCount { rank: usize, given: usize, layers: u32 },
     #[error(
@@ -190,13 +191,13 @@ impl Layout {
         self.geometry.groups.iter().zip(blocks).map(cover).collect()
     }
 
-    /// Whether KV made here (or there) can be used there (or here): KV-6.
-    pub fn check_fits(&self, theirs: &Self) -> Result<(), LayoutError> {
-        let (a, b) = (&self.geometry, &theirs.geometry);
+    /// Whether KV that is laid out like this can be used in `decode`'s: KV-6.
+    pub fn check_feeds(&self, decode: &Self) -> Result<(), LayoutError> {
+        let (a, b) = (&self.geometry, &decode.geometry);
         differs("the model", &a.model, &b.model)?;
         differs("the number of KV groups", &a.groups.len(), &b.groups.len())?;
-        for (number, (ours, theirs)) in a.groups.iter().zip(&b.groups).enumerate() {
-            check_groups_fit(ours, theirs, (a.tp_size, b.tp_size)).map_err(|error| match a.groups.len() {
+        for (number, (prefill, decode)) in a.groups.iter().zip(&b.groups).enumerate() {
+            check_groups_fit(prefill, decode, (a.tp_size, b.tp_size)).map_err(|error| match a.groups.len() {
                 1 => error,
                 _ => LayoutError::Group { group: number, source: Box::new(error) },
             })?;
@@ -219,9 +220,9 @@ pub(super) fn check_blocks(blocks: &[BlockId], num_blocks: u32) -> Result<(), La
     }
 }
 
-fn differs(name: &'static str, ours: &dyn ToString, theirs: &dyn ToString) -> Result<(), LayoutError> {
-    let (ours, theirs) = (ours.to_string(), theirs.to_string());
-    if ours == theirs { Ok(()) } else { Err(LayoutError::Differs { name, ours, theirs }) }
+fn differs(name: &'static str, prefill: &dyn ToString, decode: &dyn ToString) -> Result<(), LayoutError> {
+    let (prefill, decode) = (prefill.to_string(), decode.to_string());
+    if prefill == decode { Ok(()) } else { Err(LayoutError::Differs { name, prefill, decode }) }
 }
 
 fn check_groups_fit(a: &GroupGeometry, b: &GroupGeometry, tp_sizes: (u32, u32)) -> Result<(), LayoutError> {
@@ -243,7 +244,7 @@ fn check_groups_fit(a: &GroupGeometry, b: &GroupGeometry, tp_sizes: (u32, u32)) 
     }
     let (smaller, larger) = (a.block_size.min(b.block_size), a.block_size.max(b.block_size));
     if larger % smaller != 0 {
-        return Err(LayoutError::BlockSizes { ours: a.block_size, theirs: b.block_size });
+        return Err(LayoutError::BlockSizes { prefill: a.block_size, decode: b.block_size });
     }
     Ok(())
 }
@@ -362,23 +363,25 @@ mod tests {
         let refused = |edit: fn(&mut GroupGeometry)| {
             let mut theirs = ours.clone();
             edit(&mut theirs.geometry.groups[0]);
-            ours.check_fits(&theirs).map_err(|error| error.to_string()).err().unwrap_or_default()
+            ours.check_feeds(&theirs).map_err(|error| error.to_string()).err().unwrap_or_default()
         };
         assert_eq!(refused(|_| {}), "");
-        assert!(refused(|g| g.layers = 3).contains("layers differs: 2 here, 3 there"));
+        assert!(refused(|g| g.layers = 3).contains("layers differs: 2 at prefill, 3 at decode"));
         assert!(refused(|g| g.kv_heads = 2).contains("KV heads"));
         assert!(refused(|g| g.head_size = 2).contains("head size"));
         assert!(refused(|g| g.dtype = "float8".to_owned()).contains("element type"));
-        assert!(refused(|g| g.kind = GroupKind::Latent).contains("kind of KV differs: Heads here, Latent there"));
-        assert!(refused(|g| g.window = Some(9)).contains("window differs: none here, 9 there"));
+        assert!(
+            refused(|g| g.kind = GroupKind::Latent).contains("kind of KV differs: Heads at prefill, Latent at decode")
+        );
+        assert!(refused(|g| g.window = Some(9)).contains("window differs: none at prefill, 9 at decode"));
         assert!(refused(|g| g.opaque_planes = Some("amx".to_owned())).contains("instruction set"));
         assert!(refused(|g| g.block_size = 6).contains("one must divide the other"));
         assert_eq!(refused(|g| g.block_size *= 4), "");
         let mut theirs = ours.clone();
         theirs.geometry.tp_size = 4;
-        assert!(ours.check_fits(&theirs).is_ok());
+        assert!(ours.check_feeds(&theirs).is_ok());
         theirs.geometry.model = "other".to_owned();
-        assert!(ours.check_fits(&theirs).unwrap_err().to_string().contains("model differs"));
+        assert!(ours.check_feeds(&theirs).unwrap_err().to_string().contains("model differs"));
     }
 
     #[test]
@@ -390,12 +393,15 @@ mod tests {
         let refused = |edit: fn(&mut Geometry)| {
             let mut theirs = ours.clone();
             edit(&mut theirs.geometry);
-            ours.check_fits(&theirs).map_err(|error| error.to_string()).err().unwrap_or_default()
+            ours.check_feeds(&theirs).map_err(|error| error.to_string()).err().unwrap_or_default()
         };
         assert_eq!(refused(|_| {}), "");
         assert_eq!(refused(|g| g.groups[1].block_size = 5), "", "of states only the last is moved");
-        assert_eq!(refused(|g| g.groups.truncate(1)), "the number of KV groups differs: 2 here, 1 there");
-        assert_eq!(refused(|g| g.groups[1].head_size = 9), "KV group 1: the head size differs: 4 here, 9 there");
+        assert_eq!(refused(|g| g.groups.truncate(1)), "the number of KV groups differs: 2 at prefill, 1 at decode");
+        assert_eq!(
+            refused(|g| g.groups[1].head_size = 9),
+            "KV group 1: the head size differs: 4 at prefill, 9 at decode"
+        );
         assert!(refused(|g| g.tp_size = 4).contains("KV group 1: the number of ranks"));
     }
 

@@ -254,7 +254,7 @@ impl Reach {
         if hello.role == crate::config::Role::Decode {
             return Err(self.incompatible(&"it is a decode worker, and holds no KV to fetch"));
         }
-        layout.check_fits(&self.layout).map_err(|error| self.incompatible(&error))?;
+        layout.check_feeds(&self.layout).map_err(|error| self.incompatible(&error))?;
         let (events, peer, attempt) = (self.events.clone(), self.peer.clone(), self.attempt);
         let sink = move |_: &Connection| -> Sink {
             Box::new(move |inbound| {

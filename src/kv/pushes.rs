@@ -64,7 +64,7 @@ impl Core {
         let Some(sending) = self.sending.get_mut(&transfer_id).filter(|sending| sending.serial == serial) else {
             return;
         };
-        let (record, of_reader) = (&sending.record, &mut sending.readers[reader]);
+        let (path, of_reader) = (sending.record.path, &mut sending.readers[reader]);
         of_reader.push = None;
         of_reader.landed = Some(Instant::now());
         let fenced = result.as_ref().map_or_else(TransportError::fenced, |_| true);
@@ -77,9 +77,8 @@ impl Core {
                 Ok(())
             }
             Err(error) => {
-                let path = record.path.map_or("no path", |path| path.name()).to_owned();
-                let peer = record.peer_engine_id.clone().unwrap_or_default();
-                Err(TransferFailure::Copy { peer, path, why: error.to_string() })
+                let path = path.map_or("no path", |path| path.name()).to_owned();
+                Err(TransferFailure::Copy { peer: self.shared.engine_id.clone(), path, why: error.to_string() })
             }
         };
         self.drive_sending(transfer_id, reader, SendEvent::CopyDone { result, fenced });
@@ -90,8 +89,7 @@ impl Core {
         let Some(sending) = self.sending.get(&transfer_id) else { return };
         let place = sending.readers[reader].place.as_ref();
         let path = place.map_or("no path", |place| place.path.name()).to_owned();
-        let peer = sending.record.peer_engine_id.clone().unwrap_or_default();
-        let result = Err(TransferFailure::Copy { peer, path, why });
+        let result = Err(TransferFailure::Copy { peer: self.shared.engine_id.clone(), path, why });
         self.drive_sending(transfer_id, reader, SendEvent::CopyDone { result, fenced: true });
     }
 

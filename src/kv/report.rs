@@ -32,7 +32,8 @@ pub enum End {
     Failed { failure: TransferFailure, fenced: bool },
 }
 
-/// Why a transfer failed. The text names the peer, the numbers and, if it is known, the mend.
+/// Why a transfer failed. The text names the peer, the numbers and, if it is known, the mend. One side may tell it to the
+/// other, so it says prefill and decode, not here and there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum TransferFailure {
     #[error("prefill at {peer} holds no transfer {transfer_id}: it was never offered, has ended, or was freed")]
@@ -45,7 +46,7 @@ pub enum TransferFailure {
     StaleIncarnation { peer: String, named: u64, current: u64 },
     #[error("KV made by weight version {theirs} at {peer} cannot be used with weight version {ours}")]
     WeightVersion { peer: String, theirs: u64, ours: u64 },
-    #[error("{peer} does not fit this worker: {why}")]
+    #[error("{peer} does not fit the decode worker: {why}")]
     Incompatible { peer: String, why: String },
     #[error("transfer {transfer_id}: the request disagrees with what {peer} offered: {why}")]
     BadReference { peer: String, transfer_id: TransferId, why: String },
@@ -56,9 +57,9 @@ pub enum TransferFailure {
     #[error("the copy over {path} from {peer} failed: {why}")]
     Copy { peer: String, path: String, why: String },
     #[error(
-        "the KV of transfer {transfer_id} that arrived from {peer} is not what was sent (digest {theirs:016x} there, {ours:016x} here)"
+        "the KV of transfer {transfer_id} at decode is not what prefill sent (digest {decode:016x}, not {prefill:016x})"
     )]
-    DigestMismatch { peer: String, transfer_id: TransferId, theirs: u64, ours: u64 },
+    DigestMismatch { transfer_id: TransferId, prefill: u64, decode: u64 },
     #[error("transfer {transfer_id} took longer than `kv.transfer_timeout_ms` in state {state}, with {peer}")]
     TimedOut { peer: String, transfer_id: TransferId, state: String },
     #[error("the {} worker's runtime shut down", side.name())]

@@ -71,9 +71,9 @@ pub struct Extent<'a> {
 }
 
 impl PairPlan {
-    /// Plans copies from `src` to `dst`, which must fit ([`Layout::check_fits`]).
+    /// Plans copies from `src` to `dst`, which must fit ([`Layout::check_feeds`]).
     pub fn new(src: &Layout, dst: &Layout) -> Result<Self, LayoutError> {
-        src.check_fits(dst)?;
+        src.check_feeds(dst)?;
         let groups = src.groups().zip(dst.groups()).map(|((group, layers), (dst_group, _))| {
             let side = |layout: &Layout, group: &GroupGeometry| Side {
                 group: group.clone(),

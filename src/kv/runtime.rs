@@ -254,9 +254,9 @@ impl KvRuntime {
         for group in &geometry.groups {
             check_heads(group, tp_size)?;
             if group.kind == GroupKind::State && tp_size != geometry.tp_size {
-                let (ours, theirs) = (geometry.tp_size.to_string(), tp_size.to_string());
+                let (prefill, decode) = (tp_size.to_string(), geometry.tp_size.to_string());
                 let name = "the number of ranks (a state cannot be split)";
-                return Err(LayoutError::Differs { name, ours, theirs }.into());
+                return Err(LayoutError::Differs { name, prefill, decode }.into());
             }
         }
         Ok((Split { tp_size, held }, ranks.iter().step_by(held as usize).cloned().collect()))

@@ -248,8 +248,7 @@ impl Receive {
         if ours == theirs {
             return self.received(pushed);
         }
-        let (peer, transfer_id) = (self.peer.clone(), self.transfer_id);
-        let failure = TransferFailure::DigestMismatch { peer, transfer_id, theirs, ours };
+        let failure = TransferFailure::DigestMismatch { transfer_id: self.transfer_id, prefill: theirs, decode: ours };
         let tell = pushed.then(|| ReceiveAction::TellEnded(Ending::Failed(failure.clone())));
         self.end(tell, failed(failure))
     }
@@ -400,8 +399,7 @@ mod tests {
 
     #[test]
     fn a_transfer_takes_events_in_protocol_order_only() {
-        let mismatch =
-            TransferFailure::DigestMismatch { peer: "prefill".to_owned(), transfer_id: ID, theirs: 6, ours: 5 };
+        let mismatch = TransferFailure::DigestMismatch { transfer_id: ID, prefill: 6, decode: 5 };
         let granted = || (0, E::Granted(Mode::Pull));
         let pushing = || (0, E::Granted(Mode::Push));
         let fetch = |digest| (1, E::Fetch { digest });

@@ -59,11 +59,6 @@ impl Hold {
         self.is_claimed = true;
     }
 
-    /// Names the decode worker that claims.
-    pub(in crate::kv) fn claimed_by(&mut self, reader: usize, peer: &str) {
-        self.readers[reader].machine.claimed_by(peer);
-    }
-
     pub(in crate::kv) fn deadline(&self) -> Option<Instant> {
         let open = self.readers.iter().filter(|reader| reader.end.is_none());
         open.filter_map(|reader| reader.machine.deadline()).min()

@@ -94,8 +94,6 @@ enum State {
 #[derive(Debug)]
 pub(in crate::kv) struct Send {
     transfer_id: TransferId,
-    /// Names decode in failures, once it has claimed.
-    peer: String,
     lease: Duration,
     lease_until: Instant,
     state: State,
@@ -105,17 +103,12 @@ type Actions = Vec<SendAction>;
 
 impl Send {
     pub(in crate::kv) fn new(transfer_id: TransferId, lease: Duration, now: Instant) -> Self {
-        Self { transfer_id, peer: "nobody".to_owned(), lease, lease_until: now + lease, state: State::Offered }
+        Self { transfer_id, lease, lease_until: now + lease, state: State::Offered }
     }
 
     /// Whether a decode worker may still claim it.
     pub(in crate::kv) fn is_unclaimed(&self) -> bool {
         self.state == State::Offered
-    }
-
-    /// Names the decode worker that claims it.
-    pub(in crate::kv) fn claimed_by(&mut self, peer: &str) {
-        peer.clone_into(&mut self.peer);
     }
 
     /// When to send the next [`SendEvent::Tick`]. While our own threads read the blocks there is none: they end by
@@ -257,8 +250,7 @@ impl Send {
         if ours == theirs {
             return vec![SendAction::Confirm { digest: Some(ours) }, SendAction::Report(End::Sent)];
         }
-        let (peer, transfer_id) = (self.peer.clone(), self.transfer_id);
-        let failure = TransferFailure::DigestMismatch { peer, transfer_id, theirs, ours };
+        let failure = TransferFailure::DigestMismatch { transfer_id: self.transfer_id, prefill: ours, decode: theirs };
         vec![SendAction::Refuse(failure.clone()), SendAction::Report(failed(failure))]
     }
 
@@ -359,7 +351,6 @@ mod tests {
     fn run(events: &[(u64, E)]) -> Result<Actions, OutOfOrder> {
         let start = Instant::now();
         let mut machine = Send::new(ID, LEASE, start);
-        machine.claimed_by("decode");
         let mut last = Ok(vec![]);
         for (second, event) in events {
             last = machine.on(event.clone(), start + Duration::from_secs(*second));
@@ -369,8 +360,7 @@ mod tests {
 
     #[test]
     fn a_transfer_takes_events_in_protocol_order_only() {
-        let mismatch =
-            TransferFailure::DigestMismatch { peer: "decode".to_owned(), transfer_id: ID, theirs: 6, ours: 5 };
+        let mismatch = TransferFailure::DigestMismatch { transfer_id: ID, prefill: 5, decode: 6 };
         let expired = Ending::Failed(TransferFailure::Expired { peer: "prefill".to_owned(), transfer_id: ID });
         let cases: Vec<Case> = vec![
             ("claim", vec![(0, E::Claim)], Ok(vec![A::Grant])),
