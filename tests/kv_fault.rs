@@ -260,8 +260,8 @@ async fn kv_9_an_abort_that_comes_before_the_offer_is_remembered() {
     let params = prefill.offer(&SRC, 8, 1);
     assert_eq!(admin.abort(params.pdlink.transfer_id).await.unwrap(), AbortAnswer::Aborted);
     assert_eq!(prefill.end_of(params.pdlink.transfer_id), End::Aborted);
-    let record = admin.record(params.pdlink.transfer_id).await.unwrap().unwrap();
-    assert_eq!(record.outcome, TransferOutcome::Aborted);
+    let found = admin.records(params.pdlink.transfer_id).await.unwrap();
+    assert_eq!(found.records[0].outcome, TransferOutcome::Aborted);
 }
 
 #[test]

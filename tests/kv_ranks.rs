@@ -173,6 +173,47 @@ fn a_full_local_hit_frees_every_rank() {
     }
 }
 
+#[tokio::test]
+async fn kv_6_a_decode_rank_names_the_prefill_ranks_that_it_will_connect_to() {
+    let decode = Engine::start(&shape(2, false, 2), Role::Decode, false, |_| {});
+    let prefill = Engine::start(&shape(2, false, 4), Role::Prefill, false, |_| {});
+    let mut met = Vec::new();
+    for rank in &decode.ranks {
+        let admin = AdminClient::new(rank.runtime.address(), Secret::loopback(), PATIENCE);
+        for peer in admin.peers_of(4).await.unwrap() {
+            admin.pair(&prefill.ranks[peer as usize].runtime.address()).await.unwrap();
+            met.push((rank.runtime.card().rank, peer));
+        }
+        let refused = admin.peers_of(3).await.unwrap_err().to_string();
+        assert!(refused.contains("2 KV heads cannot be spread over 3 ranks"), "{refused}");
+    }
+    assert_eq!(met, [(0, 0), (0, 2), (1, 3), (1, 1)], "of two ranks with the same head, one is read and one let go of");
+}
+
+#[tokio::test]
+async fn every_ranks_record_is_told_by_each() {
+    let prefill = Engine::start(&shape(4, false, 1), Role::Prefill, false, |_| {});
+    let mut decode = Engine::start(&shape(4, false, 2), Role::Decode, false, |_| {});
+    let (src, dst) = ([BlockId(4), BlockId(9)], [BlockId(11), BlockId(2)]);
+    let params = prefill.offer(&src, 8, 1);
+    let transfer_id = params.pdlink.transfer_id;
+    decode.fetch(&params, &dst, 0);
+    assert_eq!(decode.ends(transfer_id), [End::Received, End::Received]);
+    for rank in &decode.ranks {
+        let admin = AdminClient::new(rank.runtime.address(), Secret::loopback(), PATIENCE);
+        let found = admin.records(transfer_id).await.unwrap();
+        let told: Vec<_> = found.records.iter().map(|record| (record.rank, record.bytes > 0)).collect();
+        assert_eq!((told, found.unheard.len()), (vec![(0, true), (1, true)], 0));
+    }
+    let admin = AdminClient::new(decode.ranks[0].runtime.address(), Secret::loopback(), PATIENCE);
+    let gone = decode.ranks.remove(1);
+    let address = gone.runtime.address();
+    gone.runtime.shutdown();
+    let found = admin.records(transfer_id).await.unwrap();
+    assert_eq!(found.records.len(), 1);
+    assert!(found.unheard.len() == 1 && found.unheard[0].contains(&address), "{:?}", found.unheard);
+}
+
 #[test]
 fn a_claim_may_be_faster_than_the_offer() {
     let prefill = Engine::start(&shape(4, false, 2), Role::Prefill, false, |_| {});

@@ -9,11 +9,10 @@ use tokio::task::JoinSet;
 
 use super::connection::{Answerer, Connection, Inbound, Liveness, Sink, connection};
 use super::handshake::{Hello, Identity, VERSIONS, open};
-use super::messages::{AbortAnswer, AdminAnswer, AdminRequest, Paired, RuntimeStatus};
+use super::messages::{AbortAnswer, AdminAnswer, AdminRequest, Paired, RankRecords, RuntimeStatus};
 use super::wire::{from_body, to_body};
 use super::{ControlError, Part, Role, TransferId};
 use crate::security::Secret;
-use crate::telemetry::TransferRecord;
 
 /// Proxy and launcher keep many idle connections: they ping more seldom than engines do, and notice a dead worker by
 /// their requests' own timeouts.
@@ -75,10 +74,26 @@ impl AdminClient {
         }
     }
 
-    /// What the worker knows of a recent transfer.
-    pub async fn record(&self, transfer_id: TransferId) -> Result<Option<TransferRecord>, ControlError> {
-        match self.ask(AdminRequest::Record(transfer_id)).await? {
-            AdminAnswer::Record(record) => Ok(record),
+    /// What the worker knows of a recent transfer, rank by rank.
+    pub async fn records(&self, transfer_id: TransferId) -> Result<RankRecords, ControlError> {
+        match self.ask(AdminRequest::Records(transfer_id)).await? {
+            AdminAnswer::Records(records) => Ok(records),
+            other => Err(self.unexpected(other)),
+        }
+    }
+
+    /// The same, of this one of the worker's runtimes alone.
+    pub async fn records_here(&self, transfer_id: TransferId) -> Result<RankRecords, ControlError> {
+        match self.ask(AdminRequest::RecordsHere(transfer_id)).await? {
+            AdminAnswer::Records(records) => Ok(records),
+            other => Err(self.unexpected(other)),
+        }
+    }
+
+    /// Asked of a decode runtime: which of a prefill worker's runtimes, one for each of `ranks` ranks, it has to do with.
+    pub async fn peers_of(&self, ranks: u32) -> Result<Vec<u32>, ControlError> {
+        match self.ask(AdminRequest::PeersOf(ranks)).await? {
+            AdminAnswer::PeersOf(peers) => Ok(peers),
             other => Err(self.unexpected(other)),
         }
     }
@@ -212,7 +227,8 @@ mod tests {
         fn ask(&self, request: AdminRequest, reply: AdminReply) {
             reply.send(&match request {
                 AdminRequest::Abort(_) | AdminRequest::AbortHere(_) => AdminAnswer::Abort(AbortAnswer::Unknown),
-                AdminRequest::Record(_) => AdminAnswer::Record(None),
+                AdminRequest::Records(_) | AdminRequest::RecordsHere(_) => AdminAnswer::Records(RankRecords::default()),
+                AdminRequest::PeersOf(ranks) => AdminAnswer::PeersOf((0..ranks).collect()),
                 AdminRequest::Pair(peer) => AdminAnswer::Refused(format!("{peer} does not fit")),
                 AdminRequest::Status => AdminAnswer::Abort(AbortAnswer::Ended),
             });
@@ -245,7 +261,8 @@ mod tests {
         let (mut tasks, secret) = (JoinSet::new(), Secret::generate().unwrap());
         let client = AdminClient::new(server(&mut tasks, &secret).await.to_string(), secret, SOON);
         assert_eq!(client.abort(TransferId::random()).await.unwrap(), AbortAnswer::Unknown);
-        assert_eq!(client.record(TransferId::random()).await.unwrap(), None);
+        assert_eq!(client.records(TransferId::random()).await.unwrap(), RankRecords::default());
+        assert_eq!(client.peers_of(2).await.unwrap(), [0, 1]);
         let refused = client.pair("1.2.3.4:5").await.unwrap_err();
         assert!(matches!(&refused, ControlError::Refused { why, .. } if why == "1.2.3.4:5 does not fit"), "{refused}");
         assert!(matches!(client.status().await, Err(ControlError::Malformed { .. })));

@@ -34,6 +34,15 @@ pub struct Paired {
     pub peer_engine_id: String,
 }
 
+/// What a worker's ranks know of one transfer.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankRecords {
+    /// In order of rank.
+    pub records: Vec<TransferRecord>,
+    /// Ranks that could not be asked, and why.
+    pub unheard: Vec<String>,
+}
+
 /// A runtime at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuntimeStatus {
@@ -53,19 +62,25 @@ pub struct RuntimeStatus {
 pub enum AdminRequest {
     /// On every rank of the worker.
     Abort(TransferId),
-    Record(TransferId),
+    /// Of every rank of the worker.
+    Records(TransferId),
+    /// Of a prefill worker with a runtime for each of so many ranks: which of them this runtime has to do with.
+    PeersOf(u32),
     /// Connect to the prefill worker at this `host:port` now, and say whether the pair can work.
     Pair(String),
     Status,
     /// On this rank alone: how the ranks of a worker pass an abort on.
     AbortHere(TransferId),
+    /// Of this runtime alone.
+    RecordsHere(TransferId),
 }
 
 /// Its answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AdminAnswer {
     Abort(AbortAnswer),
-    Record(Option<TransferRecord>),
+    Records(RankRecords),
+    PeersOf(Vec<u32>),
     Pair(Paired),
     Status(RuntimeStatus),
     /// The request was understood and refused; the text says why.

@@ -20,6 +20,6 @@ pub use connection::{Answerer, Connection, Inbound, Liveness, Message, Sink, con
 pub use error::ControlError;
 pub use handshake::{Hello, Identity, VERSIONS, Versions, accept, open};
 pub use listener::{CONNECTIONS_MAX, STRANGERS_MAX, Welcome, serve};
-pub use messages::{AbortAnswer, AdminAnswer, AdminRequest, Paired, Part, RuntimeStatus};
+pub use messages::{AbortAnswer, AdminAnswer, AdminRequest, Paired, Part, RankRecords, RuntimeStatus};
 pub use transfer_id::{BadTransferId, TransferId};
 pub use wire::{FRAME_BYTES_MAX, Frame, FrameBuffer, WireError, from_body, to_body};

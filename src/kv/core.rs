@@ -332,9 +332,9 @@ impl Core {
                 let answer = self.abort(transfer_id);
                 reply.send(&AdminAnswer::Abort(answer));
             }
-            AdminRequest::Record(transfer_id) => {
-                reply.send(&AdminAnswer::Record(locked(&self.shared.records).of(transfer_id)));
-            }
+            AdminRequest::Records(transfer_id) => self.records_everywhere(transfer_id, reply),
+            AdminRequest::RecordsHere(transfer_id) => reply.send(&AdminAnswer::Records(self.records_here(transfer_id))),
+            AdminRequest::PeersOf(ranks) => reply.send(&self.peers_of(ranks)),
             AdminRequest::Status => reply.send(&AdminAnswer::Status(self.shared.status())),
             AdminRequest::Pair(peer) => self.pair(&peer, reply),
         }
@@ -448,6 +448,7 @@ impl Core {
             side,
             engine_id: self.shared.engine_id.clone(),
             peer_engine_id: None,
+            rank: self.shared.layout.held().start,
             path: None,
             bytes: 0,
             runs: 0,

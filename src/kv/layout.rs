@@ -204,6 +204,18 @@ impl Layout {
         }
         Ok(())
     }
+
+    /// Whether KV of a worker of `tp_size` ranks can be spread over the ranks of ours.
+    pub(super) fn check_ranks_of(&self, tp_size: u32) -> Result<(), LayoutError> {
+        within("the number of ranks", tp_size.into(), RANKS_MAX.into())?;
+        for group in &self.geometry.groups {
+            check_heads(group, tp_size)?;
+            if group.kind == GroupKind::State {
+                differs("the number of ranks (a state cannot be split)", &tp_size, &self.geometry.tp_size)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The first token of `blocks` blocks that reach to the end of `tokens` tokens, which must not lie behind `needed`.
@@ -273,7 +285,7 @@ fn check_geometry(geometry: &Geometry) -> Result<(), LayoutError> {
 }
 
 /// Whether the group's heads can be spread over so many ranks.
-pub(super) fn check_heads(group: &GroupGeometry, tp_size: u32) -> Result<(), LayoutError> {
+fn check_heads(group: &GroupGeometry, tp_size: u32) -> Result<(), LayoutError> {
     let heads = group.kv_heads;
     if group.kind == GroupKind::Heads && !heads.is_multiple_of(tp_size) && !tp_size.is_multiple_of(heads) {
         return Err(LayoutError::Heads { kv_heads: heads, tp_size });

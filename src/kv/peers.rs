@@ -121,6 +121,17 @@ impl Core {
         }
     }
 
+    /// Which runtimes of a prefill worker of one rank each we read, or let go of.
+    pub(super) fn peers_of(&mut self, ranks: u32) -> AdminAnswer {
+        if let Err(error) = self.shared.layout.check_ranks_of(ranks) {
+            return AdminAnswer::Refused(error.to_string());
+        }
+        let meeting = self.meeting(Split { tp_size: ranks, held: 1 }, self.split);
+        let mut peers = meeting.sources_of(self.own_part).to_vec();
+        peers.extend(meeting.released_by(self.own_part));
+        AdminAnswer::PeersOf(peers)
+    }
+
     pub(super) fn peer_reached(&mut self, peer: &str, attempt: u64, result: Result<Reached, TransferFailure>) {
         let Some(entry) = self.peers.get_mut(peer).filter(|entry| entry.attempt == attempt) else {
             if let Ok(reached) = result {

@@ -14,14 +14,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 
 use super::core::{Command, Core, Event, Expect};
-use super::layout::{LayoutError, check_heads};
 use super::link::{KvLink, Offer, TransferHandle};
 use super::past::Records;
 use super::run_list::by_group;
 use super::shares::Split;
 use super::{
-    BLOCKS_MAX, BlockId, Geometry, GroupKind, KvError, KvMetrics, Layout, ParamsMaker, RankCard, RankEndpoint,
-    RankMemory, Report, TransferParams,
+    BLOCKS_MAX, BlockId, Geometry, KvError, KvMetrics, Layout, ParamsMaker, RankCard, RankEndpoint, RankMemory, Report,
+    TransferParams,
 };
 use crate::config::{KvConfig, KvSendType, Role};
 use crate::control::{RuntimeStatus, TransferId};
@@ -241,7 +240,6 @@ impl KvRuntime {
         let mut distinct: Vec<&str> = ranks.iter().map(|rank| rank.endpoint.as_str()).collect();
         distinct.sort_unstable();
         distinct.dedup();
-        let geometry = self.shared.layout.geometry();
         let held = match distinct.len() {
             _ if ranks.len() != tp_size as usize => None,
             1 => Some(tp_size),
@@ -251,14 +249,7 @@ impl KvRuntime {
         let Some(held) = held else {
             return Err(KvError::Endpoints { tp_size, named: ranks.len(), distinct: distinct.len() });
         };
-        for group in &geometry.groups {
-            check_heads(group, tp_size)?;
-            if group.kind == GroupKind::State && tp_size != geometry.tp_size {
-                let (prefill, decode) = (tp_size.to_string(), geometry.tp_size.to_string());
-                let name = "the number of ranks (a state cannot be split)";
-                return Err(LayoutError::Differs { name, prefill, decode }.into());
-            }
-        }
+        self.shared.layout.check_ranks_of(tp_size)?;
         Ok((Split { tp_size, held }, ranks.iter().step_by(held as usize).cloned().collect()))
     }
 }

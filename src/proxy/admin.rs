@@ -19,10 +19,9 @@ use super::routes::{Peer, Unread, describe};
 use super::shared::Lane;
 use super::upstream::{Deadline, UpstreamError, write_headers};
 use super::worker::Worker;
-use crate::control::{AdminClient, ControlError, TransferId};
+use crate::control::TransferId;
 use crate::openai::ApiError;
 use crate::security::tokens_equal;
-use crate::telemetry::TransferRecord;
 
 /// Calls that every worker gets as they are.
 const TO_ALL: &[&str] = &[
@@ -211,7 +210,7 @@ async fn transfer(State(lane): State<Arc<Lane>>, Path(id): Path<String>) -> Resp
     for (worker, client) in lane.shared.workers.iter().zip(&lane.shared.runtimes) {
         if let Some(client) = client.clone() {
             let worker = Arc::clone(worker);
-            asked.spawn(async move { (worker, record(client, id).await) });
+            asked.spawn(async move { (worker, client.records(id).await) });
         }
     }
     let (mut records, mut errors) = (Vec::new(), Vec::new());
@@ -219,8 +218,10 @@ async fn transfer(State(lane): State<Arc<Lane>>, Path(id): Path<String>) -> Resp
     answers.sort_by_key(|(worker, _)| worker.number);
     for (worker, answer) in answers {
         match answer {
-            Ok(Some(record)) => records.push(json!({"worker": worker.name(), "record": record})),
-            Ok(None) => {}
+            Ok(found) => {
+                records.extend(found.records.iter().map(|record| json!({"worker": worker.name(), "record": record})));
+                errors.extend(found.unheard.iter().map(|error| json!({"worker": worker.name(), "error": error})));
+            }
             Err(error) => errors.push(json!({"worker": worker.name(), "error": error.to_string()})),
         }
     }
@@ -230,10 +231,6 @@ async fn transfer(State(lane): State<Arc<Lane>>, Path(id): Path<String>) -> Resp
         (true, false) => StatusCode::BAD_GATEWAY,
     };
     (status, axum::Json(json!({"transfer_id": id, "records": records, "errors": errors}))).into_response()
-}
-
-async fn record(client: AdminClient, id: TransferId) -> Result<Option<TransferRecord>, ControlError> {
-    client.record(id).await
 }
 
 #[cfg(test)]

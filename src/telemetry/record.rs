@@ -45,6 +45,8 @@ pub struct TransferRecord {
     /// Engine id of this side, and of the other once it is known.
     pub engine_id: String,
     pub peer_engine_id: Option<String>,
+    /// This side's tensor-parallel rank; the first, where one runtime holds all of its worker's.
+    pub rank: u32,
     /// The path that carried the bytes; `None` when no byte had to move.
     pub path: Option<Path>,
     pub bytes: u64,

@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pdlink::config::ProxyConfig;
-use pdlink::control::{self, AbortAnswer, AdminAnswer, AdminReply, AdminRequest, Hello, Liveness, Part, Role};
+use pdlink::control::{
+    self, AbortAnswer, AdminAnswer, AdminReply, AdminRequest, Hello, Liveness, Part, RankRecords, Role,
+};
 use pdlink::proxy::{Connector, Mode, ProxyHandle, ProxySetup, WorkerAddress, serve};
 use pdlink::security::Secret;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -267,7 +269,7 @@ impl control::AdminHandler for Notes {
                 self.0.lock().unwrap().push(id.to_string());
                 AdminAnswer::Abort(AbortAnswer::Aborted)
             }
-            AdminRequest::Record(_) => AdminAnswer::Record(None),
+            AdminRequest::Records(_) => AdminAnswer::Records(RankRecords::default()),
             other => AdminAnswer::Refused(format!("{other:?}")),
         });
     }

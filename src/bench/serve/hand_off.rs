@@ -106,7 +106,7 @@ mod tests {
     fn the_slowest_rank_of_decode_counts() {
         let record = |side: &str, copy_us: u64, outcome: serde_json::Value| {
             json!({ "worker": "w", "record": {
-                "transfer_id": "00", "side": side, "engine_id": "e", "peer_engine_id": null, "path": "shm", "bytes": 100,
+                "transfer_id": "00", "side": side, "engine_id": "e", "peer_engine_id": null, "rank": 0, "path": "shm", "bytes": 100,
                 "runs": 1, "posts": 1, "blocks": 1, "tokens": 16, "wait_us": 10, "copy_us": copy_us, "validate_us": 30,
                 "digest_checked": false, "weight_version": 0, "outcome": outcome,
             }})

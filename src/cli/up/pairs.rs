@@ -13,8 +13,8 @@ use crate::topology::{Plan, WorkerPlan};
 /// How long one pair may take to meet: two connections and their handshakes.
 const PAIR_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Pairs that meet at once. More would only queue at the workers.
-const PAIRS_AT_ONCE: usize = 32;
+/// Decode runtimes that meet a prefill worker at once. More would only queue at the workers.
+const AT_ONCE: usize = 32;
 
 /// A pair that cannot work.
 #[derive(Debug, thiserror::Error)]
@@ -25,31 +25,51 @@ pub(super) struct PairError {
     source: ControlError,
 }
 
-/// One pair to meet.
-struct Pair {
-    prefill: String,
-    decode: String,
-    prefill_address: String,
-    client: AdminClient,
+/// A worker as the launcher knows it: the address of each of its runtimes.
+#[derive(Debug, Clone)]
+struct Side {
+    name: String,
+    addresses: Vec<String>,
 }
 
-/// Lets every pair meet that `involves` a worker of interest. The answer counts pairs by the path they chose.
+impl Side {
+    fn of(worker: &WorkerPlan) -> Self {
+        Self { name: worker.name(), addresses: worker.kv_addresses() }
+    }
+
+    /// What a runtime is called in messages: the worker's name, with the rank where there are several.
+    fn runtime(&self, rank: usize) -> String {
+        if self.addresses.len() > 1 { format!("{} rank {rank}", self.name) } else { self.name.clone() }
+    }
+}
+
+/// Lets every pair of runtimes meet whose workers `involves` a worker of interest. The answer counts pairs by the path
+/// they chose.
 pub(super) async fn meet(
     plan: &Plan,
     secret: &Secret,
     involves: impl Fn(&WorkerPlan, &WorkerPlan) -> bool,
 ) -> Result<BTreeMap<Path, usize>, PairError> {
-    let mut waiting = pairs(plan, secret, involves);
+    let with_runtime = |role| plan.of_role(role).filter(|worker| worker.has_runtime);
+    let mut waiting = Vec::new();
+    for decode in with_runtime(Role::Decode) {
+        let of_decode = Side::of(decode);
+        for (rank, address) in of_decode.addresses.iter().enumerate() {
+            let client = AdminClient::new(address.clone(), secret.clone(), PAIR_TIMEOUT);
+            let prefill = with_runtime(Role::Prefill).filter(|prefill| involves(prefill, decode));
+            waiting.extend(prefill.map(|prefill| (of_decode.runtime(rank), client.clone(), Side::of(prefill))));
+        }
+    }
     let mut meeting = JoinSet::new();
     let mut chosen = BTreeMap::new();
     loop {
-        while meeting.len() < PAIRS_AT_ONCE
-            && let Some(pair) = waiting.pop()
+        while meeting.len() < AT_ONCE
+            && let Some((decode, client, prefill)) = waiting.pop()
         {
-            meeting.spawn(meet_one(pair));
+            meeting.spawn(async move { meet_worker(&decode, &client, &prefill).await });
         }
         match meeting.join_next().await {
-            Some(Ok(met)) => *chosen.entry(met?).or_insert(0) += 1,
+            Some(Ok(met)) => met?.into_iter().for_each(|path| *chosen.entry(path).or_insert(0) += 1),
             // A task of ours was neither cancelled nor may it panic; without its answer there is nothing to count.
             Some(Err(_)) => {}
             None => return Ok(chosen),
@@ -57,59 +77,94 @@ pub(super) async fn meet(
     }
 }
 
-fn pairs(plan: &Plan, secret: &Secret, involves: impl Fn(&WorkerPlan, &WorkerPlan) -> bool) -> Vec<Pair> {
-    let with_runtime = |role| plan.of_role(role).filter(|worker| worker.has_runtime);
-    let mut pairs = Vec::new();
-    for decode in with_runtime(Role::Decode) {
-        let (addresses, names) = (decode.kv_addresses(), runtime_names(decode));
-        for (rank, (address, name)) in addresses.iter().zip(names).enumerate() {
-            let client = AdminClient::new(address.clone(), secret.clone(), PAIR_TIMEOUT);
-            for prefill in with_runtime(Role::Prefill).filter(|prefill| involves(prefill, decode)) {
-                let needed = needed(rank, addresses.len(), prefill.kv_ports.len());
-                let known = prefill.kv_addresses().into_iter().zip(runtime_names(prefill));
-                pairs.extend(known.skip(needed.start).take(needed.len()).map(|(prefill_address, prefill)| Pair {
-                    prefill,
-                    decode: name.clone(),
-                    prefill_address,
-                    client: client.clone(),
-                }));
-            }
-        }
+/// One decode runtime meets those of one prefill worker that it has to do with; which these are, it knows itself.
+async fn meet_worker(decode: &str, client: &AdminClient, prefill: &Side) -> Result<Vec<Path>, PairError> {
+    let fail = |prefill: String| {
+        let decode = decode.to_owned();
+        move |source| PairError { prefill, decode, source }
+    };
+    let ranks = match prefill.addresses.len() {
+        // It may hold several ranks, or one: there is no other in any case.
+        1 => vec![0],
+        count => client.peers_of(u32::try_from(count).unwrap_or(u32::MAX)).await.map_err(fail(prefill.name.clone()))?,
+    };
+    let mut paths = Vec::new();
+    for rank in ranks.into_iter().filter_map(|rank| usize::try_from(rank).ok()) {
+        let Some(address) = prefill.addresses.get(rank) else { continue };
+        let paired = client.pair(address).await.map_err(fail(prefill.runtime(rank)))?;
+        paths.push(paired.path);
     }
-    pairs
-}
-
-/// What its runtimes are called in messages: the worker's name, with the rank where there are several.
-fn runtime_names(worker: &WorkerPlan) -> Vec<String> {
-    let name = |rank| if worker.kv_ports.len() > 1 { format!("{} rank {rank}", worker.name()) } else { worker.name() };
-    (0..worker.kv_ports.len()).map(name).collect()
-}
-
-/// The runtimes of a prefill worker whose heads decode's runtime `rank` needs, of so many on either side.
-fn needed(rank: usize, decode: usize, prefill: usize) -> std::ops::Range<usize> {
-    let decode = decode.max(1);
-    rank * prefill / decode..((rank + 1) * prefill).div_ceil(decode)
-}
-
-async fn meet_one(pair: Pair) -> Result<Path, PairError> {
-    let Pair { prefill, decode, prefill_address, client } = pair;
-    let paired = client.pair(&prefill_address).await;
-    paired.map(|paired| paired.path).map_err(|source| PairError { prefill, decode, source })
+    Ok(paths)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::{Arc, Mutex};
 
-    #[test]
-    fn ranks_meet_those_whose_heads_they_need() {
-        let all = |decode: usize, prefill: usize| {
-            (0..decode).map(|rank| needed(rank, decode, prefill).collect::<Vec<_>>()).collect::<Vec<_>>()
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::control::{
+        AdminAnswer, AdminHandler, AdminReply, AdminRequest, Connection, Hello, Identity, Liveness, Paired, Part, Sink,
+        VERSIONS, admin_sink, serve,
+    };
+
+    /// A decode runtime that reads ranks 0 and 2 of four, and is refused by one address.
+    #[derive(Default)]
+    struct Decode {
+        asked: Mutex<Vec<String>>,
+    }
+
+    impl AdminHandler for Decode {
+        fn ask(&self, request: AdminRequest, reply: AdminReply) {
+            reply.send(&match request {
+                AdminRequest::PeersOf(4) => AdminAnswer::PeersOf(vec![0, 2]),
+                AdminRequest::Pair(peer) if peer == "stranger" => AdminAnswer::Refused("it does not fit".to_owned()),
+                AdminRequest::Pair(peer) => {
+                    self.asked.lock().unwrap().push(peer);
+                    AdminAnswer::Pair(Paired { path: Path::Shm, peer_engine_id: String::new() })
+                }
+                other => AdminAnswer::Refused(format!("{other:?}")),
+            });
+        }
+    }
+
+    fn prefill(addresses: &[&str]) -> Side {
+        Side { name: "prefill 0".to_owned(), addresses: addresses.iter().map(|&address| address.to_owned()).collect() }
+    }
+
+    #[tokio::test]
+    async fn a_decode_rank_meets_the_prefill_ranks_it_names_and_the_one_that_fails_is_named() {
+        let (secret, decode) = (Secret::loopback(), Arc::new(Decode::default()));
+        let hello = Hello {
+            part: Part::Engine,
+            engine_id: "decode".to_owned(),
+            incarnation: 1,
+            role: Role::Decode,
+            payload: Vec::new(),
         };
-        assert_eq!(all(1, 1), [[0]]);
-        assert_eq!(all(2, 2), [[0], [1]]);
-        assert_eq!(all(4, 2), [[0], [0], [1], [1]]);
-        assert_eq!(all(2, 4), [[0, 1], [2, 3]]);
-        assert_eq!(all(1, 2), [[0, 1]]);
+        let identity = Identity { secret: secret.clone(), versions: VERSIONS, hello, timeout: PAIR_TIMEOUT };
+        let liveness = Liveness { ping_interval: PAIR_TIMEOUT, peer_timeout: PAIR_TIMEOUT * 3 };
+        let handler = Arc::clone(&decode);
+        let welcome =
+            move |_: Hello, connection: &Connection| -> Sink { admin_sink(connection, Arc::<Decode>::clone(&handler)) };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = AdminClient::new(listener.local_addr().unwrap().to_string(), secret, PAIR_TIMEOUT);
+        let mut server = JoinSet::new();
+        server.spawn(serve(listener, Arc::new(identity), liveness, Arc::new(welcome)));
+
+        let met = meet_worker("decode 0 rank 1", &client, &prefill(&["a", "b", "c", "d"])).await.unwrap();
+        assert_eq!((met.len(), std::mem::take(&mut *decode.asked.lock().unwrap())), (2, vec!["a".into(), "c".into()]));
+        meet_worker("decode 0 rank 1", &client, &prefill(&["alone"])).await.unwrap();
+        assert_eq!(*decode.asked.lock().unwrap(), ["alone"]);
+
+        let failed = |addresses: &[&str]| {
+            let (client, prefill) = (client.clone(), prefill(addresses));
+            async move { meet_worker("decode 0 rank 1", &client, &prefill).await.unwrap_err().to_string() }
+        };
+        let told = failed(&["a", "b", "stranger", "d"]).await;
+        assert!(told.starts_with("decode 0 rank 1 cannot take KV from prefill 0 rank 2: "), "{told}");
+        let told = failed(&["a", "b", "c"]).await;
+        assert!(told.starts_with("decode 0 rank 1 cannot take KV from prefill 0: "), "{told}");
     }
 }
