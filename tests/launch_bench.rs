@@ -8,7 +8,12 @@ use serde_json::Value;
 
 fn pdlink(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pdlink"));
-    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR")).env_remove("PDLINK_SECRET_FILE").stdin(Stdio::null());
+    command
+        .args(args)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .env_remove("PDLINK_SECRET_FILE")
+        .env_remove("PDLINK_ADMIN_TOKEN")
+        .stdin(Stdio::null());
     command
 }
 
@@ -96,6 +101,53 @@ fn servers_that_run_are_measured_side_by_side() {
         assert!(row["prompt_tokens_seen"].as_f64() >= Some(20.0), "{row:#}");
     }
     assert!(String::from_utf8_lossy(&output.stdout).contains("no records of hand-offs"));
+}
+
+#[test]
+fn records_behind_a_token_or_on_another_port_are_found_or_the_flag_is_named() {
+    let folder = tempfile::tempdir().expect("folder");
+    let logs = folder.path().join("logs");
+    let admin = free_address();
+    let log_dir = ["--launcher.log_dir", logs.to_str().expect("UTF-8")];
+    let apart = ["--proxy.admin_listen", &admin, "--proxy.admin_token", "sesame"];
+    let small = ["@", "configs/debug/local.toml", "--concurrency", "1"];
+    // Of a deployment that is started here the settings are known.
+    let (_, report) = bench(folder.path(), &[&small[..], &log_dir, &apart].concat());
+    assert!(rows(&report).iter().all(|row| row["hand_off"]["transfers"] == 6), "{report:#}");
+
+    let mut up = pdlink(&[&["up", "--json"][..], &small[..2], &log_dir, &apart].concat())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("start a fleet");
+    let lines = BufReader::new(up.stdout.take().expect("stdout")).lines().map_while(Result::ok);
+    let mut events = lines.filter_map(|line| serde_json::from_str::<Value>(&line).ok());
+    let ready = events.find(|event| event["event"] == "ready").expect("it serves");
+    let up = Engine { child: up, url: ready["base_url"].as_str().expect("an address").to_owned() };
+    let admin = format!("http://{admin}");
+    let told = |more: &[&str]| {
+        let (output, report) = bench(folder.path(), &[&["--url", &up.url, "--concurrency", "1"], more].concat());
+        let found = rows(&report)[0]["hand_off"]["transfers"].as_u64();
+        (found, String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    for (more, want) in [
+        (&[][..], "(`proxy.admin_listen`) by --admin-url"),
+        (&["--admin-url", &admin], "give the token of `proxy.admin_token` by --admin-token"),
+        (&["--admin-url", &admin, "--admin-token", "please"], "the token is not that of `proxy.admin_token`"),
+    ] {
+        let (found, said) = told(more);
+        assert!(found.is_none() && said.contains(want), "{want} in: {said}");
+    }
+    let (found, said) = told(&["--admin-url", &admin, "--admin-token", "sesame"]);
+    assert!(found == Some(6) && !said.contains("could not be read"), "{said}");
+    // As `up` itself is ended: its workers go with it.
+    let _ = Command::new("kill").args(["-TERM", &up.child.id().to_string()]).status();
+    let mut up = up;
+    let _ = up.child.wait();
+}
+
+fn free_address() -> String {
+    std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").to_string()
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, StatusCode, header};
+use http::{HeaderMap, Method, Request, StatusCode, header, request};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
@@ -55,6 +55,25 @@ pub async fn send(
     body: Option<Bytes>,
     patience: Duration,
 ) -> anyhow::Result<Answer> {
+    let request = Request::builder().method(method).uri(path).header(header::CONTENT_TYPE, "application/json");
+    exchange(addr, request, body, patience).await
+}
+
+/// Sends a `GET`, with this token if there is one.
+pub async fn get(addr: &str, path: &str, token: Option<&str>, patience: Duration) -> anyhow::Result<Answer> {
+    let mut request = Request::builder().method(Method::GET).uri(path);
+    if let Some(token) = token {
+        request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+    }
+    exchange(addr, request, None, patience).await
+}
+
+async fn exchange(
+    addr: &str,
+    request: request::Builder,
+    body: Option<Bytes>,
+    patience: Duration,
+) -> anyhow::Result<Answer> {
     let stream = timeout(patience, TcpStream::connect(addr)).await.context("connecting took too long")??;
     stream.set_nodelay(true)?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
@@ -63,12 +82,7 @@ pub async fn send(
         // An error of the connection reaches the reader of the body; here it has nobody else to tell.
         let _ = connection.await;
     });
-    let request = Request::builder()
-        .method(method)
-        .uri(path)
-        .header(header::HOST, addr)
-        .header(header::CONTENT_TYPE, "application/json")
-        .body(Full::new(body.unwrap_or_default()))?;
+    let request = request.header(header::HOST, addr).body(Full::new(body.unwrap_or_default()))?;
     let response = timeout(patience, sender.send_request(request)).await.context("no answer came in time")??;
     let (head, body) = response.into_parts();
     Ok(Answer { status: head.status, headers: head.headers, body, _connection: tasks })
@@ -76,7 +90,7 @@ pub async fn send(
 
 /// Sends a `GET` and returns the body of a 200 as text.
 pub async fn get_text(addr: &str, path: &str, patience: Duration) -> anyhow::Result<String> {
-    let answer = send(addr, Method::GET, path, None, patience).await?;
+    let answer = get(addr, path, None, patience).await?;
     let status = answer.status;
     let text = answer.text(patience).await?;
     if status != StatusCode::OK {

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
+use http::StatusCode;
 use serde::Deserialize;
 use tokio::task::JoinSet;
 
@@ -45,9 +46,17 @@ pub(super) struct Found {
     pub(super) told: Option<String>,
 }
 
-/// Asks the proxy at `address` for the transfers of these answers. An answer that names none (one worker served it alone,
+/// Where the records are to be had.
+#[derive(Debug, Clone)]
+pub(super) struct Source {
+    /// `host:port` of the proxy's admin routes.
+    pub(super) address: String,
+    pub(super) token: Option<String>,
+}
+
+/// Asks `source` for the transfers of these answers. An answer that names none (one worker served it alone,
 /// or vLLM's own connector did) is left out.
-pub(super) async fn of(address: &str, answers: &[Answer], patience: Duration) -> Found {
+pub(super) async fn of(source: &Source, answers: &[Answer], patience: Duration) -> Found {
     let mut waiting: Vec<(String, Duration)> =
         answers.iter().filter_map(|answer| Some((answer.transfer_id.clone()?, answer.first))).collect();
     let mut asking = JoinSet::new();
@@ -56,9 +65,9 @@ pub(super) async fn of(address: &str, answers: &[Answer], patience: Duration) ->
         while asking.len() < ASKED_AT_ONCE
             && let Some((id, first)) = waiting.pop()
         {
-            let address = address.to_owned();
+            let source = source.clone();
             asking.spawn(async move {
-                let page = client::get_text(&address, &format!("/admin/transfers/{id}"), patience).await?;
+                let page = source.page(&id, patience).await?;
                 read(&page, first).context("no record of decode's that says it is done")
             });
         }
@@ -76,6 +85,36 @@ pub(super) async fn of(address: &str, answers: &[Answer], patience: Duration) ->
         }
     }
 }
+
+impl Source {
+    /// The page of one transfer, or why there is none and what would help.
+    async fn page(&self, id: &str, patience: Duration) -> anyhow::Result<String> {
+        let Self { address, token } = self;
+        let asked = client::get(address, &format!("/admin/transfers/{id}"), token.as_deref(), patience).await;
+        let answer = asked.with_context(|| format!("{ELSEWHERE}; asked was {address}"))?;
+        let status = answer.status;
+        let text = answer.text(patience).await?;
+        let help = match status {
+            StatusCode::OK => return Ok(text),
+            StatusCode::UNAUTHORIZED if token.is_some() => {
+                "the token is not that of `proxy.admin_token`: mend --admin-token (or PDLINK_ADMIN_TOKEN)"
+            }
+            StatusCode::UNAUTHORIZED => {
+                "give the token of `proxy.admin_token` by --admin-token (or PDLINK_ADMIN_TOKEN)"
+            }
+            StatusCode::FORBIDDEN => {
+                "the proxy has no `proxy.admin_token` and so shows records on its own host alone: measure there, or set a \
+                 token and give it by --admin-token (or PDLINK_ADMIN_TOKEN)"
+            }
+            // A proxy that knows the route, and no such transfer, says so in a page.
+            StatusCode::NOT_FOUND if serde_json::from_str::<Page>(&text).is_err() => ELSEWHERE,
+            _ => "its records are gone or out of reach",
+        };
+        bail!("{help}; http://{address} answered {status}: {text}")
+    }
+}
+
+const ELSEWHERE: &str = "give the address of the proxy's admin routes (`proxy.admin_listen`) by --admin-url";
 
 /// Reads a page of records. Of several ranks, the request waited for the slowest.
 fn read(page: &str, first: Duration) -> Option<HandOff> {

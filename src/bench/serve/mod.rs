@@ -22,6 +22,7 @@ pub use report::Report;
 use super::client;
 use super::environment::Environment;
 use deployment::Deployment;
+use hand_off::Source;
 use load::Load;
 use report::Row;
 
@@ -35,6 +36,10 @@ const ASK_PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Debug, Clone)]
 pub struct Options {
     pub target: Target,
+    /// Where the proxy's admin routes are; default: where requests go.
+    pub admin_url: Option<String>,
+    /// What they ask for.
+    pub admin_token: Option<String>,
     /// A server without PD, for comparison.
     pub baseline: Option<String>,
     /// The `model` that requests name; default: the first that the server lists.
@@ -102,13 +107,16 @@ struct Side {
     name: &'static str,
     address: String,
     model: String,
-    has_records: bool,
+    /// Where the records of its transfers are, if it has any.
+    records: Option<Source>,
 }
 
 async fn measure(options: &Options, address: &str, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Vec<Row>> {
-    let mut sides = vec![side("deployment", address, options, true).await?];
+    let admin = options.admin_url.as_deref().map_or_else(|| Ok(address.to_owned()), deployment::address_of)?;
+    let records = Source { address: admin, token: options.admin_token.clone() };
+    let mut sides = vec![side("deployment", address, options, Some(records)).await?];
     if let Some(url) = &options.baseline {
-        sides.push(side("baseline", &deployment::address_of(url)?, options, false).await?);
+        sides.push(side("baseline", &deployment::address_of(url)?, options, None).await?);
     }
     let mut rows = Vec::new();
     for tokens in &options.prompt_tokens {
@@ -141,20 +149,19 @@ async fn one_row(options: &Options, side: &Side, tokens: usize, pace: Pace, numb
     };
     load::run(load(warm, Pace::AtOnce(at_once))).await?;
     let seen = load::run(load(counted, pace)).await?;
-    let hand_offs = if side.has_records {
-        hand_off::of(&side.address, &seen.answers, ASK_PATIENCE).await
-    } else {
-        hand_off::Found::default()
+    let hand_offs = match &side.records {
+        Some(source) => hand_off::of(source, &seen.answers, ASK_PATIENCE).await,
+        None => hand_off::Found::default(),
     };
     Ok(Row::new(side.name, tokens, options.output_tokens, pace, &seen, &hand_offs))
 }
 
-async fn side(name: &'static str, address: &str, options: &Options, has_records: bool) -> anyhow::Result<Side> {
+async fn side(name: &'static str, address: &str, options: &Options, records: Option<Source>) -> anyhow::Result<Side> {
     let model = match &options.model {
         Some(model) => model.clone(),
         None => first_model(address).await.with_context(|| format!("the {name} at {address} names no model"))?,
     };
-    Ok(Side { name, address: address.to_owned(), model, has_records })
+    Ok(Side { name, address: address.to_owned(), model, records })
 }
 
 async fn first_model(address: &str) -> anyhow::Result<String> {

@@ -178,7 +178,10 @@ impl Report {
         let missed: usize = self.rows.iter().map(|row| row.hand_offs_missed).sum();
         if missed > 0 {
             let why = self.rows.iter().find_map(|row| row.hand_offs_missed_example.as_deref()).unwrap_or_default();
-            writeln!(f, "\nrecords of {missed} transfers could not be read: {why}")?;
+            writeln!(
+                f,
+                "\nrecords of {missed} transfers could not be read, so the hand-off's part is not told for them: {why}"
+            )?;
         }
         if with_records().next().is_none() {
             let none = "no records of hand-offs: plain workers, or a connector that keeps none";

@@ -6,12 +6,19 @@ use std::time::Duration;
 
 use crate::bench::serve::{self, Options, Pace, Target};
 use crate::cli::{Sources, Usage, load_config};
+use crate::config::ProxyConfig;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ServeArgs {
     /// The proxy of a running deployment (default: one is started from `@ FILE`)
     #[arg(long, value_name = "URL")]
     url: Option<String>,
+    /// Where the proxy's admin routes are, for the records of transfers [default: `proxy.admin_listen`, else where requests go]
+    #[arg(long, value_name = "URL")]
+    admin_url: Option<String>,
+    /// The token that they ask for [default: `proxy.admin_token`]
+    #[arg(long, value_name = "TOKEN", env = "PDLINK_ADMIN_TOKEN", hide_env_values = true)]
+    admin_token: Option<String>,
     /// Also measure this server, which answers without PD: a plain one, or one of the workers
     #[arg(long, value_name = "URL")]
     baseline_url: Option<String>,
@@ -48,8 +55,11 @@ pub(super) struct ServeArgs {
 }
 
 pub(super) fn run(args: ServeArgs, sources: &Sources) -> anyhow::Result<ExitCode> {
+    let (target, own) = target(args.url, sources)?;
     let options = Options {
-        target: target(args.url, sources)?,
+        target,
+        admin_url: args.admin_url.or(own.admin_listen),
+        admin_token: args.admin_token.or(own.admin_token),
         baseline: args.baseline_url,
         model: args.model,
         prompt_tokens: args.prompt_tokens,
@@ -71,9 +81,10 @@ pub(super) fn run(args: ServeArgs, sources: &Sources) -> anyhow::Result<ExitCode
     super::tell(args.json.as_deref(), |text| runtime.block_on(serve::run(&options, text)))
 }
 
-fn target(url: Option<String>, sources: &Sources) -> anyhow::Result<Target> {
+/// What is measured, and how its proxy is set up where we are to start it.
+fn target(url: Option<String>, sources: &Sources) -> anyhow::Result<(Target, ProxyConfig)> {
     match (url, sources.files.is_empty() && sources.overrides.is_empty()) {
-        (Some(url), true) => Ok(Target::Url(url)),
+        (Some(url), true) => Ok((Target::Url(url), ProxyConfig::default())),
         (Some(_), false) => {
             Err(Usage::new("--url names a deployment that runs, and a configuration one to start: give one of the two")
                 .into())
@@ -83,11 +94,11 @@ fn target(url: Option<String>, sources: &Sources) -> anyhow::Result<Target> {
                 .into())
         }
         (None, false) => {
-            let launcher = load_config(sources)?.config.launcher;
-            let within = Duration::try_from_secs_f64(launcher.ready_timeout_s).unwrap_or(Duration::MAX);
+            let config = load_config(sources)?.config;
+            let within = Duration::try_from_secs_f64(config.launcher.ready_timeout_s).unwrap_or(Duration::MAX);
             // Looking at the environment and meeting the peers come on top of what each worker may take.
             let within = within.saturating_add(Duration::from_secs(180));
-            Ok(Target::Start { arguments: sources.to_arguments(), within })
+            Ok((Target::Start { arguments: sources.to_arguments(), within }, config.proxy))
         }
     }
 }
