@@ -77,7 +77,7 @@ pub struct ProxyConfig {
     pub local_prefill: bool,
     /// Prompts shorter than this many bytes of body go to decode alone. Default 0: none do.
     pub local_prefill_below_bytes: u64,
-    /// Threads that serve. Default: the number of cores, 1 to 4.
+    /// Threads that serve. Default: half the cores, 1 to 4.
     #[schemars(range(min = 1, max = 1024))]
     pub threads: Option<usize>,
     /// Where admin routes listen, `host:port`. Default: on the proxy's own port, for loopback clients or token holders.

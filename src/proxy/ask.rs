@@ -41,7 +41,7 @@ pub(crate) async fn ask(
     let connect = lane.shared.limits.connect;
     let mut answer = exchange(&lane.sockets, worker.number, &worker.origin, request, connect, deadline).await?;
     let body = deadline.bound("whole answer", answer.whole(ANSWER_BYTES_MAX)).await?;
-    let (status, headers) = (answer.head.status, std::mem::take(&mut answer.head.headers));
+    let (status, headers) = (answer.head.status, answer.head.headers());
     lane.sockets.finish(worker.number, answer);
     Ok(Reply { status, headers, body })
 }

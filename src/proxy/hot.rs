@@ -128,8 +128,8 @@ pub(crate) fn pass_on(
             flight.end = "done";
             (status, headers, Ok(body))
         }
-        Answer::Flowing { mut exchange, first } => {
-            let (status, headers) = (exchange.head.status, std::mem::take(&mut exchange.head.headers));
+        Answer::Flowing { exchange, first } => {
+            let (status, headers) = (exchange.head.status, exchange.head.headers());
             (status, headers, Err((exchange, first)))
         }
     };

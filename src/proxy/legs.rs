@@ -336,7 +336,7 @@ impl Job<'_> {
         } else if !failed {
             load.succeeded();
         }
-        let headers = std::mem::take(&mut answer.head.headers);
+        let headers = answer.head.headers();
         self.lane.sockets.finish(worker.number, answer);
         let message = format!("{} worker {} answered {status}", worker.role.name(), worker.name());
         Failure {
@@ -365,7 +365,7 @@ impl Job<'_> {
             (Err(_), None) => return Err(Failure::nobody(Leg::decode, "")),
         };
         let text = Bytes::from([first.unwrap_or_default(), rest].concat());
-        let (status, mut headers) = (exchange.head.status, std::mem::take(&mut exchange.head.headers));
+        let (status, mut headers) = (exchange.head.status, exchange.head.headers());
         if let Some(load) = &mut load {
             load.succeeded();
             self.lane.sockets.finish(load.worker().number, exchange);

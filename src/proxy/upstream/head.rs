@@ -1,6 +1,8 @@
 //! The head of a worker's answer, and the header lines that go to a worker.
 
-use bytes::{Buf, BytesMut};
+use std::mem::MaybeUninit;
+
+use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 use super::UpstreamError;
@@ -18,13 +20,14 @@ pub(crate) enum Framing {
     Close,
 }
 
-/// Status, end-to-end headers and framing of an answer.
+/// Status and framing of an answer, and its header lines: what only one leg's answer needs is read when it is asked for.
 #[derive(Debug)]
 pub(crate) struct Head {
     pub(crate) status: StatusCode,
-    pub(crate) headers: HeaderMap,
     pub(crate) framing: Framing,
     pub(crate) keep_alive: bool,
+    /// The head as it came.
+    text: Bytes,
 }
 
 /// Headers that belong to one connection and are never passed on (RFC 9110, 7.6.1).
@@ -50,9 +53,9 @@ pub(super) fn take(buffer: &mut BytesMut, may_have_body: bool) -> Result<Option<
         if buffer.is_empty() {
             return Ok(None);
         }
-        let mut lines = [httparse::EMPTY_HEADER; HEADERS_MAX];
-        let mut parsed = httparse::Response::new(&mut lines);
-        let length = match parsed.parse(buffer) {
+        let mut lines = [const { MaybeUninit::uninit() }; HEADERS_MAX];
+        let mut parsed = httparse::Response::new(&mut []);
+        let length = match parse(&mut parsed, buffer, &mut lines) {
             Ok(httparse::Status::Complete(length)) => length,
             Ok(httparse::Status::Partial) if buffer.len() > HEAD_BYTES_MAX => {
                 return Err(UpstreamError::BadHead("its head is longer than 64 KiB"));
@@ -69,82 +72,107 @@ pub(super) fn take(buffer: &mut BytesMut, may_have_body: bool) -> Result<Option<
             buffer.advance(length);
             continue;
         }
-        let head = read(&parsed, status, may_have_body)?;
-        buffer.advance(length);
-        return Ok(Some(head));
+        let (framing, keep_alive) = framing_of(&parsed, status, may_have_body)?;
+        let text = buffer.split_to(length).freeze();
+        return Ok(Some(Head { status, framing, keep_alive, text }));
     }
 }
 
-fn read(parsed: &httparse::Response<'_, '_>, status: StatusCode, may_have_body: bool) -> Result<Head, UpstreamError> {
-    let mut headers = HeaderMap::with_capacity(parsed.headers.len() + 2);
+type Line<'a> = httparse::Header<'a>;
+
+fn parse<'l, 't>(
+    parsed: &mut httparse::Response<'l, 't>,
+    text: &'t [u8],
+    lines: &'l mut [MaybeUninit<Line<'t>>],
+) -> httparse::Result<usize> {
+    httparse::ParserConfig::default().parse_response_with_uninit_headers(parsed, text, lines)
+}
+
+/// How long the body is, and whether the connection can be used again.
+fn framing_of(
+    parsed: &httparse::Response<'_, '_>,
+    status: StatusCode,
+    may_have_body: bool,
+) -> Result<(Framing, bool), UpstreamError> {
     let mut length = None;
     let mut chunked = false;
     let mut keep_alive = parsed.version == Some(1);
-    let mut named = Vec::new();
     for line in parsed.headers.iter() {
-        let name = line.name;
-        if name.eq_ignore_ascii_case("transfer-encoding") {
+        if line.name.eq_ignore_ascii_case("transfer-encoding") {
             chunked = line.value.eq_ignore_ascii_case(b"chunked");
             if !chunked {
                 return Err(UpstreamError::BadHead("it uses a transfer coding other than chunked"));
             }
-            continue;
-        }
-        if name.eq_ignore_ascii_case("connection") {
-            for token in line.value.split(|&byte| byte == b',').map(<[u8]>::trim_ascii) {
-                match token {
-                    token if token.eq_ignore_ascii_case(b"close") => keep_alive = false,
-                    token if token.eq_ignore_ascii_case(b"keep-alive") => keep_alive = true,
-                    token => named.push(token.to_ascii_lowercase()),
+        } else if line.name.eq_ignore_ascii_case("connection") {
+            for token in tokens(line.value) {
+                if token.eq_ignore_ascii_case(b"close") {
+                    keep_alive = false;
+                } else if token.eq_ignore_ascii_case(b"keep-alive") {
+                    keep_alive = true;
                 }
             }
-            continue;
-        }
-        if name.eq_ignore_ascii_case("content-length") {
+        } else if line.name.eq_ignore_ascii_case("content-length") {
             let value = std::str::from_utf8(line.value).ok().and_then(|value| value.trim().parse::<u64>().ok());
             let value = value.ok_or(UpstreamError::BadHead("its content-length is no number"))?;
-            if length.is_some_and(|known| known != value) {
+            if length.replace(value).is_some_and(|known| known != value) {
                 return Err(UpstreamError::BadHead("it has two different content-lengths"));
             }
-            if length.replace(value).is_some() {
-                continue;
-            }
-        }
-        let Ok(name) = HeaderName::from_bytes(name.as_bytes()) else { continue };
-        let Ok(value) = HeaderValue::from_bytes(line.value) else { continue };
-        if !is_hop_by_hop(&name) {
-            headers.append(name, value);
-        }
-    }
-    for name in &named {
-        if let Ok(name) = HeaderName::from_bytes(name) {
-            headers.remove(name);
         }
     }
     let bodiless = !may_have_body || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     let framing = match (bodiless, chunked, length) {
         (true, ..) => Framing::Length(0),
-        (_, true, _) => {
-            // With both, the chunks decide (RFC 9112, 6.3), and the length must not travel on.
-            headers.remove(header::CONTENT_LENGTH);
-            Framing::Chunked
-        }
+        // With both, the chunks decide (RFC 9112, 6.3).
+        (_, true, _) => Framing::Chunked,
         (_, _, Some(length)) => Framing::Length(length),
         (_, _, None) => Framing::Close,
     };
-    keep_alive &= framing != Framing::Close;
-    Ok(Head { status, headers, framing, keep_alive })
+    Ok((framing, keep_alive && framing != Framing::Close))
+}
+
+/// The tokens of a `Connection` header.
+fn tokens(value: &[u8]) -> impl Iterator<Item = &[u8]> {
+    value.split(|&byte| byte == b',').map(<[u8]>::trim_ascii)
+}
+
+impl Head {
+    /// The end-to-end headers: those that are passed on.
+    pub(crate) fn headers(&self) -> HeaderMap {
+        let mut lines = [const { MaybeUninit::uninit() }; HEADERS_MAX];
+        let mut parsed = httparse::Response::new(&mut []);
+        // It was parsed when it was taken.
+        let whole = parse(&mut parsed, &self.text, &mut lines).is_ok_and(|status| status.is_complete());
+        debug_assert!(whole, "a head that was taken is whole");
+        let mut headers = HeaderMap::with_capacity(parsed.headers.len() + 2);
+        for line in parsed.headers.iter() {
+            let Ok(name) = HeaderName::from_bytes(line.name.as_bytes()) else { continue };
+            let Ok(value) = HeaderValue::from_bytes(line.value) else { continue };
+            if is_hop_by_hop(&name) {
+                continue;
+            }
+            if name == header::CONTENT_LENGTH {
+                // Once is enough, and beside chunks it must not travel on.
+                if self.framing != Framing::Chunked {
+                    headers.insert(name, value);
+                }
+                continue;
+            }
+            headers.append(name, value);
+        }
+        for line in parsed.headers.iter().filter(|line| line.name.eq_ignore_ascii_case("connection")) {
+            for name in tokens(line.value).filter_map(|token| HeaderName::from_bytes(token).ok()) {
+                headers.remove(name);
+            }
+        }
+        headers
+    }
 }
 
 /// Header lines of a client's request as they go to a worker: all end-to-end headers but those that `skip` names.
 pub(crate) fn write_headers(headers: &HeaderMap, skip: impl Fn(&HeaderName) -> bool) -> Vec<u8> {
     let mut lines = Vec::with_capacity(256);
-    let connection: Vec<&[u8]> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .flat_map(|value| value.as_bytes().split(|&byte| byte == b','))
-        .map(<[u8]>::trim_ascii)
-        .collect();
+    let connection: Vec<&[u8]> =
+        headers.get_all(header::CONNECTION).iter().flat_map(|value| tokens(value.as_bytes())).collect();
     for (name, value) in headers {
         let ours = [header::HOST, header::CONTENT_LENGTH, header::EXPECT].contains(name);
         let named = connection.iter().any(|token| token.eq_ignore_ascii_case(name.as_str().as_bytes()));
@@ -202,9 +230,9 @@ mod tests {
     fn hop_by_hop_headers_stay_behind() {
         let text = "HTTP/1.1 200 OK\r\nconnection: x-secret\r\nx-secret: 1\r\nkeep-alive: timeout=5\r\nx-kept: 2\r\n\
                     content-length: 0\r\n\r\n";
-        let head = head(text).expect("a head").expect("whole");
+        let headers = head(text).expect("a head").expect("whole").headers();
         // A header map keeps no order among names.
-        let mut names: Vec<_> = head.headers.keys().map(HeaderName::as_str).collect();
+        let mut names: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         names.sort_unstable();
         assert_eq!(names, ["content-length", "x-kept"]);
         let mut sent = HeaderMap::new();
