@@ -7,6 +7,7 @@ mod kv_cache;
 mod kv_worker;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kv_cache::Cache;
@@ -283,6 +284,41 @@ fn kv_8_transfers_fail_at_once_when_either_runtime_shuts_down() {
             assert!(matches!(end, End::Failed { .. }), "{send_type:?} {which:?}: {end:?}");
             survivor.assert_at_rest();
         }
+    }
+}
+
+#[test]
+fn with_put_the_engines_next_step_waits_until_what_is_pushed_has_gone_out() {
+    for send_type in [KvSendType::Put, KvSendType::PutAsync] {
+        let (hub, prefill, decode) = stepped(send_type);
+        prefill.runtime.wait_for_pushes();
+        let params = prefill.offer(&SRC, 8, 1);
+        let handle = decode.expect(&params);
+        // Held, but not pushed yet: decode may come for it at any time.
+        prefill.runtime.wait_for_pushes();
+        decode.fetch(handle, &DST, 0);
+        first_piece(&hub);
+        let goes_on = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let step = scope.spawn(|| {
+                prefill.runtime.wait_for_pushes();
+                goes_on.load(Ordering::SeqCst)
+            });
+            if send_type == KvSendType::PutAsync {
+                assert!(!step.join().unwrap());
+                until("all is pushed", || !hub.step());
+            } else {
+                std::thread::sleep(Duration::from_millis(50));
+                goes_on.store(true, Ordering::SeqCst);
+                until("the step begins", || {
+                    hub.step();
+                    step.is_finished()
+                });
+                assert!(step.join().unwrap(), "it did not wait");
+            }
+        });
+        assert_eq!(decode.end_of(params.pdlink.transfer_id), End::Received);
+        assert_eq!(prefill.end_of(params.pdlink.transfer_id), End::Sent);
     }
 }
 

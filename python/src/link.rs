@@ -36,7 +36,7 @@ pub(crate) struct Report {
     digest_checked: bool,
 }
 
-/// A running KV link. No call waits for a peer or for bytes; ends come by `take_reports`, one for each `offer` and each
+/// A running KV link. No call waits for a peer or for bytes, but for `wait_for_pushes`; ends come by `take_reports`, one for each `offer` and each
 /// `expect` that did not raise.
 #[pyclass(frozen, module = "pdlink")]
 pub(crate) struct Link {
@@ -115,6 +115,16 @@ impl Link {
         }
         let runtime = self.runtime.read().unwrap_or_else(PoisonError::into_inner);
         ended.into_iter().map(|ended| report(runtime.as_ref(), ended)).collect()
+    }
+
+    /// With `PUT`: waits until nothing that is pushed from here is in flight, within the transfer's own bound.
+    fn wait_for_pushes(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| {
+            self.with(|runtime| {
+                runtime.wait_for_pushes();
+                Ok(())
+            })
+        })
     }
 
     /// Blocks held for decode, and transfers of either side that have not ended.

@@ -16,7 +16,6 @@ mod metrics;
 mod model;
 mod output;
 mod prefix_cache;
-mod push_gate;
 mod request;
 mod scheduler;
 mod sequence;

@@ -18,8 +18,7 @@ use super::front::Front;
 use super::kv_cache::KvCache;
 use super::layout::CacheError;
 use super::metrics::EngineMetrics;
-use super::push_gate::PushGate;
-use super::scheduler::{Command, Gate, Pace, Scheduler, SchedulerParts, SchedulerThread};
+use super::scheduler::{Command, Pace, Scheduler, SchedulerParts, SchedulerThread};
 use super::server::{self, ServerState};
 use crate::config::{KvConfig, KvSendType, ReferenceConfig};
 use crate::kv::{KvError, KvMetrics, KvRuntime, Role, RuntimeConfig};
@@ -91,8 +90,7 @@ impl Engine {
         let metrics = Arc::new(EngineMetrics::new(&mut registry));
         let (sender, commands) = channel();
         let front = Front::new(sender, setup.reference.requests_max);
-        let gate = (setup.send_type == KvSendType::Put).then(|| Arc::new(PushGate::default()));
-        let link = Arc::new(start_link(&setup, &cache, &mut registry, &front, gate.as_ref())?);
+        let link = Arc::new(start_link(&setup, &cache, &mut registry, &front)?);
         let scheduler = Scheduler::new(SchedulerParts {
             blocks: Blocks::new(cache, setup.prefix_caching),
             link: link.clone(),
@@ -102,14 +100,12 @@ impl Engine {
             weight_version: setup.weight_version,
         });
         let alive = Arc::new(AtomicBool::new(true));
-        let at_most = Duration::from_millis(setup.kv.transfer_timeout_ms);
-        let gate = gate.map(|pushes| Gate { pushes, at_most });
         let pace = Pace {
             prefill_us_per_token: setup.reference.prefill_us_per_token,
             decode_us_per_token: setup.reference.decode_us_per_token,
         };
-        let thread =
-            SchedulerThread::start(scheduler, commands, pace, gate, alive.clone()).map_err(EngineError::Thread)?;
+        let thread = SchedulerThread::start(scheduler, commands, pace, link.clone(), alive.clone())
+            .map_err(EngineError::Thread)?;
         let state = Arc::new(ServerState {
             front: front.clone(),
             model: setup.model,
@@ -213,7 +209,6 @@ fn start_link(
     cache: &KvCache,
     registry: &mut Registry,
     front: &Front,
-    gate: Option<&Arc<PushGate>>,
 ) -> Result<KvRuntime, EngineError> {
     let listener = setup.kv_listener.try_clone().map_err(EngineError::Address)?;
     let bind = listener.local_addr().map_err(EngineError::Address)?.ip();
@@ -224,10 +219,7 @@ fn start_link(
         bind,
         advertise_host: &setup.advertise_host,
     })?;
-    let paths = paths.into_iter().map(|path| {
-        let path = setup.wrap_path.as_ref().map_or_else(|| path.clone(), |wrap| wrap(path.clone()));
-        gate.map_or_else(|| path.clone(), |gate| gate.around(path.clone()))
-    });
+    let wrap = |path| setup.wrap_path.as_ref().map_or_else(|| Arc::clone(&path), |wrap| wrap(Arc::clone(&path)));
     let config = RuntimeConfig {
         kv: &setup.kv,
         engine_id: format!("{}-{:016x}", setup.role.name(), rand::random::<u64>()),
@@ -240,7 +232,7 @@ fn start_link(
         listener,
         advertise_host: setup.advertise_host.clone(),
         weight_version: setup.weight_version,
-        transports: Some(paths.collect()),
+        transports: Some(paths.into_iter().map(wrap).collect()),
         metrics: KvMetrics::new(registry),
     };
     let reports = front.clone();

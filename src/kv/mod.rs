@@ -32,6 +32,7 @@ mod params;
 mod past;
 mod peers;
 mod producer;
+mod push_gate;
 mod pushes;
 mod report;
 mod run_list;

@@ -1,5 +1,6 @@
 //! Prefill's own copies: started once their link is there, cancelled, ended.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::channel::SendEvent;
@@ -40,14 +41,21 @@ impl Core {
         let serial = sending.serial;
         let of_reader = &mut sending.readers[reader];
         of_reader.runs = runs.runs() as u64;
-        let events = self.events.clone();
+        let (events, shared) = (self.events.clone(), Arc::clone(&self.shared));
+        if let Some(pushes) = &shared.pushes {
+            pushes.enter();
+        }
         let request = TransferRequest {
             direction: Direction::Push,
             runs,
             grant: Some(place.grant),
             deadline: Instant::now() + self.kv.transfer_timeout,
         };
+        // Every transfer completes once (TR-1), so whatever entered the gate leaves it.
         let done = move |result| {
+            if let Some(pushes) = &shared.pushes {
+                pushes.leave();
+            }
             let _ = events.send(Event::Copied { side: Side::Prefill, transfer_id, part: reader, serial, result });
         };
         let ticket = link.submit(request, Box::new(done));

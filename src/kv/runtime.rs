@@ -2,20 +2,22 @@
 //!
 //! One thread with a single-threaded tokio runtime owns every connection, every machine and every timer (`core`). The
 //! engine's calls check what can be checked without it, and send it an event; bytes are moved by the transports' own
-//! threads. Nothing that the engine calls waits for the thread, except [`KvRuntime::shutdown`].
+//! threads. Nothing that the engine calls waits for the thread or for bytes, except [`KvRuntime::shutdown`] and
+//! [`KvRuntime::wait_for_pushes`].
 
 use std::collections::HashSet;
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::mpsc;
 
 use super::core::{Command, Core, Event, Expect};
 use super::link::{KvLink, Offer, TransferHandle};
 use super::past::Records;
+use super::push_gate::PushGate;
 use super::run_list::by_group;
 use super::shares::Split;
 use super::{
@@ -62,6 +64,8 @@ pub struct KvRuntime {
     card: RankCard,
     params: ParamsMaker,
     events: mpsc::UnboundedSender<Event>,
+    /// A push that takes longer has failed, or is about to.
+    push_max: Duration,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -77,6 +81,8 @@ pub(super) struct Shared {
     pub(super) weight_version: AtomicU64,
     pub(super) records: Mutex<Records>,
     pub(super) metrics: KvMetrics,
+    /// With `PUT`: what the engine's next step waits for.
+    pub(super) pushes: Option<PushGate>,
     live: Mutex<Live>,
 }
 
@@ -152,6 +158,7 @@ impl KvRuntime {
             weight_version: AtomicU64::new(config.weight_version),
             records: Mutex::default(),
             metrics: config.metrics,
+            pushes: (config.send_type == KvSendType::Put).then(PushGate::default),
             live: Mutex::default(),
         });
         let card = RankCard {
@@ -189,7 +196,8 @@ impl KvRuntime {
             .name("pdlink-kv".to_owned())
             .spawn(move || runtime.block_on(core.run(listener, queue)))
             .map_err(|error| start("the thread", &error))?;
-        Ok(Self { shared, card, params, events, thread: Mutex::new(Some(thread)) })
+        let push_max = Duration::from_millis(config.kv.transfer_timeout_ms);
+        Ok(Self { shared, card, params, events, push_max, thread: Mutex::new(Some(thread)) })
     }
 
     /// `host:port` of the control listener, as peers are told.
@@ -204,6 +212,14 @@ impl KvRuntime {
 
     pub fn incarnation(&self) -> u64 {
         self.shared.incarnation
+    }
+
+    /// For the engine to call between two steps. With `PUT`: waits until no push of ours is in flight, and no longer than
+    /// `kv.transfer_timeout_ms`. Otherwise returns at once.
+    pub fn wait_for_pushes(&self) {
+        if let Some(pushes) = &self.shared.pushes {
+            pushes.wait(self.push_max);
+        }
     }
 
     /// Ends every transfer, with its report, closes every path and waits for the thread.

@@ -6,7 +6,7 @@ import asyncio
 
 from client import Client, chat, completion, grown, prompt
 from conftest import CHUNK
-from fleet import BLOCK
+from fleet import BLOCK, Nursery, Server
 
 LENGTHS = [1, 2, *(n + d for n in (BLOCK, 2 * BLOCK, 3 * BLOCK, CHUNK) for d in (-1, 0, 1)), 300, 777, 1500]
 
@@ -65,6 +65,27 @@ def test_32_at_once(run, mono, prefill, decode, proxy):
         await client.at_rest(prefill, decode)
 
     run(test)
+
+
+def test_prefill_that_pushes_before_its_next_step(run, mono, decode, nursery: Nursery):
+    """With PUT its steps wait for what it pushes: answers come all the same, also where prompts are computed meanwhile."""
+    pushing = Server("pushing", nursery, "kv_producer", send_type="PUT")
+    pushing.log.unlink(missing_ok=True)
+    prompts = [prompt(40 + 31 * number, 10) for number in range(16)]
+
+    async def test(client: Client) -> None:
+        expected = await asyncio.gather(*(client.complete(mono, tokens) for tokens in prompts))
+        answers = await asyncio.gather(*(client.two_legs(pushing, decode, tokens) for tokens in prompts))
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+        await client.at_rest(pushing, decode)
+        sent = (await client.metrics(pushing))("pdlink_kv_transfers_total", side="prefill", outcome="done")
+        assert sent == len(prompts)
+
+    try:
+        pushing.start().wait()
+        run(test)
+    finally:
+        pushing.kill()
 
 
 def test_what_is_cached_on_either_side_is_not_loaded_again(run, mono, prefill, decode):

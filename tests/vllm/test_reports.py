@@ -78,6 +78,26 @@ def test_taken_whoever_drives_the_copy(send_type: str):
         pair.close()
 
 
+def test_a_step_hands_its_orders_on_before_it_waits_for_pushes():
+    """With PUT: else decode's own loads would wait for what prefill pushes, in an engine that does both."""
+    pair = Pair(send_type="PUT")
+    try:
+        link, called = pair.decode.worker._link, []
+
+        class Noting:
+            def __getattr__(self, name: str) -> Any:
+                called.append(name)
+                return getattr(link, name)
+
+        params = pair.prefill.hold("p", transfer_id(), [[1]], TOKENS)
+        pair.decode.worker._link = Noting()
+        pair.decode.load("d", params, [[2]])
+        assert called[:3] == ["expect", "fetch", "wait_for_pushes"]
+        pair.end(["p"], ["d"], [])
+    finally:
+        pair.close()
+
+
 @pytest.mark.parametrize("connector", [PdlinkConnector, P2pNcclConnector, NixlConnector])
 def test_host_memory_goes_by_its_own_paths_under_every_name(connector: type[PdlinkConnector]):
     """Without a launcher nobody names paths, and the cache of a CPU is no GPU's."""

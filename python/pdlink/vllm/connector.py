@@ -139,7 +139,7 @@ class PdlinkConnector(KVConnectorBase_V1, SupportsHMA):
         """KV is taken from the cache itself, block by block, once prefill has ended."""
 
     def wait_for_save(self) -> None:
-        """Blocks stay as they are until they are reported as sent."""
+        """Blocks stay as they are until they are reported as sent; with `PUT` the next step waits for it."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         results = self._results = self._works.finish()

@@ -120,7 +120,8 @@ class WorkerSide:
     # ---------------------------------------------------------------- one step
 
     def begin(self, meta: StepMeta) -> None:
-        """Carries out a step's orders. Holds wait until the forward has been made: see `finish`."""
+        """Carries out a step's orders. Holds wait until the forward has been made: see `finish`. With `PUT` the step then
+        waits for what is being pushed out of here."""
         for request_id, reason in meta.refusals:
             self._loads[request_id] = _Load(failure=reason)
         for request_id, transfer_id, params in meta.expects:
@@ -135,6 +136,8 @@ class WorkerSide:
                 self._link.abort(load.transfer_id)
         self._holds += meta.holds
         self._closes += meta.closes
+        if self._link is not None:
+            self._link.wait_for_pushes()
 
     def finish(self) -> Results:
         """Offers what the step has computed, and hands out the reports since the last step."""

@@ -31,7 +31,7 @@ use super::sequence::Sequence;
 use crate::config::LoadFailurePolicy;
 use crate::kv::{BlockId, KvLink, Report, TransferId, TransferParams};
 pub(super) use step::Outcome;
-pub(super) use thread::{Gate, Pace, SchedulerThread};
+pub(super) use thread::{Pace, SchedulerThread};
 
 /// Sequences that run or load at once. More wait.
 const RUNNING_MAX: usize = 256;

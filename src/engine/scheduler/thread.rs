@@ -6,8 +6,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::super::push_gate::PushGate;
 use super::{Command, Outcome, Scheduler};
+use crate::kv::KvRuntime;
 
 /// How long a step takes.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -25,14 +25,6 @@ impl Pace {
     }
 }
 
-/// What a step waits for, with `kv_send_type = "PUT"`.
-#[derive(Debug)]
-pub(in crate::engine) struct Gate {
-    pub pushes: Arc<PushGate>,
-    /// After this a push is no longer waited for.
-    pub at_most: Duration,
-}
-
 /// The running thread. Ends at [`Command::Stop`].
 pub(in crate::engine) struct SchedulerThread(Option<JoinHandle<()>>);
 
@@ -42,12 +34,12 @@ impl SchedulerThread {
         scheduler: Scheduler,
         commands: Receiver<Command>,
         pace: Pace,
-        gate: Option<Gate>,
+        link: Arc<KvRuntime>,
         alive: Arc<AtomicBool>,
     ) -> std::io::Result<Self> {
         let run = move || {
             let _alive = Alive(alive);
-            run(scheduler, &commands, pace, gate.as_ref());
+            run(scheduler, &commands, pace, &link);
         };
         let thread = std::thread::Builder::new().name("pdlink-engine".to_owned()).spawn(run)?;
         Ok(Self(Some(thread)))
@@ -67,7 +59,7 @@ impl Drop for Alive {
     }
 }
 
-fn run(mut scheduler: Scheduler, commands: &Receiver<Command>, pace: Pace, gate: Option<&Gate>) {
+fn run(mut scheduler: Scheduler, commands: &Receiver<Command>, pace: Pace, link: &KvRuntime) {
     loop {
         loop {
             match commands.try_recv() {
@@ -76,9 +68,7 @@ fn run(mut scheduler: Scheduler, commands: &Receiver<Command>, pace: Pace, gate:
                 Err(TryRecvError::Empty) => break,
             }
         }
-        if let Some(gate) = gate {
-            gate.pushes.wait(gate.at_most);
-        }
+        link.wait_for_pushes();
         let outcome = scheduler.step();
         if outcome.is_stuck() {
             match commands.recv() {
