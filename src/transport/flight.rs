@@ -24,8 +24,8 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One admitted transfer.
-pub(super) struct Flight {
+/// One admitted transfer. Nameable only in here: [`super::mapped`] shows it in a trait.
+pub struct Flight {
     pub(super) ticket: TransferTicket,
     pub(super) direction: Direction,
     pub(super) runs: RunList,

@@ -26,6 +26,7 @@ mod grant;
 mod grant_table;
 mod identity;
 mod loopback;
+mod mapped;
 mod process;
 mod request;
 mod run_list;

@@ -1,24 +1,21 @@
 //! GPUs of one host with peer access, or one GPU: a peer's allocations are mapped, and one kernel launch moves the run list
 //! straight from block to block. The process that submits makes the whole copy, and the peer does nothing.
-//!
-//! A pusher writes the peer's memory itself, so a grant here is a promise, not a fence ([`super::Fence::AskPeer`]), as on `shm`.
+#![forbid(unsafe_code)]
 
 mod peer;
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use self::peer::Peer;
-use super::flight::{Flight, Inflight, locked};
+use super::flight::Flight;
 use super::flight_queue::FlightQueue;
 use super::identity::Identity;
+use super::mapped::{self, Mapped, PeerMemory, Reach};
 use super::threads::Threads;
-use super::{
-    CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, GrantToken, Link, Piece, RunList, TransferRequest,
-    TransferTicket, Transport, TransportError,
-};
+use super::{Export, Piece, RunList, Totals, TransportError};
 use crate::config::Path;
 use crate::ffi::cuda::{CudaError, Device, IpcHandle};
 use crate::memory::{GpuCopies, GpuRun, Region};
@@ -54,17 +51,17 @@ struct RegionDescription {
 }
 
 /// The `cuda-ipc` path of this process.
-pub struct CudaIpc {
+pub type CudaIpc = Mapped<GpuReach>;
+
+/// One thread that launches copies.
+pub struct GpuReach {
     device: Arc<Device>,
-    regions: Arc<[Arc<Region>]>,
-    export: Export,
     queue: Arc<FlightQueue<Arc<Peer>>>,
     threads: Threads,
-    links: Mutex<Vec<Weak<CudaIpcLink>>>,
 }
 
 fn unusable(reason: String) -> TransportError {
-    TransportError::Unreachable { path: "cuda-ipc", peer: "this process".to_owned(), reason }
+    mapped::unusable(Path::CudaIpc, reason)
 }
 
 impl CudaIpc {
@@ -82,8 +79,7 @@ impl CudaIpc {
         threads
             .spawn("pdlink-cuda".to_owned(), move || carry_all(&work, copies))
             .map_err(|error| unusable(format!("no thread: {error}")))?;
-        let export = Export::encode(&description);
-        Ok(Self { device, regions: regions.into(), export, queue, threads, links: Mutex::default() })
+        Ok(Self::offering(regions, Export::encode(&description), GpuReach { device, queue, threads }))
     }
 }
 
@@ -169,117 +165,33 @@ fn carry(flight: &Flight, peer: &Peer, pieces: &[Piece], copies: &mut GpuCopies)
     })
 }
 
-impl Transport for CudaIpc {
-    fn path(&self) -> Path {
-        Path::CudaIpc
-    }
+impl Reach for GpuReach {
+    const PATH: Path = Path::CudaIpc;
+    type Peer = Peer;
 
-    fn export(&self) -> Export {
-        self.export.clone()
-    }
-
-    fn connect(&self, peer: &Export, _deadline: Instant) -> Result<Arc<dyn Link>, TransportError> {
+    fn open(&self, peer: &Export, ours: &Arc<[Arc<Region>]>) -> Result<Peer, TransportError> {
         let description: Description = peer.decode(Path::CudaIpc)?;
-        let peer = Peer::open(&self.device, &description, self.regions.clone())?;
-        let inflight = Inflight::new(peer.name().to_owned());
-        let link =
-            Arc::new(CudaIpcLink { peer: Mutex::new(Some(Arc::new(peer))), queue: self.queue.clone(), inflight });
-        let mut links = locked(&self.links);
-        links.retain(|link| link.strong_count() > 0);
-        links.push(Arc::downgrade(&link));
-        Ok(link)
+        Peer::open(&self.device, &description, ours.clone())
     }
 
-    fn grant(&self, runs: &RunList) -> Result<Grant, TransportError> {
-        let lens: Vec<u64> = self.regions.iter().map(|region| region.len()).collect();
-        runs.validate_destinations(&lens)?;
-        Ok(Grant::unenforced(GrantToken::random()))
+    fn pieces(&self, runs: &RunList, _totals: Totals) -> Vec<Piece> {
+        runs.pieces(LAUNCH_BYTES_MAX, GpuCopies::runs_max())
+    }
+
+    fn carry(&self, flight: Arc<Flight>, peer: Arc<Peer>) {
+        if let Err(flight) = self.queue.push(flight, peer) {
+            flight.fail(TransportError::Cancelled);
+        }
+    }
+
+    fn forget_ended(&self) {
+        self.queue.forget_ended();
     }
 
     fn close(&self) {
-        let links = std::mem::take(&mut *locked(&self.links));
-        links.iter().filter_map(Weak::upgrade).for_each(|link| link.close());
         for flight in self.queue.close() {
             flight.fail(TransportError::Cancelled);
         }
         self.threads.join();
-    }
-}
-
-impl Drop for CudaIpc {
-    fn drop(&mut self) {
-        self.close();
-    }
-}
-
-struct CudaIpcLink {
-    /// Taken when the link closes: the peer's memory is unmapped once the last transfer has let go of it.
-    peer: Mutex<Option<Arc<Peer>>>,
-    queue: Arc<FlightQueue<Arc<Peer>>>,
-    inflight: Arc<Inflight>,
-}
-
-impl CudaIpcLink {
-    fn peer(&self) -> Option<Arc<Peer>> {
-        locked(&self.peer).clone()
-    }
-
-    fn closed(&self) -> TransportError {
-        TransportError::LinkClosed { peer: self.inflight.peer().to_owned() }
-    }
-}
-
-impl Link for CudaIpcLink {
-    fn path(&self) -> Path {
-        Path::CudaIpc
-    }
-
-    fn submit(&self, request: TransferRequest, done: Completion) -> TransferTicket {
-        let peer = self.peer();
-        let (ticket, flight) = self.inflight.admit(request, done, |request| {
-            let peer = peer.as_ref().ok_or_else(|| self.closed())?;
-            let (ours, theirs) = peer.lens();
-            let totals = match request.direction {
-                Direction::Pull => request.runs.validate(theirs, ours)?,
-                Direction::Push => request.runs.validate(ours, theirs)?,
-            };
-            Ok((totals, request.runs.pieces(LAUNCH_BYTES_MAX, GpuCopies::runs_max())))
-        });
-        if let (Some(flight), Some(peer)) = (flight, peer) {
-            flight.posted(flight.totals.posts);
-            if let Err(flight) = self.queue.push(flight, peer) {
-                flight.fail(TransportError::Cancelled);
-            }
-        }
-        ticket
-    }
-
-    fn cancel(&self, ticket: TransferTicket) {
-        if let Some(flight) = self.inflight.get(ticket) {
-            flight.fail(TransportError::Cancelled);
-        }
-    }
-
-    fn usable(&self) -> bool {
-        !self.inflight.is_closed() && !self.peer_gone()
-    }
-
-    fn peer_gone(&self) -> bool {
-        self.peer().is_some_and(|peer| peer.gone())
-    }
-
-    fn close(&self) {
-        for flight in self.inflight.close(self.closed()) {
-            flight.fail(TransportError::Cancelled);
-        }
-        self.inflight.wait_empty(CLOSE_WAIT_MAX);
-        self.queue.forget_ended();
-        drop(locked(&self.peer).take());
-    }
-}
-
-impl Drop for CudaIpcLink {
-    fn drop(&mut self) {
-        self.close();
     }
 }

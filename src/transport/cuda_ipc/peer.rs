@@ -6,11 +6,12 @@ use std::sync::Arc;
 use super::{Description, RegionDescription};
 use crate::ffi::cuda::Device;
 use crate::memory::Region;
+use crate::transport::mapped::PeerMemory;
 use crate::transport::process::Process;
 use crate::transport::{Direction, TransportError};
 
 /// One peer process and our way into its memory. Dropping it unmaps everything.
-pub(super) struct Peer {
+pub struct Peer {
     process: Process,
     allocations: Vec<Arc<Region>>,
     /// For each of its regions: which allocation, and where in it.
@@ -56,19 +57,6 @@ impl Peer {
         Ok(Self { process, allocations, theirs, their_lens, ours, our_lens })
     }
 
-    pub(super) fn name(&self) -> &str {
-        self.process.name()
-    }
-
-    pub(super) fn gone(&self) -> bool {
-        self.process.gone()
-    }
-
-    /// Lengths of our regions and of the peer's.
-    pub(super) fn lens(&self) -> (&[u64], &[u64]) {
-        (&self.our_lens, &self.their_lens)
-    }
-
     /// Where source and destination of a copy start. Both were found to exist when it was admitted.
     pub(super) fn ends(&self, direction: Direction, src: u16, dst: u16) -> (Place<'_>, Place<'_>) {
         match direction {
@@ -84,5 +72,19 @@ impl Peer {
     fn their_place(&self, region: u16) -> Place<'_> {
         let (allocation, offset) = self.theirs[usize::from(region)];
         Place { region: &self.allocations[allocation], offset }
+    }
+}
+
+impl PeerMemory for Peer {
+    fn name(&self) -> &str {
+        self.process.name()
+    }
+
+    fn gone(&self) -> bool {
+        self.process.gone()
+    }
+
+    fn lens(&self) -> (&[u64], &[u64]) {
+        (&self.our_lens, &self.their_lens)
     }
 }

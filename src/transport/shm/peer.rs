@@ -12,6 +12,7 @@ use super::{Description, Place, RegionDescription};
 use crate::memory::Region;
 use crate::transport::copy_pool::Carrier;
 use crate::transport::flight::Flight;
+use crate::transport::mapped::PeerMemory;
 use crate::transport::process::Process;
 use crate::transport::{Direction, Piece, Segment, TransportError};
 
@@ -20,7 +21,7 @@ use crate::transport::{Direction, Piece, Segment, TransportError};
 const STREAM_BYTES_MIN: u64 = 32 << 20;
 
 /// One peer process and our way into its memory. Dropping it unmaps everything.
-pub(super) struct Peer {
+pub struct Peer {
     process: Process,
     regions: Vec<PeerRegion>,
     ours: Arc<[Arc<Region>]>,
@@ -49,20 +50,6 @@ impl Peer {
         let their_lens = description.regions.iter().map(|region| region.len).collect();
         let peer = Self { process, regions, ours, our_lens, their_lens, vm };
         if peer.gone() { Err(peer.ended()) } else { Ok(peer) }
-    }
-
-    pub(super) fn name(&self) -> &str {
-        self.process.name()
-    }
-
-    /// Lengths of our regions and of the peer's.
-    pub(super) fn lens(&self) -> (&[u64], &[u64]) {
-        (&self.our_lens, &self.their_lens)
-    }
-
-    /// Whether the process has ended. Cannot be wrong about a reused process id.
-    pub(super) fn gone(&self) -> bool {
-        self.process.gone()
     }
 
     fn carry_mapped(&self, theirs: &Region, ours: &Region, flight: &Flight, piece: Piece) {
@@ -96,6 +83,20 @@ impl Peer {
 
     fn ended(&self) -> TransportError {
         TransportError::PeerGone { peer: self.name().to_owned() }
+    }
+}
+
+impl PeerMemory for Peer {
+    fn name(&self) -> &str {
+        self.process.name()
+    }
+
+    fn gone(&self) -> bool {
+        self.process.gone()
+    }
+
+    fn lens(&self) -> (&[u64], &[u64]) {
+        (&self.our_lens, &self.their_lens)
     }
 }
 
