@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 
 
 def preload() -> None:
@@ -41,6 +42,12 @@ def serve(order: dict) -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("vllm.") and "get_mp_context" in vars(module):
             module.get_mp_context = lambda: multiprocessing.get_context("fork")
+    # Engine and ranks that wait for each other's messages yield their core in a loop, and while a load is under way they do
+    # nothing else. Where such loops share their cores, Linux 6.18 was seen to run nothing but them for 8 s: no other process,
+    # no kernel thread. A short sleep lets go of the core for good.
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    shm_broadcast.sched_yield = lambda: time.sleep(0.0005)
     sys.argv = ["vllm", *order["argv"]]
     from vllm.entrypoints.cli.main import main
 
