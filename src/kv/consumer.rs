@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::channel::{Gather, GatherAction, Mode, ReceiveAction, ReceiveEvent};
-use super::core::{Core, Expect, Timer, TimerKey, micros};
+use super::core::{Core, Expect, Timer, TimerKey};
 use super::messages::{Claim, Ending, Granted, ToDecode, ToPrefill};
+use super::moved::Moved;
 use super::past::Gone;
 use super::shares::Split;
 use super::{BlockId, End, Extent, PairPlan, TransferFailure};
@@ -51,11 +52,7 @@ pub(super) struct Part {
     /// Push: prefill's permission to write.
     pub(super) grant: Option<Grant>,
     pub(super) fence_timer: Option<TimerKey>,
-    pub(super) copy_started: Option<Instant>,
-    pub(super) copied: Option<Instant>,
-    pub(super) bytes: u64,
-    pub(super) runs: u64,
-    pub(super) posts: u64,
+    pub(super) moved: Moved,
 }
 
 impl Part {
@@ -74,11 +71,7 @@ impl Part {
             has_slot: false,
             grant: None,
             fence_timer: None,
-            copy_started: None,
-            copied: None,
-            bytes: 0,
-            runs: 0,
-            posts: 0,
+            moved: Moved::default(),
         }
     }
 
@@ -205,7 +198,7 @@ impl Core {
             ToDecode::Refused { failure, .. } => ReceiveEvent::Refused(failure),
             ToDecode::Confirmed { digest, .. } => ReceiveEvent::Confirmed { digest },
             ToDecode::Pushed { digest, .. } => {
-                receiving.parts[part].copied = Some(Instant::now());
+                receiving.parts[part].moved.finished = Some(Instant::now());
                 ReceiveEvent::Pushed { digest }
             }
             ToDecode::Over { how, fenced, .. } => ReceiveEvent::Over { how, fenced },
@@ -365,17 +358,10 @@ impl Core {
                 self.let_go(link);
             }
         }
-        let (parts, record) = (&receiving.parts, &mut receiving.record);
-        record.bytes = parts.iter().map(|part| part.bytes).sum();
-        record.runs = parts.iter().map(|part| part.runs).sum();
-        record.posts = parts.iter().map(|part| part.posts).sum();
-        let started = parts.iter().filter_map(|part| part.copy_started).min();
-        let copied = parts.iter().filter_map(|part| part.copied).max();
-        record.wait_us = micros(receiving.fetched, started);
-        record.copy_us = micros(started, copied);
-        record.validate_us = micros(copied, Some(Instant::now()));
+        let moved = receiving.parts.iter().map(|part| &part.moved);
+        Moved::add_up(moved, receiving.fetched, None, &mut receiving.record);
         if end == End::Released {
-            record.path = None;
+            receiving.record.path = None;
         }
         self.report(transfer_id, end, 0, receiving.record);
     }

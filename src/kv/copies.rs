@@ -81,8 +81,8 @@ impl Core {
         let is_placed = receiving.machine.state(part) == "placed";
         let (serial, of_part) = (receiving.serial, &mut receiving.parts[part]);
         let Some(link) = of_part.link.clone() else { return };
-        of_part.copy_started = Some(Instant::now());
-        of_part.runs = runs.runs() as u64;
+        of_part.moved.started = Some(Instant::now());
+        of_part.moved.runs = runs.runs() as u64;
         if is_placed {
             return self.place(transfer_id, part, &runs);
         }
@@ -105,13 +105,10 @@ impl Core {
         let Some(receiving) = self.receiving_of(transfer_id, serial) else { return };
         let of_part = &mut receiving.parts[part];
         of_part.ticket = None;
-        of_part.copied = Some(Instant::now());
+        of_part.moved.finished = Some(Instant::now());
         let result = match result {
             Ok(copied) => {
-                of_part.bytes = copied.bytes;
-                of_part.posts = copied.posts;
-                of_part.copy_started = Some(copied.started);
-                of_part.copied = Some(copied.finished);
+                of_part.moved.note(&copied);
                 Ok(())
             }
             Err(error) => Err(of_part.copy_failure(&error)),
@@ -125,8 +122,8 @@ impl Core {
         let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
         let of_part = &mut receiving.parts[part];
         let Some(path) = of_part.path else { return };
-        of_part.bytes = runs.bytes();
-        of_part.posts = runs.segments.len() as u64;
+        of_part.moved.bytes = runs.bytes();
+        of_part.moved.posts = runs.segments.len() as u64;
         let grant = match self.transports[of_part.transport].grant(runs) {
             Ok(grant) => grant,
             Err(error) => {

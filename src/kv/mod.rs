@@ -28,6 +28,7 @@ mod layout;
 mod link;
 mod messages;
 mod metrics;
+mod moved;
 mod params;
 mod past;
 mod peers;

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::channel::{Hold, HoldAction, SendAction, SendEvent};
-use super::core::{Core, Timer, TimerKey, micros};
+use super::core::{Core, Timer, TimerKey};
 use super::digesting::Work;
 use super::messages::{Granted, Place, ToDecode, ToPrefill};
+use super::moved::Moved;
 use super::past::Gone;
 use super::shares::Split;
 use super::{Offer, TransferFailure};
@@ -41,27 +42,12 @@ pub(super) struct Reader {
     pub(super) push: Option<(Arc<dyn Link>, TransferTicket)>,
     /// For each KV group the first token that a digest covers.
     from: Vec<u32>,
-    pub(super) copy_started: Option<Instant>,
-    pub(super) landed: Option<Instant>,
-    pub(super) bytes: u64,
-    pub(super) runs: u64,
-    pub(super) posts: u64,
+    pub(super) moved: Moved,
 }
 
 impl Reader {
     pub(super) fn new(number: u32) -> Self {
-        Self {
-            number,
-            client: None,
-            place: None,
-            push: None,
-            from: Vec::new(),
-            copy_started: None,
-            landed: None,
-            bytes: 0,
-            runs: 0,
-            posts: 0,
-        }
+        Self { number, client: None, place: None, push: None, from: Vec::new(), moved: Moved::default() }
     }
 }
 
@@ -134,7 +120,7 @@ impl Core {
                 SendEvent::Copying
             }
             ToPrefill::Landed { from, digest, .. } => {
-                of_reader.landed = Some(Instant::now());
+                of_reader.moved.finished = Some(Instant::now());
                 sending.record.digest_checked = digest.is_some();
                 if !self.note_from(transfer_id, reader, from) {
                     return;
@@ -318,15 +304,8 @@ impl Core {
                 client.transfers.remove(&transfer_id);
             }
         }
-        let (readers, record) = (&sending.readers, &mut sending.record);
-        record.bytes = readers.iter().map(|reader| reader.bytes).sum();
-        record.runs = readers.iter().map(|reader| reader.runs).sum();
-        record.posts = readers.iter().map(|reader| reader.posts).sum();
-        let begun = readers.iter().filter_map(|reader| reader.copy_started).min().or(sending.claimed);
-        let landed = readers.iter().filter_map(|reader| reader.landed).max();
-        record.wait_us = micros(Some(sending.offered), begun);
-        record.copy_us = micros(begun, landed);
-        record.validate_us = micros(landed, Some(Instant::now()));
+        let moved = sending.readers.iter().map(|reader| &reader.moved);
+        Moved::add_up(moved, Some(sending.offered), sending.claimed, &mut sending.record);
         self.report(transfer_id, end, sending.offer.blocks.iter().map(Vec::len).sum(), sending.record);
     }
 }

@@ -40,7 +40,7 @@ impl Core {
         sending.record.path = Some(place.path);
         let serial = sending.serial;
         let of_reader = &mut sending.readers[reader];
-        of_reader.runs = runs.runs() as u64;
+        of_reader.moved.runs = runs.runs() as u64;
         let (events, shared) = (self.events.clone(), Arc::clone(&self.shared));
         if let Some(pushes) = &shared.pushes {
             pushes.enter();
@@ -74,14 +74,11 @@ impl Core {
         };
         let (path, of_reader) = (sending.record.path, &mut sending.readers[reader]);
         of_reader.push = None;
-        of_reader.landed = Some(Instant::now());
+        of_reader.moved.finished = Some(Instant::now());
         let fenced = result.as_ref().map_or_else(TransportError::fenced, |_| true);
         let result = match result {
             Ok(copied) => {
-                of_reader.bytes = copied.bytes;
-                of_reader.posts = copied.posts;
-                of_reader.copy_started = Some(copied.started);
-                of_reader.landed = Some(copied.finished);
+                of_reader.moved.note(&copied);
                 Ok(())
             }
             Err(error) => {

@@ -48,27 +48,17 @@ def fleet(nursery: Nursery) -> Iterator[dict[str, Server]]:
             server.kill()
 
 
-@pytest.fixture(scope="session")
-def mono(fleet: dict[str, Server]) -> Server:
-    """Prefill and decode in one: what every answer is compared with."""
-    return fleet["mono"]
+def of_fleet(name: str) -> Any:
+    return pytest.fixture(scope="session", name=name)(lambda fleet: fleet[name])
 
 
-@pytest.fixture(scope="session")
-def prefill(fleet: dict[str, Server]) -> Server:
-    return fleet["prefill"]
-
-
-@pytest.fixture(scope="session")
-def decode(fleet: dict[str, Server]) -> Server:
-    """Fails what it cannot load."""
-    return fleet["decode"]
-
-
-@pytest.fixture(scope="session")
-def small(fleet: dict[str, Server]) -> Server:
-    """A decode worker with few blocks, which computes what it cannot load."""
-    return fleet["small"]
+# Prefill and decode in one: what every answer is compared with.
+mono = of_fleet("mono")
+prefill = of_fleet("prefill")
+# Fails what it cannot load.
+decode = of_fleet("decode")
+# A decode worker with few blocks, which computes what it cannot load.
+small = of_fleet("small")
 
 
 @pytest.fixture(scope="session")
