@@ -115,7 +115,8 @@ pub struct PdDisaggConfig {
     pub auto_ports: bool,
     /// How KV goes from prefill to decode. Default `P2pNcclConnector`.
     pub kv_connector: KvConnector,
-    /// Who drives the copy. Default `PUT_ASYNC`; with the `NixlConnector` that vLLM ships `GET`, as vLLM means that name. There
+    /// Who drives the copy: with `GET` decode pulls, with `PUT` prefill pushes and takes its next step when that is out, with
+    /// `PUT_ASYNC` it pushes beside its steps. Default `PUT_ASYNC`; with the `NixlConnector` that vLLM ships `GET`, as vLLM means that name. There
     /// `PUT` and `PUT_ASYNC` both choose vLLM's `NixlPushConnector`.
     pub kv_send_type: Option<KvSendType>,
     /// Whose code stands behind the connector's name. Default `native`.
