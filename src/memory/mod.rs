@@ -8,6 +8,7 @@
 mod gpu;
 mod mapping;
 mod region;
+mod registered;
 mod stream;
 mod words;
 
