@@ -68,8 +68,8 @@ pub struct KvConfig {
     /// Silence after which a peer counts as dead, in milliseconds. Default 1000 (KV-8). Must be at least three pings.
     #[schemars(range(min = 1))]
     pub peer_timeout_ms: u64,
-    /// Which transfers carry a digest. Default `sampled`. `every` reads all KV once more on both sides; in GPU memory that is
-    /// slow, and `sampled` leaves it out there.
+    /// Which transfers carry a digest. Default `sampled`. `every` reads all KV once more on both sides, where it lies: on a GPU
+    /// by a kernel.
     pub digest: DigestPolicy,
     /// With `digest = "sampled"`: one transfer in this many. Default 16.
     #[schemars(range(min = 1))]

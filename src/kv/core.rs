@@ -378,8 +378,6 @@ impl Core {
         let number = self.fetches;
         self.fetches += 1;
         match self.kv.digest {
-            // GPU memory is digested through the processor, which takes longer than the transfer: only when asked for.
-            DigestPolicy::Sampled if self.shared.regions.iter().any(|region| region.device().is_some()) => false,
             DigestPolicy::Off => false,
             DigestPolicy::Every => true,
             DigestPolicy::Sampled => number.is_multiple_of(u64::from(self.kv.digest_sample_every)),

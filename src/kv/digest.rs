@@ -17,12 +17,13 @@
 //! Replicated heads count once. A replica that differs from its first copy changes the digest, so it cannot pass.
 //! Opaque planes are rows of their own: (layer, head, block), since nobody can tell K, V and tokens in them apart.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::layout::covered_from;
+use super::runtime::locked;
 use super::shares::Scope;
 use super::{BlockId, GroupGeometry, GroupKind, HeadRange, LayerPlacement, Layout, LayoutError};
-use crate::memory::{Region, to_usize};
+use crate::memory::{AccessError, GpuDigests, Region, Tile, to_usize};
 
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 /// Rows are read in lumps of about this many bytes: small enough for the first-level cache.
@@ -38,45 +39,92 @@ pub struct Span<'a> {
     pub tokens: u32,
 }
 
-/// The digest of `span` in the memory that `layout` describes.
-pub fn digest(layout: &Layout, regions: &[Arc<Region>], span: Span<'_>) -> Result<u64, LayoutError> {
-    digest_of(layout, regions, span, &Scope::all(layout))
+/// Why there is no digest.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DigestError {
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    #[error(transparent)]
+    Memory(#[from] AccessError),
 }
 
-/// The same, of the heads in `scope` alone.
+/// The digest of `span` in the memory that `layout` describes, made by the processor.
+pub fn digest(layout: &Layout, regions: &[Arc<Region>], span: Span<'_>) -> Result<u64, LayoutError> {
+    let (scope, mut host) = (Scope::all(layout), HostRows::default());
+    let mut sums = vec![0_u64; scope.len()];
+    walk(layout, span, &scope, |sum, region, tile| {
+        sums[sum] = sums[sum].wrapping_add(host.add(&regions[usize::from(region)], &tile));
+    })?;
+    Ok(combine(&scope, &sums))
+}
+
+/// The same, of the heads in `scope` alone. What lies on a GPU is digested there, by `gpu`.
 pub(super) fn digest_of(
     layout: &Layout,
     regions: &[Arc<Region>],
     span: Span<'_>,
     scope: &Scope,
-) -> Result<u64, LayoutError> {
+    gpu: Option<&Mutex<GpuDigests>>,
+) -> Result<u64, DigestError> {
+    let (mut sums, mut host, mut on_gpu) = (vec![0_u64; scope.len()], HostRows::default(), Vec::new());
+    walk(layout, span, scope, |sum, region, tile| {
+        let region = &*regions[usize::from(region)];
+        if gpu.is_some() && region.device().is_some() {
+            on_gpu.push((sum, region, tile));
+        } else {
+            sums[sum] = sums[sum].wrapping_add(host.add(region, &tile));
+        }
+    })?;
+    if let Some(gpu) = gpu.filter(|_| !on_gpu.is_empty()) {
+        locked(gpu).add(on_gpu, &mut sums)?;
+    }
+    Ok(combine(scope, &sums))
+}
+
+/// Goes over all rows of `span`: which of the scope's sums they count to, in which region they lie, and where.
+fn walk(
+    layout: &Layout,
+    span: Span<'_>,
+    scope: &Scope,
+    mut each: impl FnMut(usize, u16, Tile),
+) -> Result<(), LayoutError> {
     let groups = layout.geometry().groups.len();
     if let Some(given) = [span.blocks.len(), span.from.len()].into_iter().find(|given| *given != groups) {
         return Err(LayoutError::Groups { given, groups });
     }
-    let (mut total, mut planes, mut buffer) = (0_u64, 0, Vec::new());
+    let (mut planes, mut sums) = (0, 0..);
     for (number, (group, layers)) in layout.groups().enumerate() {
         let (blocks, from, tokens) = (span.blocks[number], span.from[number], span.tokens);
         layout.check_blocks(blocks)?;
         let heads = group.planes_per_half(layout.geometry().tp_size);
         let first_plane = planes;
         planes += group.layers * group.halves() * heads;
+        let shares = scope.groups[number].iter().zip(&mut sums);
         if from >= tokens {
+            shares.for_each(drop);
             continue;
         }
         let listed_from = covered_from(group, blocks.len(), tokens, from)?;
         if group.opaque_planes.is_some() && !from.is_multiple_of(group.block_size) {
             return Err(LayoutError::FirstToken { first_token: from, block_size: group.block_size });
         }
-        let mut reader =
-            Reader { group, regions, blocks, listed_from, from, tokens, heads, first_plane, buffer: &mut buffer };
+        let reader = Reader { group, blocks, listed_from, from, tokens, heads, first_plane };
+        for (&(heads, rank), sum) in shares {
+            let offset = heads.first - first_head(layout, group, rank);
+            reader
+                .rank(heads, offset, &layout.placements(rank)[layers.clone()], |region, tile| each(sum, region, tile));
+        }
+    }
+    Ok(())
+}
+
+/// The digest out of the sums of its shares. Replicas of one head must agree, and count once.
+fn combine(scope: &Scope, sums: &[u64]) -> u64 {
+    let mut sums = sums.iter();
+    let mut total = 0_u64;
+    for shares in &scope.groups {
         let mut primary: Option<(HeadRange, u64)> = None;
-        for &(heads, rank) in &scope.groups[number] {
-            let sum = reader.rank(
-                heads,
-                heads.first - first_head(layout, group, rank),
-                &layout.placements(rank)[layers.clone()],
-            );
+        for (&(heads, rank), &sum) in shares.iter().zip(&mut sums) {
             match primary {
                 Some((first, first_sum)) if first == heads => {
                     if sum != first_sum {
@@ -90,7 +138,7 @@ pub(super) fn digest_of(
             }
         }
     }
-    Ok(total)
+    total
 }
 
 fn first_head(layout: &Layout, group: &GroupGeometry, rank: u32) -> u32 {
@@ -136,7 +184,6 @@ fn scatter(plane: u32, token: u32) -> u64 {
 /// One KV group of a span.
 struct Reader<'a> {
     group: &'a GroupGeometry,
-    regions: &'a [Arc<Region>],
     blocks: &'a [BlockId],
     /// First token of the first block.
     listed_from: u32,
@@ -145,118 +192,119 @@ struct Reader<'a> {
     /// Heads of the whole group, and the number of the group's first plane: parts of the rows' keys.
     heads: u32,
     first_plane: u32,
-    buffer: &'a mut Vec<u8>,
-}
-
-/// Rows that lie `stride` bytes apart: consecutive tokens of one head, or consecutive heads of one token.
-struct Rows {
-    offset: u64,
-    count: u32,
-    stride: u64,
-    plane: u32,
-    token: u32,
-    /// Whether the next row is the next head's, or the next token's.
-    by_head: bool,
 }
 
 impl Reader<'_> {
     /// `heads` of one rank, which start at the rank's head number `offset`.
-    fn rank(&mut self, heads: HeadRange, offset: u32, placements: &[LayerPlacement]) -> u64 {
-        placements.iter().zip(0..).fold(0, |sum: u64, (placement, layer)| {
+    fn rank(&self, heads: HeadRange, offset: u32, placements: &[LayerPlacement], mut each: impl FnMut(u16, Tile)) {
+        for (placement, layer) in placements.iter().zip(0..) {
             let base = placement.base + u64::from(offset) * placement.head_stride;
-            let placement = LayerPlacement { base, ..*placement };
-            sum.wrapping_add(match self.group.kind {
-                GroupKind::State => self.state(heads, layer, &placement),
-                _ if self.group.is_opaque() => self.planes(heads, layer, &placement),
-                _ => self.layer(heads, layer, &placement),
-            })
-        })
+            let (placement, region) = (LayerPlacement { base, ..*placement }, placement.region);
+            match self.group.kind {
+                GroupKind::State => self.state(heads, layer, &placement, |tile| each(region, tile)),
+                _ if self.group.is_opaque() => self.planes(heads, layer, &placement, |tile| each(region, tile)),
+                _ => self.layer(heads, layer, &placement, |tile| each(region, tile)),
+            }
+        }
     }
 
-    fn layer(&mut self, heads: HeadRange, layer: u32, placement: &LayerPlacement) -> u64 {
+    fn layer(&self, heads: HeadRange, layer: u32, placement: &LayerPlacement, mut each: impl FnMut(Tile)) {
         let group = self.group;
-        let content = group.content_bytes();
-        let mut sum = 0_u64;
         let skipped = (self.from - self.listed_from) / group.block_size;
         for (&block, index) in self.blocks.iter().zip(0..).skip(skipped as usize) {
             let block_token = self.listed_from + index * group.block_size;
             let token = block_token.max(self.from);
             let tokens = (self.tokens - block_token).min(group.block_size) - (token - block_token);
             for half in 0..group.halves() {
-                let offset = placement.base
-                    + u64::from(block.0) * placement.block_stride
-                    + u64::from(half) * placement.half_stride
-                    + u64::from(token - block_token) * placement.token_stride;
-                let plane = self.first_plane + (layer * group.halves() + half) * self.heads + heads.first;
-                // Along whichever dimension is dense, so that one read brings many rows.
-                if placement.head_stride <= placement.token_stride && heads.count > 1 {
-                    for (token, step) in (token..token + tokens).zip(0_u32..) {
-                        let offset = offset + u64::from(step) * placement.token_stride;
-                        let stride = placement.head_stride;
-                        let rows = Rows { offset, count: heads.count, stride, plane, token, by_head: true };
-                        sum = sum.wrapping_add(self.rows(placement.region, content, &rows));
-                    }
-                } else {
-                    for step in 0..heads.count {
-                        let offset = offset + u64::from(step) * placement.head_stride;
-                        let stride = placement.token_stride;
-                        let rows = Rows { offset, count: tokens, stride, plane: plane + step, token, by_head: false };
-                        sum = sum.wrapping_add(self.rows(placement.region, content, &rows));
-                    }
-                }
+                each(Tile {
+                    offset: placement.base
+                        + u64::from(block.0) * placement.block_stride
+                        + u64::from(half) * placement.half_stride
+                        + u64::from(token - block_token) * placement.token_stride,
+                    head_stride: placement.head_stride,
+                    token_stride: placement.token_stride,
+                    heads: heads.count,
+                    tokens,
+                    plane: self.first_plane + (layer * group.halves() + half) * self.heads + heads.first,
+                    token,
+                    content: group.content_bytes(),
+                });
             }
         }
-        sum
     }
 
-    fn planes(&mut self, heads: HeadRange, layer: u32, placement: &LayerPlacement) -> u64 {
+    fn planes(&self, heads: HeadRange, layer: u32, placement: &LayerPlacement, mut each: impl FnMut(Tile)) {
         let block_size = self.group.block_size;
         let skipped = (self.from - self.listed_from) / block_size;
         let first = self.listed_from / block_size;
-        let blocks = self.blocks;
-        let each = blocks.iter().zip(first..).skip(skipped as usize);
-        each.fold(0, |sum: u64, (block, number)| sum.wrapping_add(self.plane(heads, layer, placement, *block, number)))
+        for (&block, number) in self.blocks.iter().zip(first..).skip(skipped as usize) {
+            each(self.plane(heads, layer, placement, block, number));
+        }
     }
 
     /// A state counts as the plane of block 0: sides with unequal block sizes hold the same last state.
-    fn state(&mut self, heads: HeadRange, layer: u32, placement: &LayerPlacement) -> u64 {
-        self.blocks.last().map_or(0, |block| self.plane(heads, layer, placement, *block, 0))
+    fn state(&self, heads: HeadRange, layer: u32, placement: &LayerPlacement, each: impl FnMut(Tile)) {
+        self.blocks.last().map(|&block| self.plane(heads, layer, placement, block, 0)).into_iter().for_each(each);
     }
 
-    fn plane(&mut self, heads: HeadRange, layer: u32, placement: &LayerPlacement, block: BlockId, number: u32) -> u64 {
-        let rows = Rows {
+    fn plane(&self, heads: HeadRange, layer: u32, placement: &LayerPlacement, block: BlockId, number: u32) -> Tile {
+        Tile {
             offset: placement.base + u64::from(block.0) * placement.block_stride,
-            count: heads.count,
-            stride: placement.head_stride,
+            head_stride: placement.head_stride,
+            token_stride: placement.head_stride,
+            heads: heads.count,
+            tokens: 1,
             plane: self.first_plane + layer * self.heads + heads.first,
             token: number,
-            by_head: true,
-        };
-        self.rows(placement.region, self.group.plane_bytes(), &rows)
+            content: self.group.plane_bytes(),
+        }
+    }
+}
+
+/// Reads rows with the processor.
+#[derive(Default)]
+struct HostRows {
+    buffer: Vec<u8>,
+}
+
+impl HostRows {
+    /// The sum over a tile, along whichever dimension is dense, so that one read brings many rows.
+    fn add(&mut self, region: &Region, tile: &Tile) -> u64 {
+        let Tile { offset, head_stride, token_stride, heads, tokens, plane, token, content } = *tile;
+        let by_head = head_stride <= token_stride && heads > 1;
+        let (outer, inner) = if by_head { (tokens, heads) } else { (heads, tokens) };
+        let (outer_stride, stride) = if by_head { (token_stride, head_stride) } else { (head_stride, token_stride) };
+        (0..outer).fold(0, |sum: u64, line| {
+            let offset = offset + u64::from(line) * outer_stride;
+            sum.wrapping_add(self.line(region, offset, inner, stride, content, |step| {
+                if by_head { row_key(plane + step, token + line) } else { row_key(plane + line, token + step) }
+            }))
+        })
     }
 
-    /// Adds up rows. As many as lie close together are read at once.
-    fn rows(&mut self, region: u16, content: u64, rows: &Rows) -> u64 {
-        let region = &self.regions[usize::from(region)];
-        let stride = rows.stride.max(content);
-        let dense = rows.stride >= content && stride <= 2 * content;
-        let at_once = if dense { (LUMP_BYTES / stride).max(1) } else { 1 };
-        let (mut sum, mut done) = (0_u64, 0_u64);
-        while done < u64::from(rows.count) {
-            let count = at_once.min(u64::from(rows.count) - done);
-            let bytes = (count - 1) * stride + content;
-            self.buffer.resize(to_usize(bytes), 0);
-            region.copy_out(rows.offset + done * rows.stride, self.buffer).expect("a layout stays within its regions");
-            for (step, bytes) in self.buffer.chunks(to_usize(stride)).enumerate() {
-                let step = u32::try_from(done).unwrap_or(u32::MAX) + u32::try_from(step).unwrap_or(u32::MAX);
-                let key = if rows.by_head {
-                    row_key(rows.plane + step, rows.token)
-                } else {
-                    row_key(rows.plane, rows.token + step)
-                };
-                sum = sum.wrapping_add(row(key, &bytes[..to_usize(content)]));
+    /// Adds up `count` rows that lie `stride` bytes apart. As many as lie close together are read at once.
+    fn line(
+        &mut self,
+        region: &Region,
+        offset: u64,
+        count: u32,
+        stride: u64,
+        content: u64,
+        key: impl Fn(u32) -> u64,
+    ) -> u64 {
+        let apart = stride.max(content);
+        let dense = stride >= content && apart <= 2 * content;
+        let at_once = if dense { u32::try_from(LUMP_BYTES / apart).unwrap_or(u32::MAX).max(1) } else { 1 };
+        let (mut sum, mut done) = (0_u64, 0);
+        while done < count {
+            let lump = at_once.min(count - done);
+            self.buffer.resize(to_usize(u64::from(lump - 1) * apart + content), 0);
+            let at = offset + u64::from(done) * stride;
+            region.copy_out(at, &mut self.buffer).expect("a layout stays within its regions");
+            for (bytes, step) in self.buffer.chunks(to_usize(apart)).zip(done..) {
+                sum = sum.wrapping_add(row(key(step), &bytes[..to_usize(content)]));
             }
-            done += count;
+            done += lump;
         }
         sum
     }
@@ -268,6 +316,7 @@ mod tests {
 
     use super::super::testing::{Arrangement, Cache, Shape};
     use super::*;
+    use crate::memory::Device;
 
     fn of(cache: &Cache, blocks: &[BlockId], first_token: u32, tokens: u32) -> u64 {
         digest(&cache.layout, &cache.regions, Span { blocks: &[blocks], from: &[first_token], tokens }).unwrap()
@@ -355,5 +404,73 @@ mod tests {
         let packed = Cache::patterned(&Shape { opaque: true, ..shape }, Arrangement::HeadMajor, 1);
         let within = Span { blocks: &[&[BlockId(1)]], from: &[1], tokens: size };
         assert!(matches!(digest(&packed.layout, &packed.regions, within), Err(LayoutError::FirstToken { .. })));
+    }
+
+    /// The same bytes on a GPU.
+    fn on_gpu(device: &Arc<Device>, cache: &Cache) -> Vec<Arc<Region>> {
+        let moved = cache.regions.iter().map(|region| {
+            let there = Region::allocated_on(device, to_usize(region.len())).unwrap();
+            there.copy_in(0, &region.to_vec(0, region.len()).unwrap()).unwrap();
+            there
+        });
+        moved.collect()
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn kv_4_a_gpu_makes_the_same_digest_of_every_layout() {
+        let device = Device::open(0).unwrap();
+        let gpu = Mutex::new(GpuDigests::on(&device).unwrap());
+        let shapes = [
+            Shape {
+                layers: 2,
+                kv_heads: 8,
+                head_size: 128,
+                block_size: 16,
+                tp_size: 2,
+                num_blocks: 64,
+                ..Shape::default()
+            },
+            Shape { layers: 1, kv_heads: 4, head_size: 5, block_size: 3, num_blocks: 16, ..Shape::default() },
+            Shape {
+                layers: 3,
+                kv_heads: 1,
+                head_size: 7,
+                block_size: 4,
+                mla: true,
+                num_blocks: 16,
+                ..Shape::default()
+            },
+            Shape {
+                layers: 2,
+                kv_heads: 2,
+                head_size: 6,
+                block_size: 4,
+                opaque: true,
+                num_blocks: 16,
+                ..Shape::default()
+            },
+        ];
+        for shape in shapes {
+            for arrangement in Arrangement::ALL {
+                let tokens = shape.block_size * 5 - if shape.opaque { 0 } else { 2 };
+                let blocks = shape.scattered_blocks(tokens, 3);
+                let cache = Cache::of_tokens(&shape, arrangement, &blocks, tokens, 5);
+                let there = on_gpu(&device, &cache);
+                let scope = Scope::all(&cache.layout);
+                for from in [0, shape.block_size] {
+                    let blocks = &blocks[(from / shape.block_size) as usize..];
+                    let span = Span { blocks: &[blocks], from: &[from], tokens };
+                    let made = digest_of(&cache.layout, &there, span, &scope, Some(&gpu)).unwrap();
+                    assert_eq!(made, of(&cache, blocks, from, tokens), "{shape:?}, {arrangement:?}, from {from}");
+                }
+                let byte = there[0].to_vec(there[0].len() - 1, 1).unwrap()[0];
+                there[0].copy_in(there[0].len() - 1, &[byte ^ 1]).unwrap();
+                let all: Vec<BlockId> = (0..shape.num_blocks).map(BlockId).collect();
+                let span = Span { blocks: &[&all], from: &[0], tokens: shape.num_blocks * shape.block_size };
+                let sound = digest_of(&cache.layout, &cache.regions, span, &scope, None).unwrap();
+                assert_ne!(digest_of(&cache.layout, &there, span, &scope, Some(&gpu)).unwrap(), sound, "{shape:?}");
+            }
+        }
     }
 }

@@ -37,7 +37,8 @@ impl Core {
             let Work { side, transfer_id, part, serial, blocks, from, tokens, scope } = work;
             let span = Span { blocks: &by_group(&blocks), from: &from, tokens };
             // Blocks and tokens were checked when the transfer began. If they are wrong all the same, the digest is too.
-            let digest = digest_of(&shared.layout, &shared.regions, span, &scope).unwrap_or_else(|error| {
+            let digest = digest_of(&shared.layout, &shared.regions, span, &scope, shared.gpu_digests());
+            let digest = digest.unwrap_or_else(|error| {
                 tracing::error!(%transfer_id, %error, "cannot digest");
                 serial
             });

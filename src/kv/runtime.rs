@@ -8,7 +8,7 @@
 use std::collections::HashSet;
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -26,7 +26,7 @@ use super::{
 };
 use crate::config::{KvConfig, KvSendType, Role};
 use crate::control::{RuntimeStatus, TransferId};
-use crate::memory::Region;
+use crate::memory::{GpuDigests, Region};
 use crate::security::Secret;
 use crate::telemetry::{Side, TransferRecord};
 use crate::transport::{Setup, Transport, offers};
@@ -83,6 +83,8 @@ pub(super) struct Shared {
     pub(super) metrics: KvMetrics,
     /// With `PUT`: what the engine's next step waits for.
     pub(super) pushes: Option<PushGate>,
+    /// Made when it is first needed; `None` where all KV lies in host memory.
+    gpu_digests: OnceLock<Option<Mutex<GpuDigests>>>,
     live: Mutex<Live>,
 }
 
@@ -93,6 +95,16 @@ struct Live {
 }
 
 impl Shared {
+    /// What digests KV on the GPU that it lies on. Where that cannot be, the processor does it, which takes longer.
+    pub(super) fn gpu_digests(&self) -> Option<&Mutex<GpuDigests>> {
+        let make = || {
+            let device = self.regions.iter().find_map(|region| region.device())?;
+            let made = GpuDigests::on(device);
+            made.map(Mutex::new).inspect_err(|error| tracing::warn!(%error, "digests are made by the processor")).ok()
+        };
+        self.gpu_digests.get_or_init(make).as_ref()
+    }
+
     /// Enters a transfer; one id can be in progress once on each side.
     fn enter(&self, side: Side, transfer_id: TransferId, blocks: usize) -> Result<(), KvError> {
         let mut live = locked(&self.live);
@@ -159,6 +171,7 @@ impl KvRuntime {
             records: Mutex::default(),
             metrics: config.metrics,
             pushes: (config.send_type == KvSendType::Put).then(PushGate::default),
+            gpu_digests: OnceLock::new(),
             live: Mutex::default(),
         });
         let card = RankCard {

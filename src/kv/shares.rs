@@ -110,6 +110,11 @@ pub(super) struct Scope {
 }
 
 impl Scope {
+    /// How many shares there are, in all groups.
+    pub(super) fn len(&self) -> usize {
+        self.groups.iter().map(Vec::len).sum()
+    }
+
     /// All that `layout` holds.
     pub(super) fn all(layout: &Layout) -> Self {
         let tp_size = layout.geometry().tp_size;

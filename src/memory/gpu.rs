@@ -1,9 +1,9 @@
-//! Copies between regions that one GPU can address.
+//! Copies between regions that one GPU can address, and digests of what lies there.
 
 use std::sync::Arc;
 
 use super::region::{AccessError, Region};
-use crate::ffi::cuda::{Copier, CopyPiece, CudaError, Device};
+use crate::ffi::cuda::{Copier, CopyPiece, CudaError, Device, DigestTile, Digester};
 
 /// Longer runs are cut for the kernel, so that all multiprocessors have work.
 const CUT_BYTES: u64 = 256 << 10;
@@ -27,7 +27,7 @@ pub struct GpuCopies {
 impl GpuCopies {
     /// Copies on `device` with at most `multiprocessors_max` of its multiprocessors.
     pub fn on(device: &Arc<Device>, multiprocessors_max: u32) -> Result<Self, CudaError> {
-        Ok(Self { copier: Copier::new(Arc::clone(device), multiprocessors_max)?, pieces: Vec::new() })
+        Ok(Self { copier: Copier::new(device, multiprocessors_max)?, pieces: Vec::new() })
     }
 
     /// Most runs of up to 256 KiB that go into one launch; more take several.
@@ -53,6 +53,72 @@ impl GpuCopies {
         // SAFETY: every piece was found to lie inside a region of a GPU's memory, which lives as long as `runs` borrows it.
         // Overlaps race among plain bytes of the GPU and harm nothing else.
         Ok(unsafe { self.copier.copy(&self.pieces) }?)
+    }
+}
+
+/// Rows of equal length in a region: `heads` by `tokens`.
+#[derive(Debug, Clone, Copy)]
+pub struct Tile {
+    pub offset: u64,
+    pub head_stride: u64,
+    pub token_stride: u64,
+    pub heads: u32,
+    pub tokens: u32,
+    /// Place of the first row, in the digest.
+    pub plane: u32,
+    pub token: u32,
+    /// Bytes of a row.
+    pub content: u64,
+}
+
+impl Tile {
+    /// Bytes from the first row's first to the last row's last; `None`: too many to count.
+    fn reach(&self) -> Option<u64> {
+        let steps = |stride: u64, count: u32| stride.checked_mul(u64::from(count.checked_sub(1)?));
+        let (heads, tokens) = (steps(self.head_stride, self.heads)?, steps(self.token_stride, self.tokens)?);
+        heads.checked_add(tokens)?.checked_add(self.content)
+    }
+}
+
+/// Digests rows of KV with one kernel launch, one list at a time.
+pub struct GpuDigests {
+    digester: Digester,
+    tiles: Vec<DigestTile>,
+}
+
+impl GpuDigests {
+    pub fn on(device: &Arc<Device>) -> Result<Self, CudaError> {
+        Ok(Self { digester: Digester::new(device)?, tiles: Vec::new() })
+    }
+
+    /// Adds the digest of each tile to the sum whose number stands beside it.
+    pub fn add<'a>(
+        &mut self,
+        tiles: impl IntoIterator<Item = (usize, &'a Region, Tile)>,
+        sums: &mut [u64],
+    ) -> Result<(), AccessError> {
+        self.tiles.clear();
+        for (number, region, tile) in tiles {
+            let address = start(region, tile.offset, tile.reach().unwrap_or(u64::MAX))?;
+            let sum = u32::try_from(number).ok().filter(|_| number < sums.len());
+            let sum = sum.ok_or_else(|| CudaError::Kernel(format!("there is no sum number {number}")))?;
+            let Tile { head_stride, token_stride, heads, tokens, plane, token, .. } = tile;
+            let content = u32::try_from(tile.content).map_err(|_| CudaError::Kernel("a row is too long".to_owned()))?;
+            self.tiles.push(DigestTile {
+                address,
+                head_stride,
+                token_stride,
+                heads,
+                tokens,
+                plane,
+                token,
+                content,
+                sum,
+            });
+        }
+        // SAFETY: every tile was found to lie inside a region of a GPU's memory, which `tiles` borrows for longer than this
+        // call takes, and to name one of `sums`.
+        Ok(unsafe { self.digester.add(&self.tiles, sums) }?)
     }
 }
 

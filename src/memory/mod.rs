@@ -12,7 +12,9 @@ mod registered;
 mod stream;
 mod words;
 
-pub use gpu::{GpuCopies, GpuRun};
+// Named in what regions are made of.
+pub use crate::ffi::cuda::Device;
+pub use gpu::{GpuCopies, GpuDigests, GpuRun, Tile};
 pub use region::{AccessError, Backing, MemoryKind, OutOfRange, Region, RegionOptions};
 
 // Offsets and lengths are `u64` on the wire and in run lists, and `usize` where they meet an address. On the one width we

@@ -69,6 +69,7 @@ functions! {
     copy_in = b"cuMemcpyHtoD_v2\0" (DevicePtr, *const c_void, usize);
     copy_in_async = b"cuMemcpyHtoDAsync_v2\0" (DevicePtr, *const c_void, usize, Stream);
     copy_out = b"cuMemcpyDtoH_v2\0" (*mut c_void, DevicePtr, usize);
+    copy_out_async = b"cuMemcpyDtoHAsync_v2\0" (*mut c_void, DevicePtr, usize, Stream);
     copy_within = b"cuMemcpyDtoD_v2\0" (DevicePtr, DevicePtr, usize);
     host_allocate = b"cuMemHostAlloc\0" (*mut *mut c_void, usize, c_uint);
     host_free = b"cuMemFreeHost\0" (*mut c_void);

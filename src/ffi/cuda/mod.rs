@@ -1,10 +1,13 @@
-//! NVIDIA's driver library, `libcuda.so.1`: devices, their memory, memory of other processes, and our copy kernel. The
+//! NVIDIA's driver library, `libcuda.so.1`: devices, their memory, memory of other processes, and our kernels. The
 //! driver, not the runtime library: it is the one that every GPU machine has, in one copy, whatever PyTorch brings.
 
 mod copier;
 mod device;
+mod digester;
 mod driver;
+mod list_kernel;
 
 pub use copier::{Copier, CopyPiece};
 pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped};
+pub use digester::{DigestTile, Digester};
 pub use driver::CudaError;
