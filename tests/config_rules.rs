@@ -264,7 +264,7 @@ fn the_links_times_and_paths_make_sense() {
         (
             "GPU paths for host memory",
             "[inference]\nengine = \"reference\"\n[kv]\npaths = [\"cuda-ipc\"]\n".to_owned(),
-            &["a.toml:4: kv.paths", "host memory", "name \"shm\" or \"tcp\""],
+            &["a.toml:4: kv.paths", "host memory", "name \"shm\", \"tcp\" or \"nixl\""],
         ),
     ]);
 }

@@ -1,5 +1,8 @@
 //! The whole of it, as a newcomer runs it: one file, prefill and decode workers, the proxy, real processes.
 
+#[path = "support/nixl.rs"]
+mod nixl_library;
+
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -35,7 +38,11 @@ impl Pdlink {
 
     /// `pdlink up` with a configuration of ours; the address of its front.
     fn up(config: &str) -> (Self, String) {
-        let mut up = Self::start(&["up", "@", config, "--json"]);
+        Self::up_with(config, &[])
+    }
+
+    fn up_with(config: &str, overrides: &[&str]) -> (Self, String) {
+        let mut up = Self::start(&[&["up", "@", config, "--json"], overrides].concat());
         let ready = up.lines.by_ref().map_while(Result::ok).find(|line| line.contains("\"event\":\"ready\""));
         let ready: Value = serde_json::from_str(&ready.expect("`pdlink up` ended before it was ready")).unwrap();
         let address = ready["base_url"].as_str().unwrap().trim_end_matches("/v1").to_owned();
@@ -109,11 +116,26 @@ async fn the_two_steps_of_the_readme_end_in_an_answer_whose_kv_crossed_the_link(
 
 #[tokio::test]
 async fn two_by_two_workers_answer_as_one_engine_does() {
+    answers_as_one_engine_does("configs/debug/local_2p2d.toml", &[], "shm").await;
+}
+
+#[tokio::test]
+#[ignore = "needs NIXL's wheel"]
+async fn workers_answer_over_nixl_as_one_engine_does() {
+    let environment = nixl_library::environment();
+    let nixl = ["--kv.paths", "[\"nixl\"]", "--kv.nixl.environment", environment.to_str().unwrap()];
+    for config in ["configs/debug/local.toml", "configs/debug/local_2p2d.toml"] {
+        answers_as_one_engine_does(config, &nixl, "nixl").await;
+    }
+}
+
+/// Holds a fleet's answers against a single engine's, and the path that brought the KV against `path`.
+async fn answers_as_one_engine_does(config: &str, overrides: &[&str], path_taken: &str) {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let single =
         Pdlink::start(&["engine", "--role", "both", "--port", &port.to_string(), "--model", "pdlink-reference"]);
     let single_address = format!("http://127.0.0.1:{port}");
-    let (up, address) = Pdlink::up("configs/debug/local_2p2d.toml");
+    let (up, address) = Pdlink::up_with(config, overrides);
     let mut patience = 0;
     while Client::new().get(format!("{single_address}/health")).send().await.is_err() {
         patience += 1;
@@ -121,6 +143,7 @@ async fn two_by_two_workers_answer_as_one_engine_does() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let choices = |answer: &Value| answer["choices"].clone();
+    let mut moved = 0;
     for length in [1, 15, 16, 17, 31, 32, 33, 100, 500] {
         let prompt: String =
             (0..length).map(|at| char::from(b'a' + u8::try_from((at * 7 + length) % 26).unwrap())).collect();
@@ -129,11 +152,21 @@ async fn two_by_two_workers_answer_as_one_engine_does() {
             "model": "pdlink-reference", "messages": [{"role": "user", "content": prompt}], "max_completion_tokens": 12,
         });
         for (path, body) in [("/v1/completions", completion), ("/v1/chat/completions", chat)] {
-            let ours: Value = post(&address, path, body.to_string()).await.json().await.unwrap();
+            let ours = post(&address, path, body.to_string()).await;
+            let transfer_id = ours.headers()["x-pdlink-transfer-id"].to_str().unwrap().to_owned();
+            let ours: Value = ours.json().await.unwrap();
             let single: Value = post(&single_address, path, body.to_string()).await.json().await.unwrap();
             assert_eq!(choices(&ours), choices(&single), "{path}, prompt of {length} bytes");
+            let told = get(&address, &format!("/admin/transfers/{transfer_id}")).await;
+            let transfer: Value = serde_json::from_str(&told).unwrap();
+            let record = &transfer["records"][1]["record"];
+            if record["bytes"] != 0 {
+                assert_eq!(record["path"], path_taken, "{told}");
+                moved += 1;
+            }
         }
     }
+    assert!(moved >= 14, "KV crossed the link for {moved} of 18 answers");
     assert!(up.stop() && single.stop());
 }
 

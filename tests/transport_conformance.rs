@@ -277,10 +277,10 @@ fn an_export_of_rubbish_is_refused(kind: Kind) {
 }
 
 macro_rules! conformance {
-    ($($path:ident = $kind:expr;)*) => { $(
+    ($($(#[$attr:meta])? $path:ident = $kind:expr;)*) => { $(
         mod $path {
             use super::*;
-            conformance!(@each $kind;
+            conformance!(@each [$(#[$attr])?] $kind;
                 bytes_arrive_where_they_belong_and_nowhere_else
                 random_run_lists_match_a_naive_copy
                 runs_outside_a_region_are_refused_before_any_byte_moves
@@ -295,7 +295,14 @@ macro_rules! conformance {
             );
         }
     )* };
-    (@each $kind:expr; $($name:ident)*) => { $( #[test] fn $name() { super::$name($kind); } )* };
+    (@each $attr:tt $kind:expr; $($name:ident)*) => { $( conformance!(@one $attr $kind; $name); )* };
+    (@one [$($attr:tt)*] $kind:expr; $name:ident) => {
+        #[test]
+        $($attr)*
+        fn $name() {
+            super::$name($kind);
+        }
+    };
 }
 
 conformance! {
@@ -303,6 +310,8 @@ conformance! {
     shm_file = Kind::ShmFile;
     shm_borrowed = Kind::ShmBorrowed;
     tcp = Kind::Tcp;
+    #[ignore = "needs NIXL's wheel"] nixl = Kind::Nixl;
+    #[ignore = "needs NIXL's wheel"] nixl_sockets = Kind::NixlSockets;
     faultless = Kind::Faultless;
 }
 
@@ -323,12 +332,14 @@ const ALONE_ENV: &str = "PDLINK_TEST_ALONE";
 /// What `nothing_is_left_behind` runs in a process of its own: what it counts is the whole process's.
 #[test]
 fn open_use_and_close_everything() {
-    if std::env::var_os(ALONE_ENV).is_none() {
-        return;
-    }
+    let kinds = match std::env::var(ALONE_ENV).as_deref() {
+        Ok("nixl") => vec![Kind::Nixl, Kind::NixlSockets],
+        Ok(_) => vec![Kind::Loopback, Kind::ShmFile, Kind::ShmBorrowed, Kind::Tcp, Kind::Faultless],
+        Err(_) => return,
+    };
     let lasting = Mutex::new(None);
     for round in 0..4 {
-        for kind in [Kind::Loopback, Kind::ShmFile, Kind::ShmBorrowed, Kind::Tcp, Kind::Faultless] {
+        for &kind in &kinds {
             let pair = Pair::new(kind, &[2 * MIB], &[2 * MIB]);
             moves_exactly(&pair, &whole(2 * MIB), "before the close");
             let unfinished: Vec<_> = (0..4).map(|i| pair.start(BOTH[i % 2], whole(2 * MIB)).1).collect();
@@ -349,12 +360,22 @@ fn open_use_and_close_everything() {
     }
 }
 
-#[test]
-fn nothing_is_left_behind() {
+fn leaves_nothing_behind(what: &str) {
     let alone = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["open_use_and_close_everything", "--exact", "--test-threads=1"])
-        .env(ALONE_ENV, "1")
+        .env(ALONE_ENV, what)
         .output()
         .unwrap();
     assert!(alone.status.success(), "{}", String::from_utf8_lossy(&alone.stdout));
+}
+
+#[test]
+fn nothing_is_left_behind() {
+    leaves_nothing_behind("built in");
+}
+
+#[test]
+#[ignore = "needs NIXL's wheel"]
+fn nothing_is_left_behind_by_nixl() {
+    leaves_nothing_behind("nixl");
 }

@@ -13,7 +13,7 @@ use links::*;
 use pdlink::memory::{Region, to_u64};
 use pdlink::security::Secret;
 use pdlink::transport::{
-    Direction, Export, GrantToken, Link, RunList, Shm, Tcp, TransferRequest, Transport, TransportError,
+    Direction, Export, GrantToken, Link, Nixl, RunList, Shm, Tcp, TransferRequest, Transport, TransportError,
 };
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +45,7 @@ impl Apart {
         let regions = [region.clone()];
         let ours: Arc<dyn Transport> = match kind {
             Kind::Tcp => Arc::new(Tcp::new(&regions, &secret, &tcp_setup()).unwrap()),
+            Kind::Nixl | Kind::NixlSockets => Arc::new(Nixl::new(&regions, &nixl_setup(kind)).unwrap()),
             _ => Arc::new(Shm::new(&regions, 2).unwrap()),
         };
         let peer = PeerProcess::start(kind, len, &secret_file);
@@ -86,7 +87,7 @@ fn a_killed_peer_fails_its_transfers_and_its_successor_serves(kind: Kind) {
     apart.peer.child.wait().unwrap();
     assert!(apart.pull(len).is_err(), "nobody is there any more");
     assert!(!apart.link.usable());
-    assert_eq!(apart.link.peer_gone(), kind != Kind::Tcp, "the shm paths know that the process has ended");
+    assert_eq!(apart.link.peer_gone(), kind != Kind::Tcp, "all but tcp know that the process has ended");
     assert!(apart.ours.connect(&apart.peer.export, soon()).is_err());
     // TR-3, for good: not a byte moves once all completions have come.
     apart.region.fill(0, to_u64(len), 0x77).unwrap();
@@ -112,6 +113,47 @@ fn a_killed_peer_over_process_vm() {
 #[test]
 fn a_killed_peer_over_tcp() {
     a_killed_peer_fails_its_transfers_and_its_successor_serves(Kind::Tcp);
+}
+
+#[test]
+#[ignore = "needs NIXL's wheel"]
+fn a_killed_peer_over_nixl() {
+    a_killed_peer_fails_its_transfers_and_its_successor_serves(Kind::Nixl);
+}
+
+#[test]
+#[ignore = "needs NIXL's wheel"]
+fn a_killed_peer_over_nixl_sockets() {
+    a_killed_peer_fails_its_transfers_and_its_successor_serves(Kind::NixlSockets);
+}
+
+/// As over tcp, though NIXL cannot take back a read: the agent that reads goes, and links to other peers do not notice.
+#[test]
+#[ignore = "needs NIXL's wheel"]
+fn a_hung_peer_over_nixl_is_bounded_and_costs_no_other_link() {
+    let len = 32 * MIB;
+    for direction in [Direction::Pull, Direction::Push] {
+        let mut apart = Apart::new(Kind::NixlSockets, len);
+        let bystander = PeerProcess::start(Kind::NixlSockets, len, &apart.secret_file);
+        let link = apart.ours.connect(&bystander.export, soon()).unwrap();
+        apart.pull(10).unwrap();
+        apart.peer.stop();
+        let hung = apart.start(direction, whole(len), Instant::now() + Duration::from_millis(200));
+        let error = once(&hung).unwrap_err();
+        assert_eq!(error.fenced(), direction == Direction::Pull, "{error}");
+        assert!(!apart.link.usable() && !apart.link.peer_gone());
+        apart.region.fill(0, to_u64(len), 0x33).unwrap();
+        apart.peer.signal(libc::SIGCONT);
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(
+            contents(std::slice::from_ref(&apart.region))[0] == vec![0x33; len],
+            "TR-3: late bytes are thrown away"
+        );
+        assert!(link.usable());
+        apart.link = link;
+        apart.pull(len).unwrap();
+        apart.arrived();
+    }
 }
 
 /// A peer that hangs costs no more than the deadline, and says whether the bytes are fenced.

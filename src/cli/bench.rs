@@ -95,6 +95,8 @@ struct SoakArgs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum PathName {
     CudaIpc,
+    /// Over UCX, with the library of the active Python environment
+    Nixl,
     Shm,
     Tcp,
 }
@@ -117,6 +119,7 @@ fn run_link(args: LinkArgs) -> anyhow::Result<ExitCode> {
         PathName::Shm => Path::Shm,
         PathName::Tcp => Path::Tcp,
         PathName::CudaIpc => Path::CudaIpc,
+        PathName::Nixl => Path::Nixl,
     });
     let cores = || std::thread::available_parallelism().map_or(1, usize::from).clamp(1, 8);
     let options = link::Options {

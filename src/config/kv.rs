@@ -1,5 +1,8 @@
 //! `[kv]`: the link between a prefill and a decode worker.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -83,6 +86,8 @@ pub struct KvConfig {
     /// Most transfers in flight to one peer; more wait in order. Default 64.
     #[schemars(range(min = 1))]
     pub inflight_max: usize,
+    /// The `nixl` path.
+    pub nixl: NixlConfig,
     /// What decode does when KV cannot be loaded: `fail` answers 500, `recompute` prefills locally. Default `fail`.
     pub load_failure_policy: LoadFailurePolicy,
 }
@@ -110,7 +115,34 @@ impl Default for KvConfig {
             copy_threads: None,
             tcp_streams: 2,
             inflight_max: 64,
+            nixl: NixlConfig::default(),
             load_failure_policy: LoadFailurePolicy::default(),
         }
+    }
+}
+
+/// NIXL, whose library comes with its Python wheels (`pip install nixl-cu13`, or `nixl-cu12`) and is opened where it is found.
+/// Variables of its backends, such as `UCX_TLS`, go into the workers' environment: `pd_disagg.prefill_env` and `decode_env`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct NixlConfig {
+    /// The library itself, `libnixl_capi.so`, from version 0.9.0 on. Default: that of the wheel in `environment`, else what the
+    /// dynamic loader finds.
+    pub library: Option<PathBuf>,
+    /// The Python environment that has the wheel. Default: the one that is active (`VIRTUAL_ENV`).
+    pub environment: Option<PathBuf>,
+    /// Which of NIXL's backends carries the bytes. Default `UCX`. It must reach memory on both sides; the plugins are those
+    /// of the wheel.
+    pub backend: String,
+    /// What the backend is told, by NIXL's names. For `UCX` that is, for example, `engine_config` (`"TLS=rc,cuda,tcp"`),
+    /// `device_list` or `num_workers`. Default: nothing. Leave UCX a transport that reads without the other side's help (RDMA,
+    /// shared memory, CUDA): over sockets alone a reader that dies in the middle makes UCX abort the process it reads from, and
+    /// the `tcp` path is faster.
+    pub parameters: BTreeMap<String, String>,
+}
+
+impl Default for NixlConfig {
+    fn default() -> Self {
+        Self { library: None, environment: None, backend: "UCX".to_owned(), parameters: BTreeMap::new() }
     }
 }

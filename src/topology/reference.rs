@@ -46,11 +46,11 @@ fn overrides<T: Serialize>(section: &str, given: &T, default: &T) -> Vec<String>
         return Vec::new();
     };
     let differs = |name: &str, value: &Value| !value.is_null() && default.get(name) != Some(value);
-    given
-        .into_iter()
-        .filter(|(name, value)| differs(name, value))
-        .flat_map(|(name, value)| [format!("--{section}.{name}"), plain(&value)])
-        .collect()
+    let said = |(name, value): (String, Value)| match &value {
+        Value::Object(_) => overrides(&format!("{section}.{name}"), &value, default.get(&name).unwrap_or(&Value::Null)),
+        _ => vec![format!("--{section}.{name}"), plain(&value)],
+    };
+    given.into_iter().filter(|(name, value)| differs(name, value)).flat_map(said).collect()
 }
 
 /// A value as the command line takes it: text bare, the rest as JSON, which TOML reads alike.
@@ -64,12 +64,19 @@ fn plain(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Path;
+    use crate::config::{NixlConfig, Path};
 
     #[test]
     fn only_what_differs_from_the_default_is_said() {
         let kv = KvConfig { paths: Some(vec![Path::Tcp]), lease_ms: 5_000, ..KvConfig::default() };
         assert_eq!(overrides("kv", &kv, &KvConfig::default()), ["--kv.paths", r#"["tcp"]"#, "--kv.lease_ms", "5000"]);
         assert!(overrides("kv", &KvConfig::default(), &KvConfig::default()).is_empty());
+        let parameters = [("num_workers".to_owned(), "2".to_owned())].into();
+        let nixl = NixlConfig { library: Some("/opt/libnixl_capi.so".into()), parameters, ..NixlConfig::default() };
+        let kv = KvConfig { nixl, ..KvConfig::default() };
+        assert_eq!(
+            overrides("kv", &kv, &KvConfig::default()),
+            ["--kv.nixl.library", "/opt/libnixl_capi.so", "--kv.nixl.parameters.num_workers", "2"]
+        );
     }
 }

@@ -6,13 +6,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{CudaIpc, Link, Offer, Shm, Tcp, TcpSetup, Transport, TransportError};
+use super::{CudaIpc, Link, Nixl, NixlSetup, Offer, Shm, Tcp, TcpSetup, Transport, TransportError};
 use crate::config::{KvConfig, Path};
 use crate::memory::{MemoryKind, Region};
 use crate::security::Secret;
 
-/// Every path there is, best first: what is tried where `kv.paths` says nothing.
+/// Every path there is, best first.
 const BEST_FIRST: [Path; 5] = [Path::CudaIpc, Path::Nccl, Path::Nixl, Path::Shm, Path::Tcp];
+/// What is tried where `kv.paths` says nothing: all but NIXL, which needs a library that nobody may have installed.
+const UNASKED: [Path; 4] = [Path::CudaIpc, Path::Nccl, Path::Shm, Path::Tcp];
 
 /// What decides which paths a process offers.
 #[derive(Clone, Copy)]
@@ -30,7 +32,7 @@ pub struct Setup<'a> {
 pub fn offers(setup: &Setup) -> Result<Vec<Arc<dyn Transport>>, TransportError> {
     // No region means nothing to move yet: plain host memory then.
     let kind = setup.regions.first().map_or(MemoryKind::Host, |region| region.kind());
-    let allowed = setup.config.paths.as_deref().unwrap_or(&BEST_FIRST);
+    let allowed = setup.config.paths.as_deref().unwrap_or(&UNASKED);
     let usable: Vec<Path> = allowed.iter().copied().filter(|path| moves(*path, kind)).collect();
     if usable.is_empty() {
         return Err(TransportError::NoUsablePath {
@@ -49,8 +51,8 @@ pub fn offers(setup: &Setup) -> Result<Vec<Arc<dyn Transport>>, TransportError> 
 /// The one table: which path moves which memory.
 fn moves(path: Path, kind: MemoryKind) -> bool {
     match (path, kind) {
-        (Path::Shm | Path::Tcp, MemoryKind::Host) | (Path::CudaIpc, MemoryKind::Cuda(_)) => true,
-        (Path::CudaIpc | Path::Nccl | Path::Nixl, MemoryKind::Host)
+        (Path::Shm | Path::Tcp | Path::Nixl, MemoryKind::Host) | (Path::CudaIpc, MemoryKind::Cuda(_)) => true,
+        (Path::CudaIpc | Path::Nccl, MemoryKind::Host)
         | (Path::Shm | Path::Tcp | Path::Nccl | Path::Nixl, MemoryKind::Cuda(_)) => false,
     }
 }
@@ -68,7 +70,8 @@ fn open(path: Path, setup: &Setup) -> Result<Arc<dyn Transport>, TransportError>
             Ok(Arc::new(Tcp::new(setup.regions, setup.secret, &tcp)?))
         }
         Path::CudaIpc => Ok(Arc::new(CudaIpc::new(setup.regions)?)),
-        Path::Nccl | Path::Nixl => unreachable!("`moves` lets no memory through to {}", path.name()),
+        Path::Nixl => Ok(Arc::new(Nixl::new(setup.regions, &NixlSetup::of(&setup.config.nixl))?)),
+        Path::Nccl => unreachable!("`moves` lets no memory through to {}", path.name()),
     }
 }
 
@@ -166,10 +169,10 @@ mod tests {
         };
         assert_eq!(offered(None).unwrap(), [Path::Shm, Path::Tcp]);
         assert_eq!(offered(Some(&[Path::Tcp])).unwrap(), [Path::Tcp]);
-        assert_eq!(offered(Some(&[Path::Nixl, Path::Tcp, Path::Shm])).unwrap(), [Path::Tcp, Path::Shm]);
+        assert_eq!(offered(Some(&[Path::Nccl, Path::Tcp, Path::Shm])).unwrap(), [Path::Tcp, Path::Shm]);
         assert_eq!(
             offered(Some(&[Path::CudaIpc])).unwrap_err().to_string(),
-            "no path moves host memory here: allowed are cuda-ipc; allow one of shm, tcp in kv.paths"
+            "no path moves host memory here: allowed are cuda-ipc; allow one of nixl, shm, tcp in kv.paths"
         );
     }
 }

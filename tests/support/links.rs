@@ -1,6 +1,9 @@
 //! Two ends of a path, in one process or in two, with memory whose every byte depends on where it is.
 #![allow(dead_code, unreachable_pub, reason = "shared by test binaries, each of which uses its own part")]
 
+#[path = "nixl.rs"]
+mod nixl_library;
+
 use std::io::{BufRead, BufReader, Write};
 use std::net::Ipv4Addr;
 use std::process::{Child, Command, Stdio};
@@ -13,8 +16,8 @@ use pdlink::config::Path;
 use pdlink::memory::{Region, to_u64, to_usize};
 use pdlink::security::Secret;
 use pdlink::transport::{
-    Completion, Copied, Direction, Export, FaultPlan, Faulty, Fence, GrantToken, Link, LoopbackHub, Run, RunList,
-    Segment, Shm, Tcp, TcpSetup, TransferRequest, Transport, TransportError,
+    Completion, Copied, Direction, Export, FaultPlan, Faulty, Fence, GrantToken, Link, LoopbackHub, Nixl, NixlSetup,
+    Run, RunList, Segment, Shm, Tcp, TcpSetup, TransferRequest, Transport, TransportError,
 };
 
 /// Long enough for the slowest machine; every wait ends by it.
@@ -29,6 +32,10 @@ pub enum Kind {
     /// Memory that only process_vm_readv and its twin reach.
     ShmBorrowed,
     Tcp,
+    /// As UCX chooses.
+    Nixl,
+    /// Where UCX has sockets alone: the peer's side takes part in every copy.
+    NixlSockets,
     /// A faulty path with nothing to do wrong.
     Faultless,
 }
@@ -82,6 +89,15 @@ pub fn tcp_setup() -> TcpSetup {
     }
 }
 
+pub fn nixl_setup(kind: Kind) -> NixlSetup {
+    let parameters = match kind {
+        Kind::NixlSockets => vec![("engine_config".to_owned(), "TLS=tcp".to_owned())],
+        _ => Vec::new(),
+    };
+    let environments = vec![nixl_library::environment()];
+    NixlSetup { library: None, environments, backend: "UCX".to_owned(), parameters }
+}
+
 pub fn soon() -> Instant {
     Instant::now() + PATIENCE
 }
@@ -100,6 +116,7 @@ impl Pair {
                 Kind::Faultless => Faulty::around(hub.transport(Path::Shm, regions), FaultPlan::default()),
                 Kind::ShmFile | Kind::ShmBorrowed => Arc::new(Shm::new(regions, 2).unwrap()),
                 Kind::Tcp => Arc::new(Tcp::new(regions, &secret, &tcp_setup()).unwrap()),
+                Kind::Nixl | Kind::NixlSockets => Arc::new(Nixl::new(regions, &nixl_setup(kind)).unwrap()),
             }
         };
         let (ours, theirs) = (open(&our_regions), open(&their_regions));
@@ -265,6 +282,8 @@ pub fn be_peer() {
     let secret = Secret::read_file(std::path::Path::new(orders[2])).unwrap();
     let transport: Box<dyn Transport> = match orders[0] {
         "Tcp" => Box::new(Tcp::new(&regions, &secret, &tcp_setup()).unwrap()),
+        "Nixl" => Box::new(Nixl::new(&regions, &nixl_setup(Kind::Nixl)).unwrap()),
+        "NixlSockets" => Box::new(Nixl::new(&regions, &nixl_setup(Kind::NixlSockets)).unwrap()),
         _ => Box::new(Shm::new(&regions, 1).unwrap()),
     };
     println!("export={}", hex(transport.export().as_bytes()));

@@ -1,7 +1,7 @@
 //! How fast a path moves bytes between two processes, and what share that is of what the machine can do.
 //!
-//! The other process is this program again. Every measurement alternates with its ceiling: for `shm` a parallel memcpy on as
-//! many threads, for `tcp` as many plain sockets with read and write loops, each the faster of two ways to share the work.
+//! The other process is this program again. Every measurement alternates with its ceiling: for `shm` and `nixl` a parallel memcpy
+//! on as many threads, for `tcp` as many plain sockets with read and write loops, each the faster of two ways to share the work.
 //! Both walk through memory larger than the caches, so that both find it equally cold.
 
 mod ceiling;

@@ -12,11 +12,13 @@ use serde::{Deserialize, Serialize};
 use super::PATIENCE;
 use super::ceiling::{PLAIN_BYTES, fill};
 use super::workload::noise;
-use crate::config::Path;
+use crate::config::{NixlConfig, Path};
 use crate::ffi::cuda::{Device, IpcHandle};
 use crate::memory::{Region, RegionOptions, to_usize};
 use crate::security::Secret;
-use crate::transport::{CudaIpc, Export, GrantToken, Run, RunList, Segment, Shm, Tcp, TcpSetup, Transport};
+use crate::transport::{
+    CudaIpc, Export, GrantToken, Nixl, NixlSetup, Run, RunList, Segment, Shm, Tcp, TcpSetup, Transport,
+};
 
 /// Name of the hidden subcommand of `pdlink bench` that calls [`serve`].
 const SUBCOMMAND: &str = "link-peer";
@@ -118,7 +120,8 @@ pub(super) fn open(
             Arc::new(Tcp::new(regions, secret, &TcpSetup { bind, advertise_host, streams: threads, stall_max })?)
         }
         Path::CudaIpc => Arc::new(CudaIpc::new(regions)?),
-        Path::Nccl | Path::Nixl => bail!("{} needs memory that this bench does not have", path.name()),
+        Path::Nixl => Arc::new(Nixl::new(regions, &NixlSetup::of(&NixlConfig::default()))?),
+        Path::Nccl => bail!("{} needs memory that this bench does not have", path.name()),
     })
 }
 

@@ -74,12 +74,15 @@ pub(super) fn run(args: KvArgs) -> anyhow::Result<ExitCode> {
 /// The paths of host memory, which is what this bench keeps its KV in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum PathName {
+    /// Over UCX, with the library of the active Python environment
+    Nixl,
     Shm,
     Tcp,
 }
 
 fn path(name: PathName) -> Path {
     match name {
+        PathName::Nixl => Path::Nixl,
         PathName::Shm => Path::Shm,
         PathName::Tcp => Path::Tcp,
     }

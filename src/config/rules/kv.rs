@@ -53,14 +53,14 @@ fn paths(bench: &mut Bench<'_>, paths: &[Path]) {
             break;
         }
     }
-    let reachable = |path: &&Path| matches!(path, Path::Shm | Path::Tcp);
+    let reachable = |path: &&Path| matches!(path, Path::Shm | Path::Tcp | Path::Nixl);
     if bench.config.inference.engine == EngineKind::Reference {
         let beyond: Vec<&str> = paths.iter().filter(|path| !reachable(path)).map(|path| path.name()).collect();
         let message = format!("has {}, but the reference engine keeps its KV in host memory", beyond.join(", "));
         if !paths.is_empty() && beyond.len() == paths.len() {
-            bench.refuse(&[key], message, "name \"shm\" or \"tcp\"");
+            bench.refuse(&[key], message, "name \"shm\", \"tcp\" or \"nixl\"");
         } else if !beyond.is_empty() {
-            bench.warn(&[key], message, "name \"shm\" and \"tcp\" alone");
+            bench.warn(&[key], message, "name \"shm\", \"tcp\" and \"nixl\" alone");
         }
     }
 }

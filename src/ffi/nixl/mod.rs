@@ -5,8 +5,8 @@
 //! (`tests/ffi_abi.rs`) holds it against the real library. They are the same in versions 0.9 to 1.5.
 //!
 //! Two habits of the library shape the types. A request is freed by the library itself when its status is asked after its
-//! peer's metadata is gone, so a [`Transfer`] holds its [`Remote`]. And letting go of a request that has not ended gives no
-//! promise that its bytes do not land, so that is the end of the whole connection: see [`Remote`].
+//! peer's metadata is gone, so a [`Transfer`] holds its [`Remote`]. And neither letting go of a request that has not ended
+//! nor forgetting its peer keeps its bytes from landing: only the end of the [`Agent`] does.
 
 mod agent;
 mod library;

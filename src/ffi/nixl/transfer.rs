@@ -24,15 +24,14 @@ pub enum Progress {
     Done,
 }
 
-/// A peer that an agent knows. When the last that holds it is dropped, its connection is closed by force and it is forgotten:
-/// it can then be loaded anew, and what was still on the way to our memory is thrown away.
+/// A peer that an agent knows. When the last that holds it is dropped, it is forgotten and can be loaded anew.
 pub struct Remote {
     pub(super) shared: Rc<Shared>,
     pub(super) name: CString,
 }
 
-/// One request that was started. Dropping one that is not done abandons it: until its [`Remote`] is gone too, its bytes may
-/// still land.
+/// One request that was started. Dropping one that is not done abandons it: until its [`super::Agent`] is gone too, its bytes
+/// may still land.
 pub struct Transfer {
     request: Handle,
     // Dropped after the request, which the library would otherwise free by itself when asked about.

@@ -1,0 +1,267 @@
+//! NIXL: whatever its backends reach, host or GPU memory. The side that submits makes the whole copy by one-sided reads and
+//! writes; the peer's threads do nothing, but for NIXL's own, which wakes when the network needs it to.
+//!
+//! One thread owns NIXL's agents ([`driver`]). All regions are registered once, when the path is opened, and what a peer must
+//! know of them is in the export: no metadata server, no listening thread. Connecting reads one byte, so that a peer that
+//! cannot be reached is known then, and the first transfer finds the connection made.
+//!
+//! TR-3: a read that was begun is waited for, whatever became of its transfer; where a peer hangs, the agent that reads is ended,
+//! after which nothing lands. A push writes the peer's memory and so is as in [`super::mapped`]: a grant here is a
+//! promise, kv asks the peer, and a push that hung or broke off is unfenced.
+#![forbid(unsafe_code)]
+
+mod driver;
+mod peer;
+
+use std::path::PathBuf;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use self::driver::{Command, Driver};
+use self::peer::PeerState;
+use super::flight::{Inflight, locked};
+use super::identity::Identity;
+use super::mapped::unusable;
+use super::threads::Threads;
+use super::{
+    CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, GrantToken, Link, RunList, TransferRequest, TransferTicket,
+    Transport, TransportError,
+};
+use crate::config::{NixlConfig, Path};
+use crate::ffi::nixl::MemoryType;
+use crate::memory::{MemoryKind, Region};
+
+/// Bounds of one request to NIXL. A cancel waits for those that were begun. Large enough that their cost does not show beside
+/// the bytes: host memory moves at 10 GB/s, GPU memory at 300.
+const HOST_REQUEST_BYTES_MAX: u64 = 4 << 20;
+const GPU_REQUEST_BYTES_MAX: u64 = 64 << 20;
+const REQUEST_RUNS_MAX: usize = 1024;
+
+/// How a process takes part in the path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NixlSetup {
+    /// NIXL's library itself, if it is known.
+    pub library: Option<PathBuf>,
+    /// Python environments that may have its wheel, most wanted first.
+    pub environments: Vec<PathBuf>,
+    /// Which of NIXL's backends, and what it is told.
+    pub backend: String,
+    pub parameters: Vec<(String, String)>,
+}
+
+impl NixlSetup {
+    /// As configured. Where nothing is said, the Python environment that is active is looked into.
+    pub fn of(config: &NixlConfig) -> Self {
+        let active = || std::env::var_os("VIRTUAL_ENV").map(PathBuf::from);
+        Self {
+            library: config.library.clone(),
+            environments: config.environment.clone().or_else(active).into_iter().collect(),
+            backend: config.backend.clone(),
+            parameters: config.parameters.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
+        }
+    }
+}
+
+/// What a peer needs to reach our memory.
+#[derive(Debug, Serialize, Deserialize)]
+struct Description {
+    owner: Identity,
+    /// Drawn anew by every agent: a process that took the address of another is another peer.
+    agent: String,
+    memory: MemoryType,
+    regions: Vec<RegionDescription>,
+    /// NIXL's own.
+    metadata: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct RegionDescription {
+    address: u64,
+    len: u64,
+    device: u64,
+}
+
+/// The `nixl` path of this process.
+pub struct Nixl {
+    export: Export,
+    lens: Arc<[u64]>,
+    request_bytes_max: u64,
+    commands: Sender<Command>,
+    threads: Threads,
+    links: Mutex<Vec<Weak<NixlLink>>>,
+}
+
+impl Nixl {
+    /// Offers `regions`, all of one kind of memory.
+    pub fn new(regions: &[Arc<Region>], setup: &NixlSetup) -> Result<Self, TransportError> {
+        let failed = |reason: String| unusable(Path::Nixl, reason);
+        let kind = |region: &Arc<Region>| matches!(region.kind(), MemoryKind::Cuda(_));
+        let on_gpu = regions.first().is_some_and(kind);
+        if regions.iter().any(|region| kind(region) != on_gpu) {
+            return Err(failed("its regions lie in both host and GPU memory; start one worker for each".to_owned()));
+        }
+        let owner = Identity::of_self().map_err(|error| failed(error.to_string()))?;
+        let (commands, orders) = mpsc::channel();
+        let (started, starting) = mpsc::sync_channel(1);
+        let (threads, setup, ours) = (Threads::default(), setup.clone(), regions.to_vec());
+        let memory = if on_gpu { MemoryType::Gpu } else { MemoryType::Host };
+        let run = move || match Driver::start(&setup, ours, memory, owner) {
+            Ok((mut driver, export)) => {
+                let _ = started.send(Ok(export));
+                driver.run(&orders);
+            }
+            Err(error) => drop(started.send(Err(error))),
+        };
+        threads.spawn("pdlink-nixl".to_owned(), run).map_err(|error| failed(format!("no thread: {error}")))?;
+        let ended = |_| Err(failed("its thread ended".to_owned()));
+        let export = starting.recv().unwrap_or_else(ended)?;
+        Ok(Self {
+            export,
+            lens: regions.iter().map(|region| region.len()).collect(),
+            request_bytes_max: if on_gpu { GPU_REQUEST_BYTES_MAX } else { HOST_REQUEST_BYTES_MAX },
+            commands,
+            threads,
+            links: Mutex::default(),
+        })
+    }
+}
+
+impl Transport for Nixl {
+    fn path(&self) -> Path {
+        Path::Nixl
+    }
+
+    fn export(&self) -> Export {
+        self.export.clone()
+    }
+
+    fn connect(&self, peer: &Export, deadline: Instant) -> Result<Arc<dyn Link>, TransportError> {
+        let description: Description = peer.decode(Path::Nixl)?;
+        let their_lens = description.regions.iter().map(|region| region.len).collect();
+        let name = format!("agent {}", description.agent);
+        let closed = || TransportError::LinkClosed { peer: "this process".to_owned() };
+        let (tell, told) = mpsc::sync_channel(1);
+        self.commands.send(Command::Connect { description, deadline, tell }).map_err(|_| closed())?;
+        let patience = deadline.saturating_duration_since(Instant::now());
+        let peer = told.recv_timeout(patience).map_err(|error| match error {
+            RecvTimeoutError::Timeout => TransportError::Unreachable {
+                path: Path::Nixl.name(),
+                peer: name,
+                reason: "it did not answer in time".to_owned(),
+            },
+            RecvTimeoutError::Disconnected => closed(),
+        })??;
+        let link = Arc::new(NixlLink {
+            inflight: Inflight::new(peer.name().to_owned()),
+            peer,
+            our_lens: self.lens.clone(),
+            their_lens,
+            request_bytes_max: self.request_bytes_max,
+            commands: Mutex::new(Some(self.commands.clone())),
+        });
+        let mut links = locked(&self.links);
+        links.retain(|link| link.strong_count() > 0);
+        links.push(Arc::downgrade(&link));
+        Ok(link)
+    }
+
+    fn grant(&self, runs: &RunList) -> Result<Grant, TransportError> {
+        runs.validate_destinations(&self.lens)?;
+        Ok(Grant::unenforced(GrantToken::random()))
+    }
+
+    fn close(&self) {
+        let links = std::mem::take(&mut *locked(&self.links));
+        links.iter().filter_map(Weak::upgrade).for_each(|link| link.close());
+        let _ = self.commands.send(Command::Close);
+        self.threads.join();
+    }
+}
+
+impl Drop for Nixl {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+struct NixlLink {
+    peer: Arc<PeerState>,
+    our_lens: Arc<[u64]>,
+    their_lens: Vec<u64>,
+    request_bytes_max: u64,
+    inflight: Arc<Inflight>,
+    /// Taken when the link closes: the driver then hears of its end, once.
+    commands: Mutex<Option<Sender<Command>>>,
+}
+
+impl NixlLink {
+    fn closed(&self) -> TransportError {
+        TransportError::LinkClosed { peer: self.inflight.peer().to_owned() }
+    }
+}
+
+impl Link for NixlLink {
+    fn path(&self) -> Path {
+        Path::Nixl
+    }
+
+    fn submit(&self, request: TransferRequest, done: Completion) -> TransferTicket {
+        let (ticket, flight) = self.inflight.admit(request, done, |request| {
+            if self.peer.broken() {
+                return Err(self.peer.ended().unwrap_or_else(|| self.closed()));
+            }
+            let totals = match request.direction {
+                Direction::Pull => request.runs.validate(&self.their_lens, &self.our_lens)?,
+                Direction::Push => request.runs.validate(&self.our_lens, &self.their_lens)?,
+            };
+            Ok((totals, request.runs.pieces(self.request_bytes_max, REQUEST_RUNS_MAX)))
+        });
+        if let Some(flight) = flight {
+            let submit = Command::Submit { flight, peer: self.peer.clone() };
+            let sent = match &*locked(&self.commands) {
+                Some(commands) => commands.send(submit).map_err(|refused| refused.0),
+                None => Err(submit),
+            };
+            if let Err(Command::Submit { flight, .. }) = sent {
+                flight.fail(TransportError::Cancelled);
+            }
+        }
+        ticket
+    }
+
+    fn cancel(&self, ticket: TransferTicket) {
+        if let Some(flight) = self.inflight.get(ticket) {
+            flight.fail(TransportError::Cancelled);
+        }
+    }
+
+    fn usable(&self) -> bool {
+        !self.inflight.is_closed() && !self.peer.broken() && !self.peer_gone()
+    }
+
+    fn peer_gone(&self) -> bool {
+        self.peer.gone()
+    }
+
+    fn close(&self) {
+        for flight in self.inflight.close(self.closed()) {
+            flight.fail(TransportError::Cancelled);
+        }
+        self.inflight.wait_empty(CLOSE_WAIT_MAX);
+        if let Some(commands) = locked(&self.commands).take() {
+            let _ = commands.send(Command::Disconnect { peer: self.peer.clone() });
+        }
+    }
+}
+
+impl Drop for NixlLink {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// How long a request may stand still over a transfer that is already cancelled or late, before the connection is given up.
+const GRACE_MAX: Duration = Duration::from_millis(500);

@@ -1,0 +1,303 @@
+//! A peer: what links see of it, and its requests as the driver holds them.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use super::{Description, GRACE_MAX, RegionDescription};
+use crate::ffi::nixl::{self, Agent, MemoryType, NixlError, Progress, Remote, Span, Transfer};
+use crate::memory::Region;
+use crate::transport::flight::Flight;
+use crate::transport::identity::Reach;
+use crate::transport::process::Process;
+use crate::transport::{Direction, Piece, TransportError};
+
+/// Most requests in flight to one peer: enough that one is being carried while the next is prepared and the last is noticed.
+const REQUESTS_MAX: usize = 4;
+
+/// What a peer's links share with the driver.
+pub(super) struct PeerState {
+    name: String,
+    /// Known where the peer runs on this host: its end is then noticed at once.
+    process: Option<Process>,
+    broken: AtomicBool,
+}
+
+impl PeerState {
+    pub(super) fn of(description: &Description) -> Result<Self, TransportError> {
+        let owner = &description.owner;
+        let reach =
+            owner.reach().map_err(|error| TransportError::io("look for the process", &description.agent, error))?;
+        let process = match reach {
+            Reach::Here | Reach::Gone => Some(Process::open(owner, "nixl")?),
+            Reach::OtherHost | Reach::OtherNamespace => None,
+        };
+        let name = process
+            .as_ref()
+            .map_or_else(|| format!("agent {}", description.agent), |process| process.name().to_owned());
+        Ok(Self { name, process, broken: AtomicBool::new(false) })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether its connection is beyond use.
+    pub(super) fn broken(&self) -> bool {
+        self.broken.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn gone(&self) -> bool {
+        self.process.as_ref().is_some_and(Process::gone)
+    }
+
+    /// That its process has ended, if that is known.
+    pub(super) fn ended(&self) -> Option<TransportError> {
+        self.gone().then(|| TransportError::PeerGone { peer: self.name.clone() })
+    }
+
+    pub(super) fn unreachable(&self, reason: String) -> TransportError {
+        TransportError::Unreachable { path: "nixl", peer: self.name.clone(), reason }
+    }
+
+    fn failed(&self, error: &NixlError) -> TransportError {
+        self.ended().unwrap_or_else(|| self.unreachable(error.to_string()))
+    }
+}
+
+/// Our regions, as requests name them.
+pub(super) struct Ours {
+    pub(super) regions: Vec<Arc<Region>>,
+    pub(super) memory: MemoryType,
+    pub(super) device: u64,
+}
+
+/// A peer as the driver holds it. Field order is drop order: requests, then what they go over.
+pub(super) struct Peer {
+    pub(super) agent: String,
+    pub(super) state: Arc<PeerState>,
+    /// How many links use it.
+    pub(super) links: usize,
+    requests: Vec<Request>,
+    queue: VecDeque<Arc<Flight>>,
+    pairs: Vec<(Span, Span)>,
+    memory: MemoryType,
+    regions: Vec<RegionDescription>,
+    metadata: Vec<u8>,
+    /// Absent only while our agent is being replaced.
+    remote: Option<Rc<Remote>>,
+    dying: Option<Dying>,
+}
+
+/// A connection that failed. Nothing more is posted; what was posted is waited for, but not for ever.
+struct Dying {
+    cause: TransportError,
+    until: Instant,
+}
+
+/// One request that was begun.
+struct Request {
+    transfer: Transfer,
+    flight: Arc<Flight>,
+    /// When its transfer was first seen to have failed otherwise.
+    failed_at: Option<Instant>,
+}
+
+impl Peer {
+    pub(super) fn new(description: Description, state: Arc<PeerState>) -> Self {
+        let Description { agent, memory, regions, metadata, .. } = description;
+        Self {
+            agent,
+            state,
+            links: 0,
+            requests: Vec::new(),
+            queue: VecDeque::new(),
+            pairs: Vec::new(),
+            memory,
+            regions,
+            metadata,
+            remote: None,
+            dying: None,
+        }
+    }
+
+    /// Makes the peer known to `agent`.
+    pub(super) fn load(&mut self, agent: &Agent) -> Result<(), TransportError> {
+        let remote = agent.load(&self.metadata).map_err(|error| self.state.unreachable(error.to_string()))?;
+        if remote.name() != self.agent {
+            let reason = "its metadata is of another agent".to_owned();
+            return Err(TransportError::BadExport { path: "nixl", reason });
+        }
+        self.remote = Some(remote);
+        Ok(())
+    }
+
+    /// Lets go of what the agent knows of it. Nothing may be in flight.
+    pub(super) fn unload(&mut self) {
+        self.remote = None;
+    }
+
+    pub(super) fn push(&mut self, flight: Arc<Flight>) {
+        match &self.dying {
+            None => self.queue.push_back(flight),
+            Some(dying) => flight.fail(dying.cause.clone()),
+        }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.requests.is_empty() && self.queue.is_empty()
+    }
+
+    pub(super) fn has_requests(&self) -> bool {
+        !self.requests.is_empty()
+    }
+
+    /// Beyond use, with nothing of it left to wait for.
+    pub(super) fn is_dead(&self) -> bool {
+        self.dying.is_some() && self.is_idle()
+    }
+
+    /// Beyond use, with requests that do not end.
+    pub(super) fn is_stuck(&self, now: Instant) -> bool {
+        self.has_requests() && self.dying.as_ref().is_some_and(|dying| now >= dying.until)
+    }
+
+    /// Starts reading its first byte into `scratch`. `None` where there is none, or it is there already.
+    pub(super) fn probe(&self, scratch: &Region) -> Result<Option<Transfer>, NixlError> {
+        let region = self.regions.iter().find(|region| region.len > 0);
+        let (Some(region), Some(remote)) = (region, &self.remote) else { return Ok(None) };
+        let ours = Span { address: scratch.address(), len: 1, device: 0 };
+        let theirs = Span { address: region.address, len: 1, device: region.device };
+        let (read, host) = (nixl::Direction::Read, MemoryType::Host);
+        let (transfer, progress) = remote.start(read, host, self.memory, &[(ours, theirs)])?;
+        Ok((progress == Progress::Moving).then_some(transfer))
+    }
+
+    /// Posts the next piece of the next flight, so that a small transfer never waits for a long one to end, as long as there
+    /// is room. Says whether anything happened.
+    pub(super) fn post(&mut self, ours: &Ours, now: Instant) -> bool {
+        let mut happened = false;
+        while self.requests.len() < REQUESTS_MAX
+            && let Some(remote) = self.remote.clone()
+            && let Some(flight) = self.queue.pop_front()
+        {
+            happened = true;
+            if flight.fail_if_late(now) {
+                continue;
+            }
+            let Some(piece) = flight.claim() else { continue };
+            if flight.has_more() {
+                self.queue.push_back(flight.clone());
+            }
+            self.pairs(ours, &flight, piece);
+            let direction = match flight.direction {
+                Direction::Pull => nixl::Direction::Read,
+                Direction::Push => nixl::Direction::Write,
+            };
+            flight.posted(1);
+            match remote.start(direction, ours.memory, self.memory, &self.pairs) {
+                Ok((transfer, Progress::Moving)) => self.requests.push(Request { transfer, flight, failed_at: None }),
+                Ok((transfer, Progress::Done)) => {
+                    drop(transfer);
+                    flight.account(Ok(()));
+                }
+                Err(error) => {
+                    self.die(self.state.failed(&error), now + GRACE_MAX);
+                    self.failed(&flight);
+                }
+            }
+        }
+        happened
+    }
+
+    /// Looks at what was posted. Says whether anything happened.
+    pub(super) fn poll(&mut self, now: Instant) -> bool {
+        let mut happened = false;
+        let mut index = 0;
+        while let Some(request) = self.requests.get_mut(index) {
+            let polled = request.transfer.poll();
+            if polled == Ok(Progress::Moving) {
+                if request.stands_still(now) {
+                    self.die(self.state.unreachable("it does not answer".to_owned()), now);
+                }
+                index += 1;
+                continue;
+            }
+            happened = true;
+            let Request { transfer, flight, .. } = self.requests.swap_remove(index);
+            drop(transfer);
+            match polled {
+                Ok(_) => flight.account(Ok(())),
+                Err(error) => {
+                    self.die(self.state.failed(&error), now + GRACE_MAX);
+                    self.failed(&flight);
+                }
+            }
+        }
+        happened
+    }
+
+    /// Both ends of a piece's runs, into `self.pairs`.
+    fn pairs(&mut self, ours: &Ours, flight: &Flight, piece: Piece) {
+        let segment = &flight.runs.segments[piece.segment];
+        let (here, there) = match flight.direction {
+            Direction::Pull => (segment.dst_region, segment.src_region),
+            Direction::Push => (segment.src_region, segment.dst_region),
+        };
+        let (here, there) = (&ours.regions[usize::from(here)], self.regions[usize::from(there)]);
+        self.pairs.clear();
+        self.pairs.extend(flight.runs.walk(piece).map(|run| {
+            let (local, remote) = match flight.direction {
+                Direction::Pull => (run.dst, run.src),
+                Direction::Push => (run.src, run.dst),
+            };
+            let local = Span { address: here.address() + local, len: run.len, device: ours.device };
+            // Within what the peer announced, and NIXL knows where that is: an address that wraps round is none of it.
+            let remote = Span { address: there.address.wrapping_add(remote), len: run.len, device: there.device };
+            (local, remote)
+        }));
+    }
+
+    /// The connection is beyond use. What waits ends now; what was begun when it is seen to have ended, by `until`.
+    pub(super) fn die(&mut self, cause: TransportError, until: Instant) {
+        self.state.broken.store(true, Ordering::SeqCst);
+        let dying = self.dying.get_or_insert(Dying { cause, until });
+        dying.until = dying.until.min(until);
+        let waiting = std::mem::take(&mut self.queue);
+        waiting.iter().chain(self.requests.iter().map(|request| &request.flight)).for_each(|flight| {
+            flight.fail(dying.cause.clone());
+        });
+    }
+
+    /// Gives up every request. Their transfers are told by [`Peer::failed`], once the agent is gone.
+    pub(super) fn abandon(&mut self) -> Vec<Arc<Flight>> {
+        let begun = self.requests.drain(..).map(|request| request.flight).collect();
+        self.remote = None;
+        begun
+    }
+
+    /// Accounts for a piece of a flight that was begun on a connection that failed. A push may have reached a peer that goes
+    /// on, and land there at any time.
+    pub(super) fn failed(&self, flight: &Flight) {
+        let cause = self.dying.as_ref().map_or(TransportError::Cancelled, |dying| dying.cause.clone());
+        match flight.direction {
+            Direction::Push if !self.state.gone() => flight.fail_unfenced(cause),
+            Direction::Pull | Direction::Push => flight.fail(cause),
+        }
+        flight.account(Ok(()));
+    }
+}
+
+impl Request {
+    /// Whether it has not moved for too long, over a transfer that has ended otherwise.
+    fn stands_still(&mut self, now: Instant) -> bool {
+        if !self.flight.fail_if_late(now) && !self.flight.failed() {
+            return false;
+        }
+        let failed_at = *self.failed_at.get_or_insert(now);
+        now.saturating_duration_since(failed_at) >= GRACE_MAX
+    }
+}
