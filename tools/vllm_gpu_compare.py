@@ -2,7 +2,7 @@
 """Hand KV over between two real `vllm serve` processes on a GPU machine, with vLLM's own connector and with ours, and compare.
 
     python tools/vllm_gpu_compare.py MODEL_DIR [--gpus 0,1] [--lengths 512,2048,8192,16000] [--repeat 4] [--only pdlink]
-        [--serve-arg=--block-size=128] [--env UCX_TLS=cuda_ipc,cuda_copy,sm,self,tcp] [--logs DIR]
+        [--serve-arg=--block-size=128] [--env UCX_TLS=cuda_ipc,cuda_copy,sm,self,tcp] [--kv '{"digest": "every"}'] [--logs DIR]
 
 Needs vLLM and our wheel in the Python that runs it; nothing else. Both servers load MODEL_DIR with dummy weights, which are
 seeded and so equal. With one GPU (`--gpus 0`) both roles share it. For each length it sends fresh random prompts, and takes
@@ -43,10 +43,10 @@ def free_ports(count):
     return ports
 
 
-def kv_config(case, role, port):
+def kv_config(case, role, port, kv):
     if case == "vllm-nixl":
         return {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
-    extra = {"kv_host": "127.0.0.1", "kv_ports": [port], "send_type": "GET", "kv": {"paths": ["cuda-ipc"]}}
+    extra = {"kv_host": "127.0.0.1", "kv_ports": [port], "send_type": "GET", "kv": {"paths": ["cuda-ipc"], **kv}}
     kv_role = {"prefill": "kv_producer", "decode": "kv_consumer"}[role]
     return {"kv_connector": "PdlinkConnector", "kv_connector_module_path": "pdlink.vllm", "kv_role": kv_role,
             "kv_connector_extra_config": extra}
@@ -64,7 +64,7 @@ class Server:
                    "--max-model-len", "20000", "--max-num-batched-tokens", "16384",
                    "--gpu-memory-utilization", "0.4",
                    "--enable-prefix-caching" if role == "decode" else "--no-enable-prefix-caching",
-                   "--kv-transfer-config", json.dumps(kv_config(case, role, kv_port)), *args.serve_arg]
+                   "--kv-transfer-config", json.dumps(kv_config(case, role, kv_port, args.kv)), *args.serve_arg]
         self.url, self.log = f"http://127.0.0.1:{port}", os.path.join(args.logs, f"{case}-{role}.log")
         with open(self.log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -174,6 +174,7 @@ def main():
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--serve-arg", action="append", default=[])
     parser.add_argument("--env", action="append", default=[])
+    parser.add_argument("--kv", type=json.loads, default={}, help="more of pdlink's [kv] settings, as JSON")
     parser.add_argument("--logs", default=None)
     args = parser.parse_args()
     if isinstance(args.lengths, str):

@@ -26,7 +26,7 @@ class Report:
 
 @final
 class Link:
-    """One rank's runtime. `memory` is a list of (address, bytes, owner)."""
+    """One rank's runtime. `memory` is a list of (address, bytes, owner, GPU), the GPU `None` for host memory."""
 
     def __new__(cls, text: str, memory: list[tuple[int, int, Any, int | None]]) -> Link: ...
     @property

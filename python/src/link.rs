@@ -48,7 +48,7 @@ pub(crate) struct Link {
 
 #[pymethods]
 impl Link {
-    /// Borrows the memory, listens and starts the runtime's thread. `memory` is a list of (address, bytes, owner).
+    /// Borrows the memory, listens and starts the runtime's thread. `memory` is a list of (address, bytes, owner, GPU), the GPU `None` for host memory.
     #[new]
     fn new(py: Python<'_>, text: &str, memory: Vec<regions::Memory>) -> PyResult<Self> {
         let link = LinkSettings::parse(text)?;
