@@ -54,6 +54,7 @@ def test_32_at_once(run, mono, prefill, decode, proxy):
     prompts = [prompt(17 + 13 * number, 2) for number in range(32)]
 
     async def test(client: Client) -> None:
+        before = (await client.metrics(decode)).prompt_tokens()
         expected = await asyncio.gather(*(client.complete(mono, tokens) for tokens in prompts))
         answers = await asyncio.gather(*(client.complete(proxy, tokens) for tokens in prompts))
         wrong = [
@@ -62,6 +63,9 @@ def test_32_at_once(run, mono, prefill, decode, proxy):
             if answer.tokens != right.tokens
         ]
         assert not wrong, f"prompts of {wrong} tokens"
+        came = grown(before, (await client.metrics(decode)).prompt_tokens())
+        everything = sum(map(len, prompts))
+        assert came == {"external_kv_transfer": everything, "local_cache_hit": 0, "local_compute": 0}
         await client.at_rest(prefill, decode)
 
     run(test)

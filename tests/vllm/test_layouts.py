@@ -99,6 +99,7 @@ MAKERS = {
     "LBNHC": lambda: side_by_side("LBNHKD"),
     "LBHNC": lambda: side_by_side("LBHNKD"),
     "LHBNC": lambda: side_by_side("LHBNKD"),
+    "BLNHC": lambda: side_by_side("BLNHKD"),
     "BLHNC": lambda: side_by_side("BLHNKD"),
     "BHLNC": lambda: side_by_side("BHLNKD"),
     "halves, NHD": lambda: halved("BKNHD"),
