@@ -29,7 +29,6 @@ BLOCK = 32
 # Short, so that a test can wait for a lease to end; long enough for a machine with two busy cores.
 LEASE_S = 12
 KV = {
-    "paths": ["shm", "tcp"],
     "lease_ms": LEASE_S * 1000,
     "transfer_timeout_ms": 10_000,
     # Long enough for a machine whose cores are all taken: what is asserted here is what comes of it, not when.
@@ -121,6 +120,7 @@ class Server:
     flags: tuple[str, ...] = ("--max-model-len", "2048", "--kv-cache-memory-bytes", "128M")
     send_type: str = "GET"
     connector: str = "PdlinkConnector"
+    paths: tuple[str, ...] = ("shm", "tcp")
     ports: list[int] = field(default_factory=lambda: free_ports(2))
     """HTTP, then one KV port for each tensor-parallel rank."""
     pid: int = 0
@@ -140,7 +140,8 @@ class Server:
     def start(self) -> Server:
         argv = ["serve", str(self.model), "--port", str(self.ports[0]), *COMMON, *self.flags]
         if self.role is not None:
-            extra = {"kv_host": "127.0.0.1", "kv_ports": self.ports[1:], "kv": KV, "send_type": self.send_type}
+            kv = {**KV, "paths": self.paths}
+            extra = {"kv_host": "127.0.0.1", "kv_ports": self.ports[1:], "kv": kv, "send_type": self.send_type}
             transfer = {
                 "kv_connector": self.connector,
                 "kv_connector_module_path": "pdlink.vllm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,13 @@ class LinkConfig:
     def kv_of(self, on_gpu: bool) -> dict[str, Any]:
         """`[kv]` for a cache that lies there: the paths that were given, else those that suit its memory."""
         paths = self.gpu_paths if on_gpu else HOST_PATHS
-        return self.kv if paths is None else {"paths": paths, **self.kv}
+        kv = self.kv if paths is None else {"paths": paths, **self.kv}
+        if "nixl" not in (kv.get("paths") or ()):
+            return kv
+        nixl = {key: value for key, value in kv.get("nixl", {}).items() if value is not None}
+        if "library" not in nixl and "environment" not in nixl and (library := _nixl_library()):
+            nixl["library"] = library
+        return {**kv, "nixl": nixl}
 
 
 def read(vllm_config: VllmConfig, gpu_paths: list[str] | None, tp_rank: int) -> LinkConfig:
@@ -99,6 +106,19 @@ def read(vllm_config: VllmConfig, gpu_paths: list[str] | None, tp_rank: int) -> 
         log_filter=str(extra.get("log") or os.environ.get(LOG_ENV) or "info"),
         log_json=extra.get("log_format") == "json",
     )
+
+
+def _nixl_library() -> str | None:
+    """NIXL's library among this interpreter's packages, wherever they are installed."""
+    for wheel in ("nixl-cu13", "nixl-cu12"):
+        try:
+            files = importlib.metadata.distribution(wheel).files or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for file in files:
+            if file.name == "libnixl_capi.so":
+                return str(file.locate())
+    return None
 
 
 def _port(ports: list[int] | None, first: int, parallel: Any, tp_rank: int) -> int:
