@@ -381,3 +381,35 @@ fn sixteen_launchers_at_once_all_come_up() {
         assert!(ended.success(), "{said}");
     }
 }
+
+#[test]
+fn two_launchers_in_one_folder_keep_their_logs_apart() {
+    let place = Place::new();
+    let config = reference(&place);
+    let mut first = place.up(&config, &[], &[]);
+    let first_url = first.base_url();
+    let mut second = place.up(&config, &[], &[]);
+    let folder = place.path("logs").join(second.pid().to_string());
+    let said = second.line_with("logs are in ");
+    assert!(said.contains(&*folder.to_string_lossy()), "{said}");
+    let second_url = second.base_url();
+    for url in [&first_url, &second_url] {
+        assert!(post(&format!("{url}/completions"), QUESTION).contains("\"completion_tokens\":8"), "{url}");
+    }
+    let ups = [(first, first_url, place.path("logs")), (second, second_url, folder)];
+    for (up, ..) in &ups {
+        up.signal(Signal::TERM);
+    }
+    for (mut up, _, folder) in ups {
+        let ports = up.ports();
+        let (ended, said) = up.ended();
+        assert!(ended.success(), "{said}");
+        let read = |name: &str| std::fs::read_to_string(folder.join(name)).expect("a log");
+        assert_eq!(read("proxy.log").matches("end=\"done\"").count(), 1, "{}", read("proxy.log"));
+        for (name, port) in ["prefill_0.log", "decode_0.log"].iter().zip(&ports) {
+            let log = read(name);
+            assert_eq!(log.matches("ready: http").count(), 1, "{log}");
+            assert!(log.contains(&format!("ready: http://127.0.0.1:{port}/v1")), "{port}: {log}");
+        }
+    }
+}

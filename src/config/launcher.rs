@@ -41,7 +41,8 @@ pub struct LauncherConfig {
     /// How long a worker may take to end after SIGTERM before it is killed, in seconds. Default 10.
     #[schemars(range(min = 0))]
     pub grace_s: f64,
-    /// Folder for one log file per worker, made if it is not there. Default `logs`.
+    /// Folder for one log file per worker, made if it is not there. Default `logs`. While another launcher runs that has it,
+    /// a folder in it, named by the process, is used instead.
     pub log_dir: PathBuf,
     /// The `vllm` program that workers run, with `engine = "vllm"`, or the Python that has it. Default: the one beside `pdlink`
     /// itself, which is where pdlink's wheel puts it, else the first on the `PATH`.

@@ -1,4 +1,4 @@
-//! One log file per worker, and the last lines of it for the terminal.
+//! One log file per worker and one of the proxy, and the last lines of it for the terminal.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -16,7 +16,7 @@ const FOLLOW_BYTES_MAX: u64 = 256 * 1024;
 /// Characters of one line that are shown.
 const LINE_CHARS_MAX: usize = 400;
 
-/// A worker's log file: emptied when the run starts, appended to when the worker is restarted.
+/// A log file: emptied when the run starts, appended to when the worker is restarted.
 #[derive(Debug, Clone)]
 pub struct WorkerLog {
     path: PathBuf,

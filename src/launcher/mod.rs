@@ -10,6 +10,7 @@ pub mod fleet;
 pub mod guard;
 pub mod guarded;
 pub mod life;
+pub mod log_dir;
 pub mod logs;
 pub mod machine;
 pub mod ports;

@@ -1,7 +1,6 @@
 //! A run from its first process to its last.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -18,6 +17,8 @@ use crate::config::{Config, EngineKind, Path, Role};
 use crate::launcher::fleet::{Fleet, FleetEvent, FleetOptions, Happening, WorkerSpec};
 use crate::launcher::guarded::{GuardSetup, Guards};
 use crate::launcher::life::{Limits, seconds as duration};
+use crate::launcher::log_dir::LogDir;
+use crate::launcher::logs::WorkerLog;
 use crate::security::Secret;
 use crate::telemetry;
 use crate::topology::{Plan, WorkerPlan};
@@ -35,6 +36,8 @@ pub(super) struct Run<'a> {
     sockets: Sockets,
     secret: Secret,
     stage: Stage,
+    /// Nobody else writes to it while the run lives.
+    _logs: LogDir,
     fleet: Fleet,
     front: Option<Front>,
     asked: Asked,
@@ -54,6 +57,12 @@ impl<'a> Run<'a> {
     ) -> anyhow::Result<Self> {
         let launcher = &config.launcher;
         let asked = Asked::new()?;
+        let logs = LogDir::take(&launcher.log_dir)?;
+        if logs.is_own() {
+            let (own, asked_for) = (logs.path().display(), launcher.log_dir.display());
+            let text = format!("logs are in {own}: another launcher that runs has {asked_for}");
+            stage.announce(&json!({ "event": "logs", "folder": logs.path() }), &text);
+        }
         let options = FleetOptions {
             guard: GuardSetup {
                 program: std::env::current_exe()?,
@@ -62,12 +71,12 @@ impl<'a> Run<'a> {
             },
             guards: Guards::adopting().context("cannot adopt orphaned processes")?,
             limits: Limits::new(launcher),
-            log_dir: launcher.log_dir.clone(),
+            log_dir: logs.path().to_owned(),
             tail_lines: TAIL_LINES,
         };
         let fleet = Fleet::start(plan.workers.iter().map(spec).collect(), options)?;
-        let log = launcher.log_dir.join("proxy.log");
-        let log = File::create(&log).with_context(|| format!("cannot make the proxy's log {}", log.display()))?;
+        let log = WorkerLog::create(logs.path(), "proxy").and_then(|log| log.open(1));
+        let (log, _) = log.with_context(|| format!("cannot make proxy.log in {}", logs.path().display()))?;
         telemetry::log::init_to_file(config.telemetry.log_format, &config.telemetry.log_level, log);
         Ok(Self {
             config,
@@ -75,6 +84,7 @@ impl<'a> Run<'a> {
             sockets,
             secret: secret.secret.clone(),
             stage,
+            _logs: logs,
             fleet,
             front: None,
             asked,
