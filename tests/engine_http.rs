@@ -6,9 +6,29 @@ mod engine;
 use engine::{MODEL, Worker, greedy, prompt, small};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 fn text(answer: &Value) -> &str {
     answer["choices"][0]["text"].as_str().expect("text")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_that_cannot_be_read_is_refused_in_the_same_form() {
+    let worker = Worker::monolithic(small()).await;
+    let address = worker.url.strip_prefix("http://").expect("an address");
+    let huge = format!("GET /health HTTP/1.1\r\nhost: x\r\nx-long: {}\r\n\r\n", "y".repeat(2_000_000));
+    for (status, head) in [(431, huge.as_str()), (400, "what is this\r\n\r\n")] {
+        let mut stream = TcpStream::connect(address).await.expect("listening");
+        stream.write_all(head.as_bytes()).await.expect("read, if only to be dropped");
+        stream.shutdown().await.expect("open");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("no reset");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+        let error: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("not JSON: {answer}"));
+        assert_eq!(error["error"]["code"], status, "{answer}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -98,16 +98,41 @@ async fn heads_and_bodies_have_limits() {
 
     let mut client = proxy.connect().await;
     let head = format!("POST {PATH} HTTP/1.1\r\nhost: x\r\nx-long: {}\r\n\r\n", "y".repeat(200_000));
-    // The proxy may have hung up before it has read all of it.
-    let _ = client.stream.write_all(head.as_bytes()).await;
+    client.stream.write_all(head.as_bytes()).await.expect("read, if only to be dropped");
     client.read_to_end().await;
-    assert!(client.text().starts_with("HTTP/1.1 431 "), "{}", client.text());
+    assert!(error_of(&client, 431).contains("head of the request is too large"), "{}", client.text());
+    let many: String = (0..200).map(|number| format!("x-{number}: y\r\n")).collect();
+    let heads: [(u16, &[u8]); 5] = [
+        (431, &format!("POST {PATH} HTTP/1.1\r\n{many}\r\n").into_bytes()),
+        (431, &format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "y".repeat(65_530)).into_bytes()),
+        (400, b"\x16\x03\x01 this is not HTTP\r\n\r\n"),
+        (400, b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nno colon\r\n\r\n"),
+        (400, b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: many\r\n\r\n"),
+    ];
+    for (status, head) in heads {
+        let mut client = proxy.connect().await;
+        client.stream.write_all(head).await.unwrap();
+        client.read_to_end().await;
+        assert!(error_of(&client, status).contains("request"), "{}", client.text());
+    }
     let mut client = proxy.connect().await;
-    client.stream.write_all(b"\x16\x03\x01 this is not HTTP\r\n\r\n").await.unwrap();
+    client.stream.write_all(b"GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n\x01\r\n\r\n").await.unwrap();
     client.read_to_end().await;
-    assert!(client.text().starts_with("HTTP/1.1 400 "), "{}", client.text());
+    assert_eq!(client.text().matches("HTTP/1.1 ").count(), 2, "one answer each: {}", client.text());
+    assert!(client.text().ends_with("\"code\":400}}"), "{}", client.text());
     assert_eq!(proxy.post(PATH, r#"{"prompt":"a"}"#).await.status, 200);
     assert_eq!(prefill.seen().len(), 1);
+}
+
+/// The message of the error that is all this client was answered.
+fn error_of(client: &proxied::RawClient, status: u16) -> String {
+    let text = client.text();
+    let (head, body) = text.split_once("\r\n\r\n").expect("a head");
+    assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{text}");
+    assert!(head.contains(&format!("content-length: {}\r\n", body.len())), "{text}");
+    let error: serde_json::Value = serde_json::from_str(body).expect("JSON");
+    assert_eq!(error["error"]["code"], status, "{text}");
+    error["error"]["message"].as_str().expect("a message").to_owned()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,15 +2,16 @@
 
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use axum::Router;
-use axum::serve::ListenerExt;
+use axum::serve::Listener;
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::blocks::Blocks;
@@ -22,6 +23,7 @@ use super::scheduler::{Command, Pace, Scheduler, SchedulerParts, SchedulerThread
 use super::server::{self, ServerState};
 use crate::config::{KvConfig, KvSendType, ReferenceConfig};
 use crate::kv::{KvError, KvMetrics, KvRuntime, Role, RuntimeConfig};
+use crate::openai::RefusalIo;
 use crate::security::Secret;
 use crate::transport::{self, Transport, TransportError};
 
@@ -144,11 +146,7 @@ impl Engine {
             front.drain();
             stopped.send_replace(Some(Instant::now() + grace));
         };
-        // A token is a small packet: it must not wait for the next one.
-        let listener = listener.tap_io(|stream| {
-            let _ = stream.set_nodelay(true);
-        });
-        let serving = axum::serve(listener, self.router()).with_graceful_shutdown(signal);
+        let serving = axum::serve(Clients(listener), self.router()).with_graceful_shutdown(signal);
         let overdue = async {
             let at = deadline.wait_for(Option::is_some).await.ok().and_then(|at| *at);
             match at {
@@ -201,6 +199,25 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+/// Where clients come.
+struct Clients(TcpListener);
+
+impl Listener for Clients {
+    type Io = RefusalIo<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        let (stream, peer) = Listener::accept(&mut self.0).await;
+        // A token is a small packet: it must not wait for the next one.
+        let _ = stream.set_nodelay(true);
+        (RefusalIo::new(stream), peer)
+    }
+
+    fn local_addr(&self) -> io::Result<Self::Addr> {
+        self.0.local_addr()
     }
 }
 

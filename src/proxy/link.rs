@@ -14,6 +14,8 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
+use crate::openai::RefusalIo;
+
 /// How far a client's connection has been written, as the body of an answer sees it.
 #[derive(Debug, Default)]
 pub(crate) struct ClientLink {
@@ -51,7 +53,7 @@ impl ClientLink {
 /// A client's socket.
 #[derive(Debug)]
 pub(crate) struct ClientIo {
-    stream: TokioIo<TcpStream>,
+    stream: TokioIo<RefusalIo<TcpStream>>,
     link: Arc<ClientLink>,
     stall_after: Duration,
     /// Runs while a write waits for the client.
@@ -60,7 +62,7 @@ pub(crate) struct ClientIo {
 
 impl ClientIo {
     pub(crate) fn new(stream: TcpStream, link: Arc<ClientLink>, stall_after: Duration) -> Self {
-        Self { stream: TokioIo::new(stream), link, stall_after, stall: None }
+        Self { stream: TokioIo::new(RefusalIo::new(stream)), link, stall_after, stall: None }
     }
 
     fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
