@@ -174,6 +174,7 @@ async fn answers_as_one_engine_does(config: &str, overrides: &[&str], path_taken
 fn kv_9_and_px_2_hold_while_workers_are_killed_and_clients_leave() {
     // The long form: `pdlink bench soak @ configs/debug/local_2p2d.toml`.
     let logs = tempfile::tempdir().unwrap();
+    let counts = logs.path().join("soak.json");
     let soak = Command::new(env!("CARGO_BIN_EXE_pdlink"))
         .args([
             "bench",
@@ -184,9 +185,18 @@ fn kv_9_and_px_2_hold_while_workers_are_killed_and_clients_leave() {
             logs.path().to_str().unwrap(),
         ])
         .args(["--clients", "16", "--seconds", "15", "--kill-every", "4", "--leave-share", "0.2"])
+        .args(["--json", counts.to_str().unwrap()])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&soak.stdout).into_owned() + &String::from_utf8_lossy(&soak.stderr);
     assert!(soak.status.success(), "{said}");
+    let counts: Value = serde_json::from_str(&std::fs::read_to_string(counts).unwrap()).unwrap();
+    let count = |path: &str| counts.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("{path}: {counts}"));
+    // Cached prompts and fresh ones were both answered, and the KV of fresh ones moved whole: hundreds of KiB each.
+    let (right, fresh) = (count("/right"), count("/fresh_right"));
+    assert!(0 < fresh && fresh < right, "{counts}");
+    let (transfers, moved) = (count("/workers/transfers"), count("/workers/moved_bytes"));
+    assert!(transfers > fresh / 2 && moved > fresh * (512 << 10), "{counts}");
+    assert!(count("/workers/resident_end_bytes") > 0, "{counts}");
 }

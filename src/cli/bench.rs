@@ -14,7 +14,7 @@ use super::{Sources, load_config, print};
 use crate::bench::environment::Environment;
 use crate::bench::table::parse_size;
 use crate::bench::{link, proxy, soak};
-use crate::config::Path;
+use crate::config::{EngineKind, Path};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -136,9 +136,15 @@ fn run_link(args: LinkArgs) -> anyhow::Result<ExitCode> {
 
 fn run_soak(args: &SoakArgs, sources: &Sources) -> anyhow::Result<ExitCode> {
     let kill_every = Duration::from_secs_f64(args.kill_every.clamp(0.0, 86_400.0));
+    let config = load_config(sources)?.config;
+    anyhow::ensure!(
+        config.pd_disagg.enabled && config.inference.engine == EngineKind::Reference,
+        "the soak needs a configuration of reference engines with PD on, as in configs/debug/local_2p2d.toml"
+    );
     let options = soak::Options {
         fleet: sources.to_arguments(),
-        model: load_config(sources)?.config.model_name().to_owned(),
+        model: config.model_name().to_owned(),
+        kv_bytes_per_token: config.inference.reference.bytes_per_token(),
         clients: args.clients.max(1),
         seconds: args.seconds.clamp(1.0, 86_400.0),
         kill_every: (!kill_every.is_zero()).then_some(kill_every),

@@ -53,6 +53,14 @@ pub enum ReferenceLayout {
     TokenMajor,
 }
 
+impl ReferenceConfig {
+    /// Bytes of KV per token, of all layers and heads.
+    pub fn bytes_per_token(&self) -> u64 {
+        let elements = 2 * self.layers * self.kv_heads * self.head_size;
+        u64::try_from(elements * self.dtype_bytes).unwrap_or(u64::MAX)
+    }
+}
+
 impl Default for ReferenceConfig {
     fn default() -> Self {
         Self {

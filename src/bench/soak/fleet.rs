@@ -98,6 +98,14 @@ async fn ready_event(lines: &mut Lines<BufReader<ChildStdout>>) -> anyhow::Resul
     bail!("`pdlink up` ended before it was ready; run it by hand to see why")
 }
 
+/// `host:port` of every worker behind the proxy, in its order.
+pub(super) async fn worker_addresses(proxy: &str, patience: Duration) -> anyhow::Result<Vec<String>> {
+    let workers: Value = serde_json::from_str(&client::get_text(proxy, "/admin/workers", patience).await?)?;
+    let workers = workers["workers"].as_array().context("/admin/workers has no list")?;
+    let address = |worker: &Value| Some(worker["url"].as_str()?.trim_start_matches("http://").to_owned());
+    workers.iter().map(|worker| address(worker).context("a worker has no url")).collect()
+}
+
 /// Pids of the reference engines below the launcher; their guards are not among them.
 pub(super) fn workers(launcher: i32) -> Vec<i32> {
     let is_worker = |command: &[String]| command.get(1).is_some_and(|word| word == "engine");

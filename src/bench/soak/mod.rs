@@ -2,10 +2,14 @@
 //!
 //! Starts one single engine for the right answers and one `pdlink up`; clients stream random questions, some leave half-way,
 //! and every few seconds a worker gets `SIGKILL`. At the end all workers must be back and hold no block.
+//!
+//! Half of the questions come again and again, so that prefix caches leave little of them to move. The others are fresh: their
+//! KV moves whole. The workers' metrics say how much has moved, and too little breaks a promise as a wrong answer does.
 
 mod fleet;
 mod report;
 mod requests;
+mod watch;
 
 use std::ffi::OsString;
 use std::sync::Arc;
@@ -15,7 +19,6 @@ use anyhow::{Context, bail};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustix::process::Signal;
-use serde_json::Value;
 use tokio::task::JoinSet;
 
 pub use report::Report;
@@ -23,7 +26,8 @@ pub use report::Report;
 use crate::bench::{client, process};
 use crate::telemetry::names;
 use fleet::Started;
-use requests::Question;
+use requests::{Client, Question};
+use watch::Watch;
 
 /// What to soak, and how hard.
 #[derive(Debug, Clone)]
@@ -38,11 +42,15 @@ pub struct Options {
     pub kill_every: Option<Duration>,
     /// Share of requests whose client leaves half-way.
     pub leave_share: f64,
+    /// Bytes of KV per token of a prompt, over all tensor-parallel ranks: what a fresh prompt must move at least.
+    pub kv_bytes_per_token: u64,
     pub seed: u64,
 }
 
 /// Distinct questions per client; each has its answer from the single engine before the soak starts.
 const QUESTIONS_PER_CLIENT: usize = 4;
+/// Share of requests whose prompt no worker has seen.
+const FRESH_SHARE: f64 = 0.5;
 /// Longest wait for anything within one request.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long workers may take to come back and blocks to be free once the clients are gone.
@@ -50,10 +58,13 @@ const SETTLE_MAX: Duration = Duration::from_secs(20);
 
 /// Runs the soak and counts. Broken promises are in the report; an error means that it could not be run.
 pub async fn run(options: &Options) -> anyhow::Result<Report> {
-    let questions = Arc::new(questions_with_answers(options).await?);
+    let single = Started::single_engine(&options.model).await?;
+    let questions = questions_with_answers(options, &single.addr).await?;
     let fleet = Started::fleet(&options.fleet).await?;
     let launcher = fleet.pid()?;
-    let mut report = Report { clients: options.clients, ..Report::default() };
+    let mut report =
+        Report { clients: options.clients, kv_bytes_per_token: options.kv_bytes_per_token, ..Report::default() };
+    let mut watch = Watch::new(launcher, fleet.addr.clone(), Duration::from_secs_f64(options.seconds));
 
     let started = Instant::now();
     let end = started + Duration::from_secs_f64(options.seconds);
@@ -64,9 +75,14 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
     while Instant::now() < end || !clients.is_empty() {
         let now = Instant::now();
         while now < end && clients.len() < options.clients {
-            let question = Arc::clone(&questions[rng.random_range(0..questions.len())]);
             let leave_after = rng.random_bool(options.leave_share).then(|| rng.random_range(0..8));
-            clients.spawn(question.ask(fleet.addr.clone(), options.model.clone(), leave_after, PATIENCE));
+            let (addr, model) = (fleet.addr.clone(), options.model.clone());
+            let client = Client { addr, model, leave_after, patience: PATIENCE };
+            if rng.random_bool(FRESH_SHARE) {
+                clients.spawn(client.ask_fresh(requests::draw_fresh(&mut rng), single.addr.clone()));
+            } else {
+                clients.spawn(client.ask(Arc::clone(&questions[rng.random_range(0..questions.len())])));
+            }
         }
         if next_kill.is_some_and(|at| now >= at && now < end) {
             report.kills += u64::from(kill_one(launcher, &mut rng));
@@ -76,26 +92,27 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
             report.resident_early_bytes = process::resident_bytes(launcher).context("the launcher is gone")?;
         }
         tokio::select! {
-            Some(ending) = clients.join_next() => report.count(ending?),
+            Some(asked) = clients.join_next() => report.count(asked??),
+            () = watch.look() => {}
             () = tokio::time::sleep(Duration::from_millis(50)) => {}
         }
     }
     report.seconds = started.elapsed().as_secs_f64();
     settle(&fleet.addr, &mut report).await?;
+    report.workers = watch.finish().await;
     report.resident_end_bytes = process::resident_bytes(launcher).context("the launcher is gone")?;
+    single.stop().await?;
     if !fleet.stop().await? {
         bail!("`pdlink up` did not end with status 0");
     }
     Ok(report)
 }
 
-async fn questions_with_answers(options: &Options) -> anyhow::Result<Vec<Arc<Question>>> {
-    let single = Started::single_engine(&options.model).await?;
+async fn questions_with_answers(options: &Options, single: &str) -> anyhow::Result<Vec<Arc<Question>>> {
     let mut questions = requests::draw(options.seed, options.clients * QUESTIONS_PER_CLIENT);
     for question in &mut questions {
-        question.answer = question.ask_plainly(&single.addr, &options.model, PATIENCE).await?;
+        question.answer = question.ask_plainly(single, &options.model, PATIENCE).await?;
     }
-    single.stop().await?;
     Ok(questions.into_iter().map(Arc::new).collect())
 }
 
@@ -127,11 +144,9 @@ async fn settle(addr: &str, report: &mut Report) -> anyhow::Result<()> {
 
 /// Blocks held for transfers over all workers, as their metrics say.
 async fn held_blocks(addr: &str) -> anyhow::Result<u64> {
-    let workers: Value = serde_json::from_str(&client::get_text(addr, "/admin/workers", PATIENCE).await?)?;
     let mut held = 0;
-    for worker in workers["workers"].as_array().context("/admin/workers has no list")? {
-        let url = worker["url"].as_str().context("a worker has no url")?;
-        let metrics = client::get_text(url.trim_start_matches("http://"), "/metrics", PATIENCE).await?;
+    for url in fleet::worker_addresses(addr, PATIENCE).await? {
+        let metrics = client::get_text(&url, "/metrics", PATIENCE).await?;
         let gauge = metrics.lines().find_map(|line| line.strip_prefix(names::ENGINE_BLOCKS_HELD)?.strip_prefix(' '));
         held += gauge.context("a worker does not count its held blocks")?.trim().parse::<u64>()?;
     }

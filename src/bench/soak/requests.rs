@@ -11,6 +11,11 @@ use serde_json::{Value, json};
 
 use crate::bench::client;
 
+/// Length of a fresh prompt in bytes, which are its tokens. Long, so that its KV takes a while to move and a kill can hit it.
+const FRESH_BYTES: std::ops::RangeInclusive<usize> = 300..=1500;
+/// Its answer is short: the hand-off is what is wanted of it, not the decoding.
+const FRESH_ANSWER_MAX: u32 = 16;
+
 /// One question and the single engine's answer to it.
 #[derive(Debug)]
 pub(super) struct Question {
@@ -56,6 +61,53 @@ pub(super) fn draw(seed: u64, count: usize) -> Vec<Question> {
     questions
 }
 
+/// Draws a question whose prompt no worker has seen: none of its KV is in a cache.
+pub(super) fn draw_fresh(rng: &mut StdRng) -> Question {
+    let bytes = rng.random_range(FRESH_BYTES);
+    let prompt = (0..bytes).map(|_| char::from(rng.random_range(b'a'..=b'z'))).collect();
+    Question { prompt, max_tokens: rng.random_range(1..=FRESH_ANSWER_MAX), answer: String::new() }
+}
+
+/// Where a question goes, and how its client behaves.
+#[derive(Debug, Clone)]
+pub(super) struct Client {
+    pub(super) addr: String,
+    pub(super) model: String,
+    /// Pieces of the answer after which the client leaves.
+    pub(super) leave_after: Option<usize>,
+    pub(super) patience: Duration,
+}
+
+impl Client {
+    /// Asks a question whose answer is known.
+    pub(super) async fn ask(self, question: Arc<Question>) -> anyhow::Result<Asked> {
+        Ok(Asked { ending: self.stream(&question).await, fresh_tokens: 0 })
+    }
+
+    /// Asks the single engine for the right answer first, then the fleet. An error is one of the single engine.
+    pub(super) async fn ask_fresh(self, mut question: Question, single: String) -> anyhow::Result<Asked> {
+        question.answer = question.ask_plainly(&single, &self.model, self.patience).await?;
+        let fresh_tokens = u64::try_from(question.prompt.len())?;
+        Ok(Asked { ending: self.stream(&question).await, fresh_tokens })
+    }
+
+    async fn stream(&self, question: &Question) -> Ending {
+        let body = Some(question.body(&self.model, true));
+        match client::send(&self.addr, Method::POST, "/v1/completions", body, self.patience).await {
+            Ok(answer) => question.read(answer, self.leave_after, self.patience).await,
+            Err(error) => Ending::Unclear(format!("{error:#}")),
+        }
+    }
+}
+
+/// What came of one request.
+#[derive(Debug)]
+pub(super) struct Asked {
+    pub(super) ending: Ending,
+    /// Tokens of a prompt that was fresh, 0 for the others.
+    pub(super) fresh_tokens: u64,
+}
+
 impl Question {
     fn body(&self, model: &str, stream: bool) -> Bytes {
         let body = json!({
@@ -77,22 +129,6 @@ impl Question {
         }
     }
 
-    /// Asks with streaming, and leaves after `leave_after` pieces if that is given.
-    pub(super) async fn ask(
-        self: Arc<Self>,
-        addr: String,
-        model: String,
-        leave_after: Option<usize>,
-        patience: Duration,
-    ) -> Ending {
-        let body = Some(self.body(&model, true));
-        let answer = match client::send(&addr, Method::POST, "/v1/completions", body, patience).await {
-            Ok(answer) => answer,
-            Err(error) => return Ending::Unclear(format!("{error:#}")),
-        };
-        self.read(answer, leave_after, patience).await
-    }
-
     async fn read(&self, mut answer: client::Answer, leave_after: Option<usize>, patience: Duration) -> Ending {
         if answer.status != StatusCode::OK {
             let status = answer.status;
@@ -108,7 +144,7 @@ impl Question {
         let mut pieces = 0;
         loop {
             if leave_after == Some(pieces) {
-                return Ending::Left;
+                return stream.left(&self.answer);
             }
             match answer.piece(patience).await {
                 Ok(Some(piece)) => stream.take(&piece),
@@ -164,6 +200,15 @@ impl Stream {
         }
     }
 
+    /// The client goes: what came until then must be the beginning of the right answer.
+    fn left(self, expected: &str) -> Ending {
+        if expected.starts_with(&self.text) {
+            Ending::Left
+        } else {
+            Ending::Wrong { expected: expected.to_owned(), got: self.text }
+        }
+    }
+
     fn ending(self, expected: &str) -> Ending {
         if !expected.starts_with(&self.text) {
             return Ending::Wrong { expected: expected.to_owned(), got: self.text };
@@ -202,6 +247,18 @@ mod tests {
         );
         assert!(matches!(ending(&format!("{}{error}", part("a"))), Ending::ClearError(_)));
         assert!(matches!(ending(&part("a")), Ending::Unclear(_)), "cut off without a word");
+    }
+
+    #[test]
+    fn what_a_client_saw_before_it_left_is_compared_too() {
+        let left = |text: &str| {
+            let mut read = Stream::default();
+            read.take(format!("data: {{\"choices\":[{{\"text\":\"{text}\"}}]}}\n\n").as_bytes());
+            read.left("ab")
+        };
+        assert_eq!(left("a"), Ending::Left);
+        assert_eq!(left("c"), Ending::Wrong { expected: "ab".to_owned(), got: "c".to_owned() });
+        assert_eq!(Stream::default().left("ab"), Ending::Left, "nothing had come yet");
     }
 
     #[test]
