@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Pdlink {
     child: Child,
     lines: std::io::Lines<BufReader<ChildStdout>>,
-    logs: tempfile::TempDir,
+    _logs: tempfile::TempDir,
 }
 
 impl Pdlink {
@@ -33,7 +33,7 @@ impl Pdlink {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Self { child, lines, logs }
+        Self { child, lines, _logs: logs }
     }
 
     /// `pdlink up` with a configuration of ours; the address of its front.
@@ -51,11 +51,23 @@ impl Pdlink {
 
     /// SIGTERM, then the status.
     fn stop(mut self) -> bool {
+        self.terminate();
+        self.child.wait().unwrap().success()
+    }
+
+    fn terminate(&self) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        let status = self.child.wait().unwrap();
-        drop(self.logs);
-        status.success()
+    }
+}
+
+/// Also where a test fails: what it started does not outlive it.
+impl Drop for Pdlink {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            self.terminate();
+            let _ = self.child.wait();
+        }
     }
 }
 
