@@ -21,7 +21,7 @@ impl Sources {
     /// The words that would give another pdlink process the same sources.
     pub fn to_arguments(&self) -> Vec<OsString> {
         let files = self.files.iter().flat_map(|file| [OsString::from("@"), file.clone().into_os_string()]);
-        let overrides = self.overrides.iter().map(|Override { name, value }| match value {
+        let overrides = self.overrides.iter().map(|Override { name, value, .. }| match value {
             Some(value) => OsString::from(format!("--{name}={value}")),
             None => OsString::from(format!("--{name}")),
         });
@@ -59,7 +59,7 @@ pub(super) fn split(args: impl IntoIterator<Item = OsString>) -> Result<(Vec<OsS
                     args.next_if(|next| next.to_str().is_some_and(is_value)).and_then(|next| next.into_string().ok())
                 }
             };
-            sources.overrides.push(Override { name, value });
+            sources.overrides.push(Override { name, value, flag: None });
         } else {
             own.push(arg);
         }

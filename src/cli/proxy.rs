@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::config::{Config, ConnectorImpl, KvConnector, ProxyConfig, Role};
+use crate::config::{Config, ConnectorImpl, KvConnector, LoadError, Origin, Override, Role};
 use crate::proxy::{Connector, Drained, Mode, ProxyHandle, ProxySetup, WorkerAddress, serve};
 use crate::security::{SECRET_FILE_ENV, Secret};
 use crate::telemetry;
@@ -50,18 +50,18 @@ pub(super) struct Args {
     secret_file: Option<PathBuf>,
     /// Bound on every wait for a worker, in seconds (PRIME-RL's flag) [default: the times of `[proxy]`]
     #[arg(long, value_name = "SECONDS")]
-    timeout: Option<f64>,
+    timeout: Option<String>,
     /// Pairs tried for one request (PRIME-RL's flag) [default: `proxy.attempts_max`]
     #[arg(long, value_name = "N")]
-    max_generate_attempts: Option<u32>,
+    max_generate_attempts: Option<String>,
     /// How often each worker's /health is asked, in seconds (PRIME-RL's flag) [default: `proxy.health_interval_s`]
     #[arg(long, value_name = "SECONDS")]
-    health_check_interval: Option<f64>,
+    health_check_interval: Option<String>,
     /// How long a health answer may take, in seconds (PRIME-RL's flag) [default: `proxy.health_timeout_s`]
     #[arg(long, value_name = "SECONDS")]
-    health_check_timeout: Option<f64>,
+    health_check_timeout: Option<String>,
     /// Health questions that may fail in a row before a worker counts as down (PRIME-RL's flag)
-    #[arg(long, value_name = "N", default_value_t = HEALTH_FAILURES_MAX)]
+    #[arg(long, value_name = "N", default_value_t = HEALTH_FAILURES_MAX, value_parser = clap::value_parser!(u32).range(1..))]
     health_check_failure_threshold: u32,
 }
 
@@ -79,13 +79,16 @@ enum ImplName {
     Vllm,
 }
 
-pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
-    let config = load_config(&sources)?.config;
+pub(super) fn run(args: Args, mut sources: Sources) -> anyhow::Result<ExitCode> {
+    sources.overrides.extend(overrides(&args));
+    let config = load_config(&sources).map_err(once_per_flag)?.config;
     telemetry::log::init(config.telemetry.log_format, &config.telemetry.log_level);
     let setup = setup(&args, &config)?;
     let parts = (setup.prefill.len(), setup.decode.len());
     let connector = args.connector.map_or(config.pd_disagg.kv_connector, Into::into);
-    let handle = serve(setup)?;
+    let handle = serve(setup).map_err(|error| {
+        if error.is_configuration() { Usage::new(error.to_string()).into() } else { anyhow::Error::new(error) }
+    })?;
     let (prefill, decode) = parts;
     let address = handle.address();
     let workers = match prefill {
@@ -112,15 +115,14 @@ fn setup(args: &Args, config: &Config) -> anyhow::Result<ProxySetup> {
     let mode = if args.prefill.is_empty() { Mode::Plain } else { Mode::Disaggregated };
     let host = args.host.as_deref().unwrap_or_else(|| config.host());
     let listener = listen(host, args.port.unwrap_or_else(|| config.proxy_port()))?;
-    let proxy = proxy_config(args, config);
-    let admin_listener = proxy.admin_listen.as_deref().map(listen_at).transpose()?;
+    let admin_listener = config.proxy.admin_listen.as_deref().map(listen_at).transpose()?;
     let secret = secret(args, config, &listener, connector)?;
     Ok(ProxySetup {
         prefill: workers(&args.prefill, &args.prefill_kv_addrs, Role::Prefill, config)?,
         decode: workers(&args.decode, &args.decode_kv_addrs, Role::Decode, config)?,
         listener,
         admin_listener,
-        config: proxy,
+        config: config.proxy.clone(),
         connector,
         mode,
         secret,
@@ -144,18 +146,38 @@ fn dialect(args: &Args, config: &Config) -> Connector {
     }
 }
 
-fn proxy_config(args: &Args, config: &Config) -> ProxyConfig {
-    let mut proxy = config.proxy.clone();
-    if let Some(seconds) = args.timeout {
-        proxy.request_timeout_s = seconds;
-        proxy.prefill_timeout_s = seconds;
-        proxy.first_byte_timeout_s = seconds;
-        proxy.idle_timeout_s = seconds;
+/// The settings that PRIME-RL's flags stand for; the configuration's own ranges judge them.
+fn overrides(args: &Args) -> Vec<Override> {
+    let flags = [
+        (
+            "timeout",
+            &args.timeout,
+            &["request_timeout_s", "prefill_timeout_s", "first_byte_timeout_s", "idle_timeout_s"][..],
+        ),
+        ("max-generate-attempts", &args.max_generate_attempts, &["attempts_max"]),
+        ("health-check-interval", &args.health_check_interval, &["health_interval_s"]),
+        ("health-check-timeout", &args.health_check_timeout, &["health_timeout_s"]),
+    ];
+    let given = flags.into_iter().filter_map(|(flag, value, keys)| Some((flag, value.as_ref()?, keys)));
+    given
+        .flat_map(|(flag, value, keys)| {
+            keys.iter().map(move |key| Override::of_flag(flag, format!("proxy.{key}"), value))
+        })
+        .collect()
+}
+
+/// What is wrong with a flag that stands for several settings is told once.
+fn once_per_flag(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast::<LoadError>() {
+        Ok(mut load) => {
+            load.findings.dedup_by(|next, last| {
+                matches!(last.origin, Some(Origin::CommandLine(_)))
+                    && (&next.origin, &next.message) == (&last.origin, &last.message)
+            });
+            load.into()
+        }
+        Err(other) => other,
     }
-    proxy.attempts_max = args.max_generate_attempts.unwrap_or(proxy.attempts_max);
-    proxy.health_interval_s = args.health_check_interval.unwrap_or(proxy.health_interval_s);
-    proxy.health_timeout_s = args.health_check_timeout.unwrap_or(proxy.health_timeout_s);
-    proxy
 }
 
 /// Workers with their KV addresses: as given, else each worker's host and the role's KV port plus its number.
@@ -171,7 +193,7 @@ fn workers(urls: &[String], kv_addrs: &[String], role: Role, config: &Config) ->
         let port = u16::try_from(number).ok().and_then(|number| base.checked_add(number));
         let derived = host.zip(port).map(|((host, _), port)| format!("{host}:{port}"));
         let kv_addr = kv_addrs.get(number).cloned().or(derived);
-        WorkerAddress { url: url.trim_end_matches('/').to_owned(), kv_addr, tp: config.tp(role) }
+        WorkerAddress { url: url.clone(), kv_addr, tp: config.tp(role) }
     };
     Ok(urls.iter().enumerate().map(worker).collect())
 }
@@ -253,7 +275,9 @@ mod tests {
         assert_eq!(dialect(&args, &config), Connector::P2pNccl);
         let prefill = workers(&args.prefill, &args.prefill_kv_addrs, Role::Prefill, &config).expect("workers");
         assert_eq!(prefill[1].kv_addr.as_deref(), Some("b:5"));
-        assert_eq!(proxy_config(&args, &config).prefill_timeout_s, 21_600.0);
+        let settings = overrides(&args);
+        assert_eq!(settings.len(), 7);
+        assert!(settings.contains(&Override::of_flag("timeout", "proxy.prefill_timeout_s", "21600")));
     }
 
     #[test]
@@ -262,7 +286,7 @@ mod tests {
         let config = Config::default();
         assert_eq!(dialect(&args, &config), Connector::Native);
         let prefill = workers(&args.prefill, &[], Role::Prefill, &config).expect("workers");
-        assert_eq!((prefill[1].url.as_str(), prefill[1].kv_addr.as_deref()), ("http://b:1", Some("b:14580")));
+        assert_eq!(prefill[1].kv_addr.as_deref(), Some("b:14580"));
         assert!(workers(&args.prefill, &["x:1".to_owned()], Role::Prefill, &config).is_err());
     }
 

@@ -21,7 +21,7 @@ use super::metrics::Metrics;
 use super::pool::Pool;
 use super::server::{self, ARRIVALS_MAX, Door, Service, Stop};
 use super::shared::{Gate, Lane, Limits, Shared};
-use super::worker::{Worker, WorkerAddress};
+use super::worker::{Worker, WorkerAddress, base_url};
 use super::{probe, routes};
 use crate::config::ProxyConfig;
 use crate::control::{AdminClient, Role};
@@ -66,6 +66,8 @@ pub struct ProxySetup {
 pub enum ProxyError {
     #[error("the worker URL `{url}` cannot be used: {why}; write http://HOST:PORT")]
     WorkerUrl { url: String, why: &'static str },
+    #[error("the {role} worker {url} was given twice: each counts as a worker of its own")]
+    SameWorker { role: &'static str, url: String },
     #[error("no {role} worker was given")]
     NoWorkers { role: &'static str },
     #[error(
@@ -78,6 +80,13 @@ pub enum ProxyError {
     Threads(io::Error),
     #[error("cannot use the proxy's listener: {0}")]
     Listener(io::Error),
+}
+
+impl ProxyError {
+    /// Whether what was asked for is at fault, and not the machine.
+    pub fn is_configuration(&self) -> bool {
+        !matches!(self, Self::Threads(_) | Self::Listener(_))
+    }
 }
 
 /// How a shutdown went.
@@ -158,7 +167,7 @@ fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>) -> Result<Arc<S
         quarantine,
         down_after_probes: setup.health_failures_max.max(1),
     };
-    let mut workers = Vec::new();
+    let mut workers: Vec<Arc<Worker>> = Vec::new();
     for (role, addresses) in [(Role::Prefill, &setup.prefill), (Role::Decode, &setup.decode)] {
         let needed = role == Role::Decode || setup.mode == Mode::Disaggregated;
         if needed && addresses.is_empty() {
@@ -168,7 +177,11 @@ fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>) -> Result<Arc<S
             if setup.connector == Connector::P2pNccl && setup.mode == Mode::Disaggregated && address.kv_addr.is_none() {
                 return Err(ProxyError::NoKvAddress { url: address.url.clone() });
             }
-            workers.push(Arc::new(Worker::new(workers.len(), role, address.clone(), rules)?));
+            let worker = Worker::new(workers.len(), role, address.clone(), rules)?;
+            if workers.iter().any(|other| other.role == role && other.name() == worker.name()) {
+                return Err(ProxyError::SameWorker { role: role.name(), url: worker.name().to_owned() });
+            }
+            workers.push(Arc::new(worker));
         }
     }
     let of = |role| workers.iter().filter(|worker| worker.role == role).cloned().collect();
@@ -311,7 +324,7 @@ impl ProxyHandle {
     }
 
     fn tell(&self, url: &str, what: impl Fn(&Worker)) -> bool {
-        let found = self.shared.workers.iter().filter(|worker| worker.address.url == url);
+        let found = self.shared.workers.iter().filter(|worker| worker.name() == base_url(url));
         found.inspect(|worker| what(worker)).count() > 0
     }
 

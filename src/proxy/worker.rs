@@ -13,7 +13,7 @@ use crate::control::Role;
 /// Where a worker is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerAddress {
-    /// `http://host:port`, with a base path if it has one.
+    /// `http://host:port`, with a base path if it has one. A `/v1` at its end is left out.
     pub url: String,
     /// `host:port` of its KV runtime. Without one, aborts go to the address that its own transfer parameters name.
     pub kv_addr: Option<String>,
@@ -46,6 +46,7 @@ pub(crate) struct Worker {
 impl Worker {
     pub(crate) fn new(number: usize, role: Role, address: WorkerAddress, rules: Rules) -> Result<Self, ProxyError> {
         let origin = origin_of(&address.url)?;
+        let address = WorkerAddress { url: base_url(&address.url).to_owned(), ..address };
         Ok(Self {
             number,
             role,
@@ -69,10 +70,16 @@ impl Worker {
     }
 }
 
+/// A worker's URL as the routes are put behind it: ready lines and clients' settings have a `/v1` at the end.
+pub(crate) fn base_url(url: &str) -> &str {
+    let url = url.trim_end_matches('/');
+    url.strip_suffix("/v1").unwrap_or(url).trim_end_matches('/')
+}
+
 /// `http://host:port[/base]`, and nothing else: a worker is on a private network, without TLS.
 fn origin_of(url: &str) -> Result<Origin, ProxyError> {
     let bad = |why| ProxyError::WorkerUrl { url: url.to_owned(), why };
-    let rest = url.strip_prefix("http://").ok_or_else(|| bad("it must begin with http://"))?;
+    let rest = base_url(url).strip_prefix("http://").ok_or_else(|| bad("it must begin with http://"))?;
     let (authority, base) = rest.split_once('/').map_or((rest, ""), |(authority, base)| (authority, base));
     let (host, port) = authority.rsplit_once(':').ok_or_else(|| bad("it must name a port"))?;
     if host.is_empty() || host.contains(|c: char| c.is_whitespace() || c.is_control() || c == '@') {
@@ -84,7 +91,6 @@ fn origin_of(url: &str) -> Result<Origin, ProxyError> {
     if base.contains(|c: char| c.is_whitespace() || c.is_control() || c == '?' || c == '#') {
         return Err(bad("its path cannot be used"));
     }
-    let base = base.trim_end_matches('/');
     Ok(Origin {
         authority: authority.to_owned(),
         address: authority.parse::<SocketAddr>().ok(),
@@ -147,6 +153,14 @@ mod tests {
         let origin = origin_of("http://10.0.0.1:8100/base/").expect("valid");
         assert_eq!((origin.authority.as_str(), origin.base.as_str()), ("10.0.0.1:8100", "/base"));
         assert!(origin.address.is_some());
+        for url in ["http://a:1/v1", "http://a:1/v1/", "http://a:1/", "http://a:1"] {
+            assert_eq!(
+                (base_url(url), origin_of(url).expect("valid").base.as_str()),
+                ("http://a:1", ""),
+                "case: {url}"
+            );
+        }
+        assert_eq!(origin_of("http://a:1/base/v1").expect("valid").base, "/base");
         assert!(origin_of("http://worker-0:8100").expect("valid").address.is_none());
         assert!(origin_of("http://[::1]:8100").expect("valid").address.is_some());
         for url in ["https://a:1", "http://a", "http://:80", "http://a:0", "http://a:99999", "a:80", "http://a:1/x y"] {

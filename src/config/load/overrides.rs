@@ -21,26 +21,34 @@ pub struct Override {
     pub name: String,
     /// The value as it was typed; `None` for a flag that stands alone and means `true`.
     pub value: Option<String>,
+    /// The flag of a command that it was typed as, where it was not its own name.
+    pub flag: Option<&'static str>,
 }
 
 impl Override {
     /// `kv.lease_ms` and `500`, from `--kv.lease_ms 500`.
     pub fn new(name: impl Into<String>, value: impl Into<String>) -> Self {
-        Self { name: name.into(), value: Some(value.into()) }
+        Self { name: name.into(), value: Some(value.into()), flag: None }
     }
 
     /// `pd_disagg.auto_ports`, from `--pd_disagg.auto_ports`.
     pub fn flag(name: impl Into<String>) -> Self {
-        Self { name: name.into(), value: None }
+        Self { name: name.into(), value: None, flag: None }
+    }
+
+    /// The setting that a command's own flag stands for: `proxy.attempts_max`, from `--max-generate-attempts`.
+    pub fn of_flag(flag: &'static str, name: impl Into<String>, value: impl Into<String>) -> Self {
+        Self { flag: Some(flag), ..Self::new(name, value) }
     }
 
     /// The override as it was typed, for messages; not a secret, and nothing endless.
     pub(super) fn typed(&self) -> Arc<str> {
-        let Some(value) = &self.value else { return format!("--{}", self.name).into() };
+        let typed = self.flag.unwrap_or(&self.name);
+        let Some(value) = &self.value else { return format!("--{typed}").into() };
         let name = self.name.rsplit('.').next().unwrap_or_default();
         let cut = value.char_indices().nth(SHOWN_MAX).map_or(value.len(), |(end, _)| end);
         let shown = if is_secret(name) { "…" } else { &value[..cut] };
-        format!("--{} {shown}{}", self.name, if cut < value.len() { "…" } else { "" }).into()
+        format!("--{typed} {shown}{}", if cut < value.len() { "…" } else { "" }).into()
     }
 
     /// The value at its place in an otherwise empty tree.
