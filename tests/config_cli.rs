@@ -117,3 +117,27 @@ fn help_and_version_are_no_errors() {
     assert_eq!(code, Some(0));
     assert!(stdout.contains("@ FILE") && stdout.contains("--section.key"), "{stdout}");
 }
+
+#[test]
+fn a_file_without_its_at_is_told_how_to_be_written() {
+    let folder = Folder::new(&[("a.toml", "[kv]\n"), ("plain", "[kv]\n")]);
+    for (words, file) in [
+        (&["config", "check", "a.toml"][..], "a.toml"),
+        (&["up", "--dry-run", "nowhere.toml"], "nowhere.toml"),
+        (&["up", "plain"], "plain"),
+        (&["config", "a.toml"], "a.toml"),
+        (&["a.toml"], "a.toml"),
+        (&["engine", "--port", "0", "a.toml"], "a.toml"),
+    ] {
+        let (code, _, stderr) = pdlink(&folder, words);
+        assert_eq!(code, Some(2), "{words:?}: {stderr}");
+        assert!(stderr.contains(&format!("write `@ {file}`")), "{words:?}: {stderr}");
+    }
+    let (code, _, stderr) = pdlink(&folder, &["config", "check", "what"]);
+    assert!(code == Some(2) && stderr.contains("'what'") && !stderr.contains("write `@"), "{stderr}");
+    for words in [&["up"][..], &["proxy"], &["engine"], &["config", "check"], &["config", "show"]] {
+        let (_, help, _) = pdlink(&folder, &[words, &["--help"]].concat());
+        let usage = help.lines().find(|line| line.starts_with("Usage:")).unwrap_or_default();
+        assert!(usage.starts_with(&format!("Usage: pdlink {}", words.join(" "))) && usage.contains("@ FILE"), "{help}");
+    }
+}

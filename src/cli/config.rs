@@ -17,12 +17,14 @@ pub(super) struct Args {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Print the effective configuration as TOML, defaults too; secrets are hidden.
+    #[command(override_usage = "pdlink config show [OPTIONS] [@ FILE]... [--section.key VALUE]...")]
     Show {
         /// Say behind each value where it came from: file and line, command line, environment or default.
         #[arg(long)]
         origins: bool,
     },
     /// Say whether the configuration can be used, or everything that is wrong with it (exit code 2).
+    #[command(override_usage = "pdlink config check [@ FILE]... [--section.key VALUE]...")]
     Check,
     /// Print the JSON Schema of the configuration, for editors.
     Schema {

@@ -20,6 +20,7 @@ use std::ffi::OsString;
 use std::io::Write as _;
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use argv::Sources;
@@ -48,15 +49,15 @@ enum Command {
     #[command(after_help = SOURCES_HELP)]
     Config(config::Args),
     /// Run the reference engine: one worker with no model and no GPU.
-    #[command(after_help = SOURCES_HELP)]
+    #[command(after_help = SOURCES_HELP, override_usage = "pdlink engine --port PORT [OPTIONS] [@ FILE]... [--section.key VALUE]...")]
     Engine(engine::Args),
     /// Start what a configuration describes: workers and the proxy before them.
-    #[command(after_help = SOURCES_HELP)]
+    #[command(after_help = SOURCES_HELP, override_usage = "pdlink up [OPTIONS] [@ FILE]... [--section.key VALUE]...")]
     Up(up::Args),
     #[command(hide = true)]
     Guard(guard::Args),
     /// Run the front alone, before workers that something else started.
-    #[command(after_help = SOURCES_HELP)]
+    #[command(after_help = SOURCES_HELP, override_usage = "pdlink proxy --decode URL... [OPTIONS] [@ FILE]... [--section.key VALUE]...")]
     Proxy(proxy::Args),
 }
 
@@ -129,11 +130,29 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn parse(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<Result<(Command, Sources), ExitCode>> {
     let (own, sources) = argv::split(args)?;
     let matches = Cli::command().try_get_matches_from(own).and_then(|matches| Cli::from_arg_matches(&matches));
+    if let Some(file) = matches.as_ref().err().and_then(file_without_at) {
+        return Err(Usage::new(format!(
+            "`{file}` is no word of this command; a configuration file has an @ before it: write `@ {file}`"
+        ))
+        .into());
+    }
     Ok(matches.map(|cli| (cli.command, sources)).map_err(|error| {
         // Printing fails only when the terminal is gone; the exit code still tells.
         let _ = error.print();
         ExitCode::from(if error.use_stderr() { EXIT_USAGE } else { 0 })
     }))
+}
+
+/// The word that was not expected, if it names a file.
+fn file_without_at(error: &clap::Error) -> Option<String> {
+    let kind = match error.kind() {
+        ErrorKind::UnknownArgument => ContextKind::InvalidArg,
+        ErrorKind::InvalidSubcommand => ContextKind::InvalidSubcommand,
+        _ => return None,
+    };
+    let Some(ContextValue::String(word)) = error.get(kind) else { return None };
+    let is_file = !word.starts_with('-') && (word.ends_with(".toml") || std::path::Path::new(word).is_file());
+    is_file.then(|| word.clone())
 }
 
 #[cfg(test)]
