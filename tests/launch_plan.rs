@@ -200,6 +200,10 @@ fn native_connector_settings_are_accepted_by_every_version() {
         }
         assert_eq!(plan.warnings.len(), usize::from(minor == 34), "0.{minor}: {:?}", plan.warnings);
     }
+    config.kv.paths = Some(vec![Path::Nixl]);
+    config.kv.nixl.environment = Some("/opt/nixl".into());
+    let told = kv_settings(&planned(&config, 33).workers[0])["kv_connector_extra_config"]["kv"]["nixl"].clone();
+    assert_eq!(told, json!({ "environment": "/opt/nixl", "backend": "UCX", "parameters": {} }));
 }
 
 #[test]
