@@ -131,6 +131,16 @@ async fn bad_input_is_refused_in_openais_form() {
         assert!(error["error"]["message"].as_str().is_some_and(|m| !m.is_empty()), "case: {name}: {error}");
         assert!(error["error"]["type"].is_string(), "case: {name}: {error}");
     }
+    for (path, field, value) in
+        [(c, "stop", json!(5)), (c, "stop", json!([5])), (h, "messages", json!([{"role": "user", "content": 5}]))]
+    {
+        let mut body = json!({"model": MODEL, "prompt": "hi", "messages": [{"role": "user", "content": "hi"}]});
+        body[field] = value;
+        let request = worker.client.post(format!("{}{path}", worker.url)).body(body.to_string());
+        let error: Value = request.send().await.expect("an answer").json().await.expect("JSON");
+        let message = error["error"]["message"].as_str().expect("a message");
+        assert!(message.contains("must be a string or a list of"), "the types that fit are named: {message}");
+    }
     worker.until_at_rest().await;
     assert!(worker.stop().await);
 }

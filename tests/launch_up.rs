@@ -42,6 +42,7 @@ fn a_fleet_comes_up_and_ends_with_status_0_on_sigterm() {
     up.signal(Signal::TERM);
     let (ended, said) = up.ended();
     assert!(ended.success(), "{ended}: {said}");
+    assert!(said.lines().last().is_some_and(|line| line.starts_with("all has ended, after ")), "{said}");
     assert!(!said.contains('\u{1b}'), "no colours where there is no terminal: {said}");
     all_end(&processes);
     assert_eq!(place.run_dirs(), Vec::<std::path::PathBuf>::new());
@@ -285,6 +286,7 @@ fn machines_get_one_object_a_line() {
     assert_eq!((&ready["prefill"], &ready["decode"]), (&1.into(), &1.into()));
     up.signal(Signal::TERM);
     up.event("ending");
+    up.event("all_ended");
     assert!(up.ended().0.success());
 }
 

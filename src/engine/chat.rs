@@ -17,7 +17,7 @@ pub(super) struct ChatMessage {
 
 /// What a message says: text, or parts of it.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "must be a string or a list of parts")]
 pub(super) enum Content {
     Text(String),
     Parts(Vec<Part>),
@@ -25,7 +25,7 @@ pub(super) enum Content {
 
 /// One part of a message.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "must be a string or an object with a type")]
 pub(super) enum Part {
     Bare(String),
     Typed {

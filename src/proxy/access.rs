@@ -1,11 +1,11 @@
 //! The access log: one line per request, written by the keeper's thread.
 //!
-//! Lanes only note what is to be said. A line that is formatted and written where it happens costs a request a tenth of
-//! its time and makes lanes wait for each other at stderr; noted and written in batches it costs next to nothing, and the
-//! line's own time is at most [`FLUSH_INTERVAL`] late.
+//! Lanes only note what is to be said, and when. A line that is formatted and written where it happens costs a request a
+//! tenth of its time and makes lanes wait for each other at stderr; noted and written in batches it costs next to nothing,
+//! and comes [`FLUSH_INTERVAL`] late at most. It has the time at which its request ended.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::sleep;
 
@@ -21,6 +21,8 @@ const LINES_MAX: usize = 20_000;
 /// What is said of one request.
 #[derive(Debug)]
 pub(crate) struct Line {
+    /// When the request had ended.
+    pub(crate) at: SystemTime,
     pub(crate) route: &'static str,
     pub(crate) status: u16,
     pub(crate) end: &'static str,
@@ -77,7 +79,7 @@ pub(crate) async fn write(queues: Vec<Arc<AccessQueue>>) {
 pub(crate) fn flush(queues: &[Arc<AccessQueue>]) {
     for queue in queues {
         let Queued { lines, dropped } = queue.take();
-        log::batched(|| lines.iter().for_each(write_line));
+        log::batched(|| lines.iter().for_each(|line| log::of_time(line.at, || write_line(line))));
         if dropped > 0 {
             tracing::warn!(target: "access", dropped, "requests came faster than their lines could be written");
         }
@@ -107,6 +109,7 @@ mod tests {
     fn lines_beyond_the_bound_are_counted() {
         let queue = AccessQueue::default();
         let line = || Line {
+            at: SystemTime::UNIX_EPOCH,
             route: "/v1/completions",
             status: 200,
             end: "done",

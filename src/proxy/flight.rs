@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use http::{HeaderMap, HeaderValue};
 
@@ -86,6 +86,7 @@ impl Flight {
 
     fn log(&self, duration: Duration) {
         self.lane.access.push(Line {
+            at: SystemTime::now(),
             route: self.route,
             status: self.status,
             end: self.end,

@@ -218,13 +218,10 @@ fn fitting(inflight_max: usize) -> usize {
     let files = usize::try_from(files).unwrap_or(usize::MAX);
     let fitting = (files.saturating_sub(FILES_OF_OTHERS) / 2).max(1);
     if fitting < inflight_max {
-        tracing::info!(
-            files,
-            inflight_max,
-            fitting,
-            ?raised,
-            "the limit on open files allows fewer requests in flight"
-        );
+        tracing::info!(files, inflight_max, fitting, "the limit on open files allows fewer requests in flight");
+    }
+    if let Err(error) = raised {
+        tracing::info!(%error, "the limit on open files could not be raised");
     }
     inflight_max.min(fitting)
 }

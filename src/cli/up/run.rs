@@ -97,6 +97,11 @@ impl<'a> Run<'a> {
     pub(super) async fn live_and_end(mut self) -> anyhow::Result<()> {
         let outcome = self.live().await;
         self.end().await;
+        if outcome.is_ok() {
+            let took = self.began.elapsed();
+            let event = json!({ "event": "all_ended", "after_ms": u64::try_from(took.as_millis()).ok() });
+            self.stage.announce(&event, &format!("all has ended, after {}", seconds(took)));
+        }
         outcome
     }
 

@@ -48,7 +48,7 @@ pub(super) struct StreamOptions {
 
 /// `stop`: one string or several.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "must be a string or a list of strings")]
 pub(super) enum Stops {
     One(String),
     Several(Vec<String>),
