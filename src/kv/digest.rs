@@ -464,8 +464,10 @@ mod tests {
                     let made = digest_of(&cache.layout, &there, span, &scope, Some(&gpu)).unwrap();
                     assert_eq!(made, of(&cache, blocks, from, tokens), "{shape:?}, {arrangement:?}, from {from}");
                 }
-                let byte = there[0].to_vec(there[0].len() - 1, 1).unwrap()[0];
-                there[0].copy_in(there[0].len() - 1, &[byte ^ 1]).unwrap();
+                let placement = cache.layout.map().ranks[0][0];
+                let changed = &there[usize::from(placement.region)];
+                let byte = changed.to_vec(placement.base, 1).unwrap()[0];
+                changed.copy_in(placement.base, &[byte ^ 1]).unwrap();
                 let all: Vec<BlockId> = (0..shape.num_blocks).map(BlockId).collect();
                 let span = Span { blocks: &[&all], from: &[0], tokens: shape.num_blocks * shape.block_size };
                 let sound = digest_of(&cache.layout, &cache.regions, span, &scope, None).unwrap();
