@@ -3,7 +3,6 @@
 #[path = "support/mock_worker.rs"]
 mod mock_worker;
 #[path = "support/proxied.rs"]
-#[allow(dead_code)]
 mod proxied;
 
 use std::process::Stdio;
