@@ -7,9 +7,12 @@ mod proxied;
 
 use std::process::Stdio;
 
-use proxied::{good_decode, good_prefill};
+use mock_worker::{MockWorker, Reply};
+use pdlink::security::Secret;
+use proxied::{FakeRuntime, PATIENCE, good_decode, good_prefill};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStderr, Command};
+use tokio::time::timeout;
 
 fn command(words: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pdlink"));
@@ -22,7 +25,7 @@ fn command(words: &[&str]) -> Command {
 /// A proxy that is ready: its ready line, and what it logs from then on.
 struct Running {
     ready: String,
-    _log: BufReader<ChildStderr>,
+    log: BufReader<ChildStderr>,
     _child: Child,
 }
 
@@ -32,7 +35,17 @@ impl Running {
         let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
         let mut ready = String::new();
         BufReader::new(stdout).read_line(&mut ready).await.expect("a line");
-        Self { ready, _log: BufReader::new(stderr), _child: child }
+        Self { ready, log: BufReader::new(stderr), _child: child }
+    }
+
+    /// The first line of the log with `text` in it, and those before it.
+    async fn logs(&mut self, text: &str) -> String {
+        let mut said = String::new();
+        while !said.lines().last().is_some_and(|line| line.contains(text)) {
+            let read = timeout(PATIENCE, self.log.read_line(&mut said)).await;
+            assert!(read.is_ok_and(|read| read.is_ok_and(|bytes| bytes > 0)), "no {text:?} in: {said}");
+        }
+        said
     }
 
     fn base_url(&self) -> &str {
@@ -77,4 +90,38 @@ async fn workers_may_be_named_as_their_ready_lines_name_them() {
     let answer = client.post(url).body(r#"{"prompt":"a"}"#).send().await.expect("an answer");
     assert_eq!(answer.status(), 200);
     assert_eq!((prefill.seen().len(), decode.seen().len()), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn request_ids_are_said_and_workers_that_hardly_read_them_are_named_once() {
+    let versioned = |version: &'static str| {
+        MockWorker::start(move |_, _| Reply::Json(200, format!(r#"{{"version":"{version}"}}"#)))
+    };
+    let (old, new, pdlink) = (versioned("0.23.1").await, versioned("0.33.0+cu130").await, versioned("0.1.0").await);
+    let runtime = FakeRuntime::start(&Secret::loopback()).await;
+    let prefill = format!("{},{}", old.url(), new.url());
+    let nowhere = "127.0.0.1:1,127.0.0.1:1";
+    let mut proxy = Running::start(
+        &[
+            ("--prefill-urls", prefill.as_str()),
+            ("--prefill-kv-addrs", nowhere),
+            ("--decode-urls", &pdlink.url()),
+            ("--decode-kv-addrs", &runtime.address),
+        ]
+        .map(|(flag, value)| [flag, value])
+        .concat(),
+    )
+    .await;
+    assert!(proxy.ready.contains("P2pNcclConnector, request ids, for vLLM up to 0.23)"), "{}", proxy.ready);
+    let mut said = proxy.logs("--connector-impl native").await;
+    said += &proxy.logs("--connector-impl native").await;
+    assert!(said.contains("it is vLLM 0.33.0+cu130") && said.contains(&runtime.address), "{said}");
+    // Requests go on, and each worker was asked its version once.
+    let url = format!("{}/v1/completions", proxy.base_url());
+    let answer = reqwest::Client::new().post(url).body(r#"{"prompt":"a"}"#).send().await.expect("an answer");
+    assert_eq!(answer.status(), 200);
+    for worker in [&old, &new, &pdlink] {
+        let asked = || worker.seen().iter().filter(|request| request.path == "/version").count();
+        mock_worker::eventually("asked its version", || asked() == 1).await;
+    }
 }

@@ -57,7 +57,11 @@ async fn p2p_nccl_finds_its_peers_in_the_request_id() {
     let headers = [("x-request-id", "mine"), ("x-kv-target", "evil:1")];
     let answer = proxy.send(reqwest::Method::POST, "/v1/completions", &headers, body.to_owned()).await;
     assert_eq!((answer.status, answer.header("x-request-id")), (200, Some("mine")));
-    let (first, second) = (&prefill.seen()[0], &decode.seen()[0]);
+    // They are asked their version too.
+    let leg = |worker: &MockWorker| {
+        worker.seen().into_iter().find(|request| request.path == "/v1/completions").expect("a leg")
+    };
+    let (first, second) = (&leg(&prefill), &leg(&decode));
     let id = answer.header("x-pdlink-transfer-id").expect("an id");
     let want = format!("___prefill_addr_10.0.0.1:14579___decode_addr_10.0.0.2:14580_{id}");
     for leg in [first, second] {

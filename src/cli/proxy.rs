@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::{Config, ConnectorImpl, KvConnector, LoadError, Origin, Override, Role};
-use crate::proxy::{Connector, Drained, Mode, ProxyHandle, ProxySetup, WorkerAddress, serve};
+use crate::proxy::{Connector, Drained, Mode, ProxyHandle, ProxySetup, REQUEST_IDS_LAST, WorkerAddress, serve};
 use crate::security::{SECRET_FILE_ENV, Secret};
 use crate::telemetry;
 
@@ -86,6 +86,7 @@ pub(super) fn run(args: Args, mut sources: Sources) -> anyhow::Result<ExitCode> 
     let setup = setup(&args, &config)?;
     let parts = (setup.prefill.len(), setup.decode.len());
     let connector = args.connector.map_or(config.pd_disagg.kv_connector, Into::into);
+    let dialect = dialect_words(setup.connector);
     let handle = serve(setup).map_err(|error| {
         if error.is_configuration() { Usage::new(error.to_string()).into() } else { anyhow::Error::new(error) }
     })?;
@@ -93,7 +94,7 @@ pub(super) fn run(args: Args, mut sources: Sources) -> anyhow::Result<ExitCode> 
     let address = handle.address();
     let workers = match prefill {
         0 => format!("{decode} plain"),
-        _ => format!("{prefill} prefill, {decode} decode, {}", connector.name()),
+        _ => format!("{prefill} prefill, {decode} decode, {}, {dialect}", connector.name()),
     };
     print(&format!("ready: http://{address}/v1 ({workers})\n"))?;
     wait_for_end(handle, Duration::from_secs_f64(config.launcher.drain_s))?;
@@ -143,6 +144,16 @@ fn dialect(args: &Args, config: &Config) -> Connector {
         (false, _) => Connector::Native,
         (true, KvConnector::NixlConnector) => Connector::VllmNixl,
         (true, KvConnector::P2pNcclConnector) => Connector::P2pNccl,
+    }
+}
+
+/// How the legs name each other, in the ready line.
+fn dialect_words(connector: Connector) -> String {
+    let (major, minor) = REQUEST_IDS_LAST;
+    match connector {
+        Connector::Native => "native".to_owned(),
+        Connector::VllmNixl => "vllm".to_owned(),
+        Connector::P2pNccl => format!("request ids, for vLLM up to {major}.{minor}"),
     }
 }
 
@@ -288,6 +299,12 @@ mod tests {
         let prefill = workers(&args.prefill, &[], Role::Prefill, &config).expect("workers");
         assert_eq!(prefill[1].kv_addr.as_deref(), Some("b:14580"));
         assert!(workers(&args.prefill, &["x:1".to_owned()], Role::Prefill, &config).is_err());
+    }
+
+    #[test]
+    fn the_ready_line_says_the_dialect_and_what_reads_it() {
+        let words = dialect_words(Connector::P2pNccl);
+        assert_eq!(words, format!("request ids, for vLLM up to {}", crate::topology::vllm::P2P_NCCL_LAST));
     }
 
     #[test]

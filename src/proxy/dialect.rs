@@ -29,6 +29,9 @@ pub enum Connector {
     P2pNccl,
 }
 
+/// The last version of vLLM whose workers read addresses out of request ids.
+pub const REQUEST_IDS_LAST: (u32, u32) = (0, 23);
+
 /// Fields that the prefill leg must not have as the client sent them.
 const PREFILL_DROPS: Fields = Fields::of(&[
     Field::Stream,

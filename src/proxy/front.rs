@@ -22,7 +22,7 @@ use super::pool::Pool;
 use super::server::{self, ARRIVALS_MAX, Door, Service, Stop};
 use super::shared::{Gate, Lane, Limits, Shared};
 use super::worker::{Worker, WorkerAddress, base_url};
-use super::{probe, routes};
+use super::{doubt, probe, routes};
 use crate::config::ProxyConfig;
 use crate::control::{AdminClient, Role};
 use crate::security::Secret;
@@ -272,6 +272,11 @@ impl Keeper {
         let mut tasks = JoinSet::new();
         tasks.spawn(access::write(self.access.clone()));
         tasks.spawn(probe::watch_all(Arc::clone(&lane)));
+        if self.shared.connector == Connector::P2pNccl && self.shared.mode == Mode::Disaggregated {
+            for worker in &self.shared.workers {
+                tasks.spawn(doubt::tell(Arc::clone(&lane), Arc::clone(worker), self.secret.clone()));
+            }
+        }
         tasks.spawn(abort::tell(self.shared, self.secret, self.abandoned));
         let listener = tokio::net::TcpListener::from_std(self.listener)?;
         let accept = server::accept(listener, self.doors, self.stop.drain.clone());

@@ -16,6 +16,7 @@ mod affinity;
 mod ask;
 mod body;
 mod dialect;
+mod doubt;
 mod flight;
 mod front;
 mod health;
@@ -34,6 +35,6 @@ mod stream;
 mod upstream;
 mod worker;
 
-pub use dialect::Connector;
+pub use dialect::{Connector, REQUEST_IDS_LAST};
 pub use front::{Drained, FILES_OF_OTHERS, Mode, ProxyError, ProxyHandle, ProxySetup, serve};
 pub use worker::WorkerAddress;
