@@ -270,6 +270,38 @@ fn the_links_times_and_paths_make_sense() {
 }
 
 #[test]
+fn paths_that_this_version_has_not_are_refused_or_warned_of() {
+    assert_cases(&[
+        (
+            "the connector's own path",
+            pd_1_1("kv_connector = \"NixlConnector\"\n"),
+            &[
+                "a.toml:7: pd_disagg.kv_connector: is \"NixlConnector\", which goes by nixl",
+                "set pd_disagg.connector_impl = \"vllm\"",
+                "cuda-ipc for KV on a GPU",
+            ],
+        ),
+        (
+            "named alone",
+            pd_1_1("[kv]\npaths = [\"nccl\"]\n"),
+            &["a.toml:8: kv.paths: has nccl", "name cuda-ipc for KV on a GPU; nixl, shm, tcp for KV on a CPU"],
+        ),
+    ]);
+    let loaded = load_text(&pd_1_1("[kv]\npaths = [\"nccl\", \"cuda-ipc\"]\n")).expect("one path remains");
+    assert!(lines(&loaded.warnings).contains("a.toml:8: kv.paths: has nccl"), "{}", lines(&loaded.warnings));
+    assert_eq!(loaded.config.kv_paths(false), [pdlink::config::Path::CudaIpc]);
+    let fine = [
+        pd_1_1(""),
+        pd_1_1("kv_connector = \"NixlConnector\"\nconnector_impl = \"vllm\"\n"),
+        pd_1_1("kv_connector = \"NixlConnector\"\n[kv]\npaths = [\"nixl\", \"shm\"]\n"),
+    ];
+    for text in fine {
+        let loaded = load_text(&text).unwrap_or_else(|error| panic!("{error}\n{text}"));
+        assert_eq!(lines(&loaded.warnings), "", "{text}");
+    }
+}
+
+#[test]
 fn numbers_stay_in_their_range() {
     assert_cases(&[
         (

@@ -202,7 +202,7 @@ fn native_connector_settings_are_accepted_by_every_version() {
     }
     config.kv.paths = Some(vec![Path::Nixl]);
     config.kv.nixl.environment = Some("/opt/nixl".into());
-    let told = kv_settings(&planned(&config, 33).workers[0])["kv_connector_extra_config"]["kv"]["nixl"].clone();
+    let told = kv_settings(&planned_on_cpu(&config, 2).workers[0])["kv_connector_extra_config"]["kv"]["nixl"].clone();
     assert_eq!(told, json!({ "environment": "/opt/nixl", "backend": "UCX", "parameters": {} }));
 }
 
@@ -330,7 +330,13 @@ fn workers_on_a_cpu_share_its_cores_and_its_memory() {
 
     config.kv.paths = Some(vec![Path::CudaIpc]);
     let error = made_with(&config, &vllm("0.32.0+cpu"), &[0, 1], &mut TablePorts::busy(&[])).expect_err("no such path");
-    assert!(matches!(error, PlanError::PathsOfGpu { .. }) && error.is_configuration(), "{error}");
+    assert!(matches!(error, PlanError::NoPath { .. }) && error.is_configuration(), "{error}");
+    assert!(error.to_string().contains("`kv.paths` asks for cuda-ipc, and vLLM 0.32.0+cpu"), "{error}");
+
+    config.kv.paths = Some(vec![Path::CudaIpc, Path::Tcp]);
+    let plan = planned_on_cpu(&config, 2);
+    assert_eq!(plan.link.as_ref().map(|link| link.paths.as_slice()), Some(&[Path::Tcp][..]));
+    assert!(plan.notes.iter().any(|note| note.contains("cuda-ipc cannot move KV in host memory")), "{:?}", plan.notes);
 
     config.pd_disagg.connector_impl = ConnectorImpl::Vllm;
     config.pd_disagg.kv_connector = KvConnector::NixlConnector;
@@ -456,6 +462,28 @@ fn further_arguments_pass_through_per_role_and_win() {
         pass(&mut config, "", name, value);
         let error = made(&config, 33, &mut TablePorts::busy(&[])).expect_err(name);
         assert!(matches!(error, PlanError::Reserved { .. }) && error.is_configuration(), "{error}");
+    }
+}
+
+#[test]
+fn only_paths_that_exist_are_promised_and_python_prefers_the_same() {
+    let mut config = pd(&[0], &[1]);
+    let paths = |plan: &Plan| plan.link.as_ref().map(|link| link.paths.clone()).unwrap_or_default();
+    assert_eq!(paths(&planned(&config, 33)), [Path::CudaIpc]);
+
+    // Run without the launcher, the connector's own list is what counts.
+    let connector = include_str!("../python/pdlink/vllm/connector.py");
+    let class = connector.split("class P2pNcclConnector(").nth(1).expect("the class");
+    let list = class.lines().find_map(|line| line.trim().strip_prefix("PATHS = ")).expect("its paths");
+    assert_eq!(serde_json::from_str::<Value>(list).expect("a list"), json!(paths(&planned(&config, 33))));
+
+    config.pd_disagg.kv_connector = KvConnector::NixlConnector;
+    let error = made(&config, 33, &mut TablePorts::busy(&[])).expect_err("no such path for a GPU");
+    let text = error.to_string();
+    for part in
+        ["`pd_disagg.kv_connector` asks for nixl", "GPU memory", "`kv.paths` to some of cuda-ipc", "= \"vllm\"`"]
+    {
+        assert!(text.contains(part), "no {part:?} in {text}");
     }
 }
 

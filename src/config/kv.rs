@@ -22,7 +22,46 @@ pub enum Path {
     Tcp,
 }
 
+/// Where KV lies, as far as paths care.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvMemory {
+    Host,
+    Gpu,
+}
+
+impl KvMemory {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host memory",
+            Self::Gpu => "GPU memory",
+        }
+    }
+}
+
 impl Path {
+    /// Every path that can be named, best first.
+    pub const BEST_FIRST: [Self; 5] = [Self::CudaIpc, Self::Nccl, Self::Nixl, Self::Shm, Self::Tcp];
+
+    /// The one table of the paths that this program has, and the memory that each moves. `transport::select` opens them.
+    pub fn moves(self, memory: KvMemory) -> bool {
+        match self {
+            Self::CudaIpc => memory == KvMemory::Gpu,
+            Self::Nccl => false,
+            Self::Nixl | Self::Shm | Self::Tcp => memory == KvMemory::Host,
+        }
+    }
+
+    /// Those that move this memory, best first.
+    pub fn that_move(memory: KvMemory) -> impl Iterator<Item = Self> {
+        Self::BEST_FIRST.into_iter().filter(move |path| path.moves(memory))
+    }
+
+    /// Names in a row, for messages.
+    pub fn list(paths: impl IntoIterator<Item = Self>) -> String {
+        let names: Vec<&str> = paths.into_iter().map(Self::name).collect();
+        if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    }
+
     /// The name used in configuration, records, metrics and the ready line.
     pub fn name(self) -> &'static str {
         match self {
@@ -50,9 +89,9 @@ pub enum DigestPolicy {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct KvConfig {
-    /// Paths allowed, best first. Default: on a GPU `cuda-ipc` and `nccl` with `P2pNcclConnector`, `nixl` with
-    /// `NixlConnector`; on a CPU `shm`, and `tcp` between hosts. A path that is not listed is never used, also not as a
-    /// fall-back.
+    /// Paths allowed, best first. Default: on a GPU `cuda-ipc` with `P2pNcclConnector`, none yet with `NixlConnector`; on a CPU
+    /// `shm`, and `tcp` between hosts. A path that is not listed is never used, also not as a fall-back. This version has
+    /// `cuda-ipc` for GPU memory, and `nixl`, `shm` and `tcp` for host memory; it has no `nccl`.
     pub paths: Option<Vec<Path>>,
     /// How long prefill holds blocks that nobody claims or renews, in milliseconds. Default 30000. Longer costs blocks
     /// that a vanished decode worker still pins.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{All2AllBackend, Role};
+use super::{All2AllBackend, Path, Role};
 
 /// The connector's name, as PRIME-RL and vLLM know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -23,6 +23,14 @@ impl KvConnector {
         match self {
             Self::P2pNcclConnector => "P2pNcclConnector",
             Self::NixlConnector => "NixlConnector",
+        }
+    }
+
+    /// What it prefers for KV in GPU memory, best first, whether this program has the path or not.
+    pub fn preferred(self) -> &'static [Path] {
+        match self {
+            Self::P2pNcclConnector => &[Path::CudaIpc, Path::Nccl],
+            Self::NixlConnector => &[Path::Nixl],
         }
     }
 }

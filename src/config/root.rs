@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    All2AllBackend, EngineKind, HostsConfig, InferenceConfig, KvConfig, KvConnector, LauncherConfig, ModelConfig,
+    All2AllBackend, EngineKind, HostsConfig, InferenceConfig, KvConfig, KvMemory, LauncherConfig, ModelConfig,
     OrchestratorConfig, Path, PdDisaggConfig, ProxyConfig, Role, SecurityConfig, TelemetryConfig, TrainerConfig,
     WeightBroadcastConfig, WeightBroadcastType, WeightsConfig,
 };
@@ -112,15 +112,20 @@ impl Config {
 
     /// The paths KV may take, best first: `[kv] paths`, else what the memory it lies in and the connector call for.
     /// `on_cpu`: vLLM is its build for the CPU. The reference engine always computes there.
+    /// Those that this program does not have, or that do not move such memory, are left out.
     pub fn kv_paths(&self, on_cpu: bool) -> Vec<Path> {
-        if let Some(paths) = &self.kv.paths {
-            return paths.clone();
-        }
-        match self.pd_disagg.kv_connector {
-            _ if on_cpu || self.inference.engine == EngineKind::Reference => vec![Path::Shm, Path::Tcp],
-            KvConnector::P2pNcclConnector => vec![Path::CudaIpc, Path::Nccl],
-            KvConnector::NixlConnector => vec![Path::Nixl],
-        }
+        let memory = self.kv_memory(on_cpu);
+        let wanted = match (&self.kv.paths, memory) {
+            (Some(paths), _) => paths.as_slice(),
+            (None, KvMemory::Host) => &[Path::Shm, Path::Tcp],
+            (None, KvMemory::Gpu) => self.pd_disagg.kv_connector.preferred(),
+        };
+        wanted.iter().copied().filter(|path| path.moves(memory)).collect()
+    }
+
+    /// Where the KV of its workers lies.
+    pub fn kv_memory(&self, on_cpu: bool) -> KvMemory {
+        if on_cpu || self.inference.engine == EngineKind::Reference { KvMemory::Host } else { KvMemory::Gpu }
     }
 
     /// How weights reach the workers, wherever PRIME-RL's file says so.

@@ -7,7 +7,9 @@ use super::plan::{LinkPlan, Plan, ProxyPlan, WorkerPlan, count, reach};
 use super::ports::{PortError, PortWish, Ports};
 use super::vllm::{NATIVE_FLOOR, NIXL_PUSH_FLOOR, P2P_NCCL_LAST, TESTED, VERSION_FLOOR, VllmProgram, VllmVersion};
 use super::{kv_transfer, reference, vllm_args};
-use crate::config::{Config, ConnectorImpl, EngineKind, KvConnector, KvSendType, Path, Role, WeightBroadcastType};
+use crate::config::{
+    Config, ConnectorImpl, EngineKind, KvConnector, KvMemory, KvSendType, Path, Role, WeightBroadcastType,
+};
 use crate::security::SECRET_FILE_ENV;
 
 /// From this version on vLLM refuses to load adapters at run time with several API servers.
@@ -45,10 +47,10 @@ pub enum PlanError {
     )]
     NoNixlPush { version: VllmVersion },
     #[error(
-        "`kv.paths` has {paths} alone, and vLLM {release} keeps its KV in host memory; name \"shm\" or \"tcp\", or leave the key \
-         out"
+        "`{key}` asks for {wanted}, and vLLM {release} keeps its KV in {memory}, which this version does not move that way; set \
+         `kv.paths` to some of {possible}, or `pd_disagg.connector_impl = \"vllm\"`"
     )]
-    PathsOfGpu { paths: String, release: String },
+    NoPath { key: &'static str, wanted: String, release: String, memory: &'static str, possible: String },
     #[error(
         "vLLM {version} ships no P2pNcclConnector any more (the last that did was {P2P_NCCL_LAST}); set `pd_disagg.connector_impl = \
          \"native\"`, or `pd_disagg.kv_connector = \"NixlConnector\"`"
@@ -109,18 +111,42 @@ fn is_on_cpu(config: &Config, around: &Surroundings<'_>) -> bool {
     config.inference.engine == EngineKind::Vllm && around.vllm.is_some_and(|vllm| vllm.on_cpu)
 }
 
-/// The paths KV may take; refused where those that are named all need a GPU, and vLLM's build has none.
+/// The paths KV may take; refused where none of those that are named, or that the connector prefers, moves it.
 fn kv_paths(config: &Config, around: &Surroundings<'_>) -> Result<Vec<Path>, PlanError> {
     let on_cpu = is_on_cpu(config, around);
     let paths = config.kv_paths(on_cpu);
-    let of_host = |path: &Path| matches!(path, Path::Shm | Path::Tcp | Path::Nixl);
-    match around.vllm {
-        Some(vllm) if on_cpu && is_native(config) && !paths.iter().any(of_host) => {
-            let paths = paths.iter().map(|path| path.name()).collect::<Vec<_>>().join(", ");
-            Err(PlanError::PathsOfGpu { paths, release: vllm.release.clone() })
-        }
-        _ => Ok(paths),
-    }
+    let has_runtime = config.pd_disagg.enabled && is_native(config) && config.inference.engine == EngineKind::Vllm;
+    let (Some(vllm), true, true) = (around.vllm, has_runtime, paths.is_empty()) else { return Ok(paths) };
+    let (key, wanted) = match &config.kv.paths {
+        Some(named) => ("kv.paths", named.as_slice()),
+        None => ("pd_disagg.kv_connector", config.pd_disagg.kv_connector.preferred()),
+    };
+    let memory = config.kv_memory(on_cpu);
+    Err(PlanError::NoPath {
+        key,
+        wanted: Path::list(wanted.iter().copied()),
+        release: vllm.release.clone(),
+        memory: memory.name(),
+        possible: Path::list(Path::that_move(memory)),
+    })
+}
+
+/// Paths that were named, exist, and do not suit the memory that KV lies in here.
+fn unsuited_paths(config: &Config, on_cpu: bool) -> Option<String> {
+    let (memory, other) = match config.kv_memory(on_cpu) {
+        KvMemory::Host => (KvMemory::Host, KvMemory::Gpu),
+        KvMemory::Gpu => (KvMemory::Gpu, KvMemory::Host),
+    };
+    let named = config.kv.paths.as_deref().unwrap_or_default().iter().copied();
+    let unsuited: Vec<Path> = named.filter(|path| path.moves(other) && !path.moves(memory)).collect();
+    let said = || {
+        format!(
+            "kv.paths: {} cannot move KV in {}, and is left out",
+            Path::list(unsuited.iter().copied()),
+            memory.name()
+        )
+    };
+    (config.pd_disagg.enabled && is_native(config) && !unsuited.is_empty()).then(said)
 }
 
 /// Whether the run needs the `P2pNcclConnector` that vLLM itself used to ship.
@@ -315,7 +341,7 @@ fn link(config: &Config, kv_paths: Vec<Path>) -> Option<LinkPlan> {
 }
 
 fn notes(config: &Config, around: &Surroundings<'_>) -> Vec<String> {
-    let mut notes = Vec::new();
+    let mut notes = Vec::from_iter(unsuited_paths(config, is_on_cpu(config, around)));
     if let Some(vllm) = around.vllm.filter(|_| is_on_cpu(config, around)) {
         notes.push(format!("vLLM {} computes on the CPU: GPU ids only number the workers", vllm.release));
         let ranks: usize = config.roles().iter().map(|role| config.gpu_ids(*role).len()).sum();

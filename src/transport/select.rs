@@ -7,12 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{CudaIpc, Link, Nixl, NixlSetup, Offer, Shm, Tcp, TcpSetup, Transport, TransportError};
-use crate::config::{KvConfig, Path};
+use crate::config::{KvConfig, KvMemory, Path};
 use crate::memory::{MemoryKind, Region};
 use crate::security::Secret;
 
-/// Every path there is, best first.
-const BEST_FIRST: [Path; 5] = [Path::CudaIpc, Path::Nccl, Path::Nixl, Path::Shm, Path::Tcp];
 /// What is tried where `kv.paths` says nothing: all but NIXL, which needs a library that nobody may have installed.
 const UNASKED: [Path; 4] = [Path::CudaIpc, Path::Nccl, Path::Shm, Path::Tcp];
 
@@ -37,24 +35,23 @@ pub fn offers(setup: &Setup) -> Result<Vec<Arc<dyn Transport>>, TransportError> 
     if usable.is_empty() {
         return Err(TransportError::NoUsablePath {
             memory: kind.name(),
-            allowed: names(allowed.iter().copied()),
-            possible: names(BEST_FIRST.into_iter().filter(|path| moves(*path, kind))),
+            allowed: Path::list(allowed.iter().copied()),
+            possible: Path::list(Path::BEST_FIRST.into_iter().filter(|path| moves(*path, kind))),
         });
     }
     if setup.config.paths.is_some() && usable.len() < allowed.len() {
-        let unused = names(allowed.iter().copied().filter(|path| !moves(*path, kind)));
+        let unused = Path::list(allowed.iter().copied().filter(|path| !moves(*path, kind)));
         tracing::info!(%unused, memory = kind.name(), "allowed paths that do not move this memory are not offered");
     }
     usable.into_iter().map(|path| open(path, setup)).collect()
 }
 
-/// The one table: which path moves which memory.
+/// Whether the path moves memory of this kind; the table is [`Path::moves`].
 fn moves(path: Path, kind: MemoryKind) -> bool {
-    match (path, kind) {
-        (Path::Shm | Path::Tcp | Path::Nixl, MemoryKind::Host) | (Path::CudaIpc, MemoryKind::Cuda(_)) => true,
-        (Path::CudaIpc | Path::Nccl, MemoryKind::Host)
-        | (Path::Shm | Path::Tcp | Path::Nccl | Path::Nixl, MemoryKind::Cuda(_)) => false,
-    }
+    path.moves(match kind {
+        MemoryKind::Host => KvMemory::Host,
+        MemoryKind::Cuda(_) => KvMemory::Gpu,
+    })
 }
 
 fn open(path: Path, setup: &Setup) -> Result<Arc<dyn Transport>, TransportError> {
@@ -115,15 +112,10 @@ pub fn connect_best(
     }
     let tried: String = passed_over.iter().map(|(path, error)| format!("; {} failed: {error}", path.name())).collect();
     Err(TransportError::NoCommonPath {
-        local: names(ours.iter().map(|transport| transport.path())),
-        remote: names(theirs.iter().map(|offer| offer.path)),
+        local: Path::list(ours.iter().map(|transport| transport.path())),
+        remote: Path::list(theirs.iter().map(|offer| offer.path)),
         tried,
     })
-}
-
-fn names(paths: impl Iterator<Item = Path>) -> String {
-    let names: Vec<&str> = paths.map(Path::name).collect();
-    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
 #[cfg(test)]

@@ -1,14 +1,17 @@
 //! The link's times against each other, and its paths against the memory of the engine.
 
-use crate::config::{EngineKind, Path};
+use crate::config::{ConnectorImpl, EngineKind, KvMemory, Path};
 
 use super::Bench;
 
 /// Pings that may be lost before a peer counts as dead.
 const PINGS_MIN: u64 = 3;
 
+const KEY: &str = "kv.paths";
+
 pub(super) fn judge(bench: &mut Bench<'_>) {
     times(bench);
+    connector(bench);
     if let Some(paths) = &bench.config.kv.paths {
         self::paths(bench, paths);
     }
@@ -39,28 +42,74 @@ fn times(bench: &mut Bench<'_>) {
 }
 
 fn paths(bench: &mut Bench<'_>, paths: &[Path]) {
-    let key = "kv.paths";
     if paths.is_empty() {
         bench.refuse(
-            &[key],
+            &[KEY],
             "is empty: no byte could move",
             "name a path, as in [\"shm\", \"tcp\"], or leave the key out",
         );
     }
     for (index, path) in paths.iter().enumerate() {
         if paths[..index].contains(path) {
-            bench.refuse(&[key], format!("has \"{}\" more than once", path.name()), "name each path once, best first");
+            bench.refuse(&[KEY], format!("has \"{}\" more than once", path.name()), "name each path once, best first");
             break;
         }
     }
-    let reachable = |path: &&Path| matches!(path, Path::Shm | Path::Tcp | Path::Nixl);
     if bench.config.inference.engine == EngineKind::Reference {
-        let beyond: Vec<&str> = paths.iter().filter(|path| !reachable(path)).map(|path| path.name()).collect();
-        let message = format!("has {}, but the reference engine keeps its KV in host memory", beyond.join(", "));
-        if !paths.is_empty() && beyond.len() == paths.len() {
-            bench.refuse(&[key], message, "name \"shm\", \"tcp\" or \"nixl\"");
-        } else if !beyond.is_empty() {
-            bench.warn(&[key], message, "name \"shm\", \"tcp\" and \"nixl\" alone");
-        }
+        paths_of_reference(bench, paths);
+    } else if has_runtime_in_vllm(bench) {
+        paths_of_this_version(bench, paths);
     }
+}
+
+fn paths_of_reference(bench: &mut Bench<'_>, paths: &[Path]) {
+    let beyond: Vec<Path> = paths.iter().copied().filter(|path| !path.moves(KvMemory::Host)).collect();
+    let message =
+        format!("has {}, but the reference engine keeps its KV in host memory", Path::list(beyond.iter().copied()));
+    if !paths.is_empty() && beyond.len() == paths.len() {
+        bench.refuse(&[KEY], message, "name \"shm\", \"tcp\" or \"nixl\"");
+    } else if !beyond.is_empty() {
+        bench.warn(&[KEY], message, "name \"shm\", \"tcp\" and \"nixl\" alone");
+    }
+}
+
+/// Whether vLLM computes on a GPU or on a CPU is known where it runs only: here a path must exist for one of them.
+fn paths_of_this_version(bench: &mut Bench<'_>, paths: &[Path]) {
+    let exists = |path: Path| path.moves(KvMemory::Gpu) || path.moves(KvMemory::Host);
+    let missing: Vec<Path> = paths.iter().copied().filter(|path| !exists(*path)).collect();
+    let message = format!("has {}, which this version cannot move KV by", Path::list(missing.iter().copied()));
+    if !paths.is_empty() && missing.len() == paths.len() {
+        bench.refuse(&[KEY], message, what_there_is());
+    } else if !missing.is_empty() {
+        bench.warn(&[KEY], message, what_there_is());
+    }
+}
+
+fn what_there_is() -> String {
+    let (gpu, host) = (Path::list(Path::that_move(KvMemory::Gpu)), Path::list(Path::that_move(KvMemory::Host)));
+    format!("name {gpu} for KV on a GPU; {host} for KV on a CPU")
+}
+
+/// A connector whose own paths do not exist must not be found out by the workers that it starts.
+fn connector(bench: &mut Bench<'_>) {
+    let config = bench.config;
+    if !has_runtime_in_vllm(bench) || config.kv.paths.is_some() || !config.kv_paths(false).is_empty() {
+        return;
+    }
+    let connector = config.pd_disagg.kv_connector;
+    let message = format!(
+        "is \"{}\", which goes by {}, and this version cannot move KV in GPU memory by that",
+        connector.name(),
+        Path::list(connector.preferred().iter().copied())
+    );
+    let mend = format!(
+        "set pd_disagg.connector_impl = \"vllm\" for the connector that vLLM ships, or kv.paths: {}",
+        what_there_is()
+    );
+    bench.refuse(&["pd_disagg.kv_connector", KEY], message, mend);
+}
+
+fn has_runtime_in_vllm(bench: &Bench<'_>) -> bool {
+    let pd = &bench.config.pd_disagg;
+    pd.enabled && pd.connector_impl == ConnectorImpl::Native && bench.config.inference.engine == EngineKind::Vllm
 }
