@@ -270,6 +270,28 @@ fn the_links_times_and_paths_make_sense() {
 }
 
 #[test]
+fn arguments_that_the_plan_decides_or_everybody_could_read_are_refused_all_at_once() {
+    let vllm = "[inference.vllm]\nheadless = true\ndata-parallel-size-local = 2\npipeline_parallel_size = 2\n\
+                my_password = \"hidden\"\napi_key = [\"hidden\"]\nhf_token = \"fine\"\nlong_prefill_token_threshold = 4\n\
+                [inference.vllm.decode]\ndata_parallel_rank = 1\n[inference.vllm.prefil]\nmax_num_seqs = 4\n";
+    let got = errors(vllm);
+    for part in [
+        "a.toml:2: inference.vllm.headless",
+        "a.toml:3: inference.vllm.data_parallel_size_local",
+        "a.toml:4: inference.vllm.pipeline_parallel_size",
+        "a.toml:5: inference.vllm.my_password: looks like a secret",
+        "give it by pd_disagg.prefill_env",
+        "a.toml:6: inference.vllm.api_key: must be one text",
+        "a.toml:10: inference.vllm.decode.data_parallel_rank",
+        "a.toml:11: inference.vllm.prefil",
+        "did you mean `inference.vllm.prefill`?",
+    ] {
+        assert!(got.contains(part), "no {part:?} in\n{got}");
+    }
+    assert!(got.lines().count() == 7 && !got.contains("hidden"), "{got}");
+}
+
+#[test]
 fn paths_that_this_version_has_not_are_refused_or_warned_of() {
     assert_cases(&[
         (

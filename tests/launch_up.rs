@@ -305,6 +305,12 @@ fn a_dry_run_starts_nothing() {
     let (ended, said) = place.up(&config, &wrong, &[]).ended();
     assert_eq!(ended.code(), Some(2), "{said}");
     assert!(said.contains("pipeline_parallel_size"), "{said}");
+
+    // What only vLLM's version tells names the place too.
+    let wrong = ["--dry-run", "--pd_disagg.kv_connector", "P2pNcclConnector"];
+    let (ended, said) = place.up(&config, &wrong, &[]).ended();
+    assert_eq!(ended.code(), Some(2), "{said}");
+    assert!(said.contains("command line (--pd_disagg.kv_connector P2pNcclConnector): vLLM 0."), "{said}");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use crate::config::{Config, EngineKind};
+use crate::config::{Config, EngineKind, Loaded, Origins};
 use crate::launcher::machine;
 use crate::launcher::ports::HeldPorts;
 use crate::launcher::run_dir::RunDir;
@@ -18,7 +18,7 @@ use crate::launcher::vllm::program::{self, VllmError};
 use crate::security::Secret;
 use crate::topology::host::{self, Host};
 use crate::topology::vllm::{P2P_NCCL_LAST, TESTED, VllmProgram};
-use crate::topology::{Plan, Surroundings, needs_p2p_nccl, plan};
+use crate::topology::{Plan, PlanError, Surroundings, needs_p2p_nccl, plan};
 
 use super::{Sources, Usage, load_config, print};
 use run::Run;
@@ -41,14 +41,14 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
-    let config = load_config(&sources)?.config;
+    let Loaded { config, origins, .. } = load_config(&sources)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build()?;
     let outcome = runtime.block_on(async {
         let vllm = match find_vllm(&config, args.json).await {
             Err(error @ VllmError::NotFound) if args.dry_run => assumed_vllm(&config, &error),
             found => found?,
         };
-        let here = Here { vllm, host: machine::look(config.model_name()).await };
+        let here = Here { vllm, host: machine::look(config.model_name()).await, origins };
         if args.dry_run { dry_run(&config, &here, args.json) } else { up(&config, &here, args.json).await }
     });
     runtime.shutdown_timeout(EXIT_TIMEOUT);
@@ -60,6 +60,8 @@ struct Here {
     /// The `vllm` that workers run; none with another engine.
     vllm: Option<VllmProgram>,
     host: Host,
+    /// Where each setting was given.
+    origins: Origins,
 }
 
 /// How long the look for vLLM goes on before it is said that it does.
@@ -103,15 +105,24 @@ fn planned(config: &Config, here: &Here, secret_file: &str) -> anyhow::Result<(P
     let pdlink = std::env::current_exe()?.to_string_lossy().into_owned();
     let around = Surroundings { pdlink: &pdlink, vllm: here.vllm.as_ref(), cores: &here.host.cores, secret_file };
     let mut run = HeldPorts::on(config.host())?;
-    let plan = plan(config, &around, &mut run).map_err(|error| {
-        if error.is_configuration() { Usage::new(error.to_string()).into() } else { anyhow::Error::new(error) }
-    })?;
+    let plan = plan(config, &around, &mut run).map_err(|error| no_plan(error, &here.origins))?;
     let doubts = host::doubts(config, &plan, &here.host, here.vllm.as_ref());
     for warning in plan.warnings.iter().chain(&doubts) {
         stage::warn_on_stderr(warning);
     }
     let admin = config.proxy.admin_listen.as_deref().map(HeldPorts::for_admin).transpose()?;
     Ok((plan, Sockets { run, admin }))
+}
+
+/// The error, with the place of the setting that it is about.
+fn no_plan(error: PlanError, origins: &Origins) -> anyhow::Error {
+    let given = error.keys().into_iter().find_map(|key| origins.get(key));
+    match (given, error.is_configuration()) {
+        (Some(origin), true) => Usage::new(format!("{origin}: {error}")).into(),
+        (None, true) => Usage::new(error.to_string()).into(),
+        (Some(origin), false) => anyhow::anyhow!("{origin}: {error}"),
+        (None, false) => error.into(),
+    }
 }
 
 fn dry_run(config: &Config, here: &Here, json: bool) -> anyhow::Result<()> {

@@ -42,6 +42,6 @@ pub use role::Role;
 pub use root::Config;
 pub use security::SecurityConfig;
 pub use telemetry::{LogFormat, TelemetryConfig};
-pub use vllm::{VllmArgs, VllmConfig};
+pub use vllm::{SECRET_ARGUMENTS, VllmArgs, VllmConfig};
 pub use weight_broadcast::{TrainerConfig, WeightBroadcastConfig, WeightBroadcastType};
 pub use weights::WeightsConfig;

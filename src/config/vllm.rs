@@ -23,6 +23,9 @@ pub struct VllmConfig {
     pub all: VllmArgs,
 }
 
+/// Secrets that vLLM also reads from the environment, where other users cannot read them: argument and variable.
+pub const SECRET_ARGUMENTS: &[(&str, &str)] = &[("api_key", "VLLM_API_KEY"), ("hf_token", "HF_TOKEN")];
+
 impl VllmConfig {
     /// The arguments of one role: those for all, overridden by the role's own. A plain worker takes those for all.
     pub fn args(&self, role: Role) -> VllmArgs {

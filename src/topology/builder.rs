@@ -56,23 +56,40 @@ pub enum PlanError {
          \"native\"`, or `pd_disagg.kv_connector = \"NixlConnector\"`"
     )]
     P2pGone { version: VllmVersion },
-    #[error("`inference.vllm` may not set `{name}`, which the plan decides; {mend}")]
-    Reserved { name: String, mend: String },
     #[error(
-        "`inference.vllm.{name}` looks like a secret, and arguments can be read by every user of this host; give it by \
-         `pd_disagg.prefill_env` and `pd_disagg.decode_env`, or in the environment of pdlink"
-    )]
-    SecretArgument { name: String },
-    #[error(
-        "{count} GPU id(s) for the {role} role do not make workers of {tp}; give a multiple of the role's `tp`, at least one"
+        "`{}` has {count} GPU id(s), which do not make workers of {tp} for the {role} role; give a multiple of the role's `tp`, at \
+         least one",
+        gpu_list(role)
     )]
     GpuList { role: &'static str, count: usize, tp: u32 },
 }
 
 impl PlanError {
+    /// The settings that it is about, the one to change first; none where the host is at fault.
+    pub fn keys(&self) -> Vec<&str> {
+        match self {
+            Self::Port(PortError::Taken { key, .. } | PortError::NoneFree { key, .. }) => vec![key],
+            Self::Port(_) | Self::NoVllm | Self::TooOld { .. } => Vec::new(),
+            Self::TooOldForNative { .. } => vec!["pd_disagg.connector_impl", "pd_disagg.enabled"],
+            Self::NoNixlPush { .. } => vec!["pd_disagg.kv_send_type"],
+            Self::NoPath { key, .. } => vec![key],
+            Self::P2pGone { .. } => vec!["pd_disagg.kv_connector", "pd_disagg.connector_impl"],
+            Self::GpuList { role, .. } => vec![gpu_list(role)],
+        }
+    }
+
     /// Whether the configuration is at fault, rather than the host.
     pub fn is_configuration(&self) -> bool {
         !matches!(self, Self::Port(_) | Self::NoVllm | Self::TooOld { .. } | Self::TooOldForNative { .. })
+    }
+}
+
+/// The list of a role's GPUs.
+fn gpu_list(role: &str) -> &'static str {
+    match role {
+        "prefill" => "pd_disagg.prefill_gpu_ids",
+        "decode" => "pd_disagg.decode_gpu_ids",
+        _ => "inference_gpu_ids",
     }
 }
 
@@ -262,7 +279,7 @@ fn worker(
                 cpu,
             };
             env.extend(vllm_args::env(config, &seat));
-            vllm_args::command(around.vllm.ok_or(PlanError::NoVllm)?, config, host, &seat)?
+            vllm_args::command(around.vllm.ok_or(PlanError::NoVllm)?, config, host, &seat)
         }
     };
     env.extend(config.pd_disagg.env(role).into_iter().flatten().map(|(name, value)| (name.clone(), value.clone())));

@@ -7,7 +7,7 @@ const HIDDEN: &str = "***";
 const SECRET_WORDS: &[&str] = &["TOKEN", "SECRET", "PASSWORD", "PASSWD", "KEY", "CREDENTIALS", "APIKEY"];
 
 /// Whether a variable of this name holds a secret. One that names a file does not: the file is the secret.
-pub(super) fn is_secret(name: &str) -> bool {
+fn is_secret(name: &str) -> bool {
     let name = name.to_ascii_uppercase();
     let names_a_file = ["FILE", "PATH", "DIR"].iter().any(|end| name.ends_with(end));
     !names_a_file && name.split('_').any(|word| SECRET_WORDS.contains(&word))

@@ -4,11 +4,9 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::builder::PlanError;
 use super::kv_transfer::{self, Seat};
-use super::redact;
 use super::vllm::{VllmProgram, VllmVersion};
-use crate::config::{Config, ConnectorImpl, KvConnector, Role};
+use crate::config::{Config, ConnectorImpl, KvConnector, Role, SECRET_ARGUMENTS};
 
 /// Arguments by name with underscores, in the order in which they are written.
 struct Args(Vec<(String, Value)>);
@@ -52,16 +50,6 @@ fn render(name: &str, value: &Value) -> Vec<String> {
     if text.starts_with('-') { vec![format!("--{name}={text}")] } else { vec![format!("--{name}"), text] }
 }
 
-/// Arguments that would change what a worker is. Those that the configuration has settings for are refused at load.
-const RESERVED: &[(&str, &str)] = &[
-    ("data_parallel", "the proxy spreads requests over workers: give more GPUs, each run of `tp` ids is one worker"),
-    ("pipeline_parallel_size", "a worker is one tensor-parallel group: set `tp`"),
-    ("headless", "every worker has its own HTTP server"),
-];
-
-/// A secret given as an argument goes by the environment instead, where other users cannot read it.
-const SECRET_ARGUMENTS: &[(&str, &str)] = &[("api_key", "VLLM_API_KEY"), ("hf_token", "HF_TOKEN")];
-
 /// From this version on the log can leave out calls of some routes. Those that come every few seconds would be all that its
 /// last lines show when a worker fails.
 const QUIET_ENDPOINTS: VllmVersion = VllmVersion::new(0, 24);
@@ -71,12 +59,7 @@ const KV_CACHE_BYTES: &str = "kv_cache_memory_bytes";
 const CPU_KV_CACHE_SPACE: &str = "VLLM_CPU_KVCACHE_SPACE";
 
 /// `vllm serve MODEL …`.
-pub(super) fn command(
-    vllm: &VllmProgram,
-    config: &Config,
-    host: &str,
-    seat: &Seat<'_>,
-) -> Result<Vec<String>, PlanError> {
+pub(super) fn command(vllm: &VllmProgram, config: &Config, host: &str, seat: &Seat<'_>) -> Vec<String> {
     let role = seat.role;
     let mut args = Args(Vec::new());
     args.set("host", json!(host));
@@ -89,7 +72,7 @@ pub(super) fn command(
     if vllm.version >= QUIET_ENDPOINTS {
         args.set("disable_access_log_for_endpoints", json!("/health,/metrics"));
     }
-    add_pass_through(&mut args, config, role)?;
+    add_pass_through(&mut args, config, role);
     if role != Role::Both {
         args.set("kv_transfer_config", kv_transfer::settings(config, vllm.version, seat));
     } else if let Some(given) = &config.inference.kv_transfer_config {
@@ -98,7 +81,7 @@ pub(super) fn command(
     let mut command = vllm.command.clone();
     command.extend(["serve".to_owned(), config.model_name().to_owned()]);
     command.extend(args.render());
-    Ok(command)
+    command
 }
 
 fn add_model(args: &mut Args, config: &Config) {
@@ -154,26 +137,14 @@ fn share_memory(args: &mut Args, config: &Config, role: Role, ranks: u32) {
     }
 }
 
-fn add_pass_through(args: &mut Args, config: &Config, role: Role) -> Result<(), PlanError> {
+/// Loading has refused what the plan decides, and secrets that only an argument could carry.
+fn add_pass_through(args: &mut Args, config: &Config, role: Role) {
     for (name, value) in config.inference.vllm.args(role) {
         let name = name.replace('-', "_");
-        if SECRET_ARGUMENTS.iter().any(|(secret, _)| *secret == name) {
-            continue;
+        if !SECRET_ARGUMENTS.iter().any(|(secret, _)| *secret == name) {
+            args.set(&name, value);
         }
-        check_pass_through(&name, &value)?;
-        args.set(&name, value);
     }
-    Ok(())
-}
-
-fn check_pass_through(name: &str, value: &Value) -> Result<(), PlanError> {
-    if let Some((_, mend)) = RESERVED.iter().find(|(reserved, _)| name.starts_with(reserved)) {
-        return Err(PlanError::Reserved { name: name.to_owned(), mend: (*mend).to_owned() });
-    }
-    if value.is_string() && redact::is_secret(name) {
-        return Err(PlanError::SecretArgument { name: name.to_owned() });
-    }
-    Ok(())
 }
 
 /// Variables that vLLM needs for this configuration. The role's own come on top, in `builder`.

@@ -1,6 +1,9 @@
 //! What the workers run: arguments passed on to vLLM, and the shape of the reference engine.
 
-use crate::config::{All2AllBackend, EngineKind, Role, VllmArgs};
+use serde_json::Value;
+
+use crate::config::load::names::{is_secret, is_slip};
+use crate::config::{All2AllBackend, EngineKind, Role, SECRET_ARGUMENTS, VllmArgs};
 
 use super::Bench;
 
@@ -13,6 +16,16 @@ const ARGS_OF_OURS: &[(&str, &str)] = &[
     ("port", "pd_disagg.prefill_port and pd_disagg.decode_port"),
     ("tensor_parallel_size", "inference.parallel.tp, pd_disagg.prefill_tp and pd_disagg.decode_tp"),
     ("uds", "pd_disagg.host"),
+];
+
+/// Beginnings of arguments that would change what a worker is, and what to do instead.
+const ARGS_RESERVED: &[(&str, &str)] = &[
+    (
+        "data_parallel",
+        "take it out; more GPU ids in the lists make more workers, and the proxy spreads requests over them",
+    ),
+    ("pipeline_parallel_size", "take it out; a worker is one tensor-parallel group, set its `tp`"),
+    ("headless", "take it out; every worker has its own HTTP server"),
 ];
 
 /// Arguments that decide what a block of KV is. Both roles must agree on them, whoever moves the blocks.
@@ -43,7 +56,9 @@ fn vllm(bench: &mut Bench<'_>) {
     let args = &config.inference.vllm;
     for (table, args) in [("", &args.all), (".prefill", &args.prefill), (".decode", &args.decode)] {
         args_of_ours(bench, table, args);
+        secrets(bench, table, args);
     }
+    misspelt_role(bench);
     if config.pd_disagg.enabled {
         roles_agree(bench);
     }
@@ -89,6 +104,52 @@ fn args_of_ours(bench: &mut Bench<'_>, table: &str, args: &VllmArgs) {
         if args.contains_key(*name) {
             let key = format!("inference.vllm{table}.{name}");
             bench.refuse(&[&key], "is an argument that pdlink writes for each worker", format!("use {setting}"));
+        }
+    }
+    for name in args.keys().filter(|name| !ARGS_OF_OURS.iter().any(|(ours, _)| ours == name)) {
+        if let Some((_, mend)) = ARGS_RESERVED.iter().find(|(reserved, _)| name.starts_with(reserved)) {
+            let key = format!("inference.vllm{table}.{name}");
+            bench.refuse(&[&key], "is an argument that may not be set: it changes what a worker is", *mend);
+        }
+    }
+}
+
+/// Every user of the host can read the arguments of a process.
+fn secrets(bench: &mut Bench<'_>, table: &str, args: &VllmArgs) {
+    for (name, value) in args.iter().filter(|(name, value)| is_secret(name) && holds_text(value)) {
+        let key = format!("inference.vllm{table}.{name}");
+        match SECRET_ARGUMENTS.iter().find(|(secret, _)| secret == name) {
+            None => bench.refuse(
+                &[&key],
+                "looks like a secret, and arguments can be read by every user of the host",
+                "give it by pd_disagg.prefill_env and pd_disagg.decode_env, or in the environment of pdlink",
+            ),
+            Some((_, variable)) if !value.is_string() => {
+                let message =
+                    format!("must be one text: it goes to vLLM by the variable {variable}, not by an argument");
+                bench.refuse(&[&key], message, "write one text in quotes");
+            }
+            Some(_) => {}
+        }
+    }
+}
+
+fn holds_text(value: &Value) -> bool {
+    match value {
+        Value::String(_) => true,
+        Value::Array(items) => items.iter().any(holds_text),
+        Value::Object(table) => table.values().any(holds_text),
+        _ => false,
+    }
+}
+
+/// `[inference.vllm.prefil]` would be an argument of that name.
+fn misspelt_role(bench: &mut Bench<'_>) {
+    for (name, _) in bench.config.inference.vllm.all.iter().filter(|(_, value)| value.is_object()) {
+        if let Some(role) = ["prefill", "decode"].into_iter().find(|role| is_slip(name, role)) {
+            let key = format!("inference.vllm.{name}");
+            let message = "is a table of this name for every worker, and vLLM has no such argument";
+            bench.refuse(&[&key], message, format!("did you mean `inference.vllm.{role}`?"));
         }
     }
 }
