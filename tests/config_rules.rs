@@ -178,6 +178,17 @@ fn weights_by_nccl_rule_out_lora_lag_and_one_gpu() {
         ("[orchestrator]\nmax_async_level = 2\n", "a.toml:10: orchestrator.max_async_level: is 2", &lag),
         ("[trainer]\nmax_async_level = 0\n", "a.toml:10: trainer.max_async_level: is 0", &lag),
         ("[trainer]\nasync_level = 3\n", "a.toml:10: trainer.async_level: is 3", &lag),
+        ("max_async_level = 2\n", "a.toml:9: weight_broadcast.max_async_level: is 2", &lag),
+        (
+            "[trainer.weight_broadcast]\nmax_async_level = 2\n",
+            "a.toml:10: trainer.weight_broadcast.max_async_level: is 2",
+            &lag,
+        ),
+        (
+            "[orchestrator.weight_broadcast]\nasync_level = 0\n",
+            "a.toml:10: orchestrator.weight_broadcast.async_level: is 0",
+            &lag,
+        ),
     ];
     for (rest, place, parts) in cases {
         let got = errors(&nccl(rest));
@@ -221,6 +232,7 @@ fn weights_by_nccl_rule_out_lora_lag_and_one_gpu() {
     ]);
     let fine = [
         nccl("[orchestrator]\nmax_async_level = 1\n[trainer]\nmax_async_level = 1\n"),
+        nccl("max_async_level = 1\n"),
         nccl("[trainer.model]\nlora = false\n"),
         nccl("[trainer.weight_broadcast]\ntype = \"nccl\"\nport = 29501\ntimeout = 1200\n"),
         "inference_gpu_ids = [0]\ntrainer_gpu_ids = [1]\n[inference]\n[weight_broadcast]\ntype = \"nccl\"\n".to_owned(),

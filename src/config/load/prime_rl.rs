@@ -34,9 +34,11 @@ const CLIENT: &[&str] =
 /// PRIME-RL's keys in the `weight_broadcast` tables, besides `type`.
 const WEIGHT_BROADCAST: &[&str] = &[
     "adapter_only",
+    "async_level",
     "broadcast_dir",
     "host",
     "inference_world_size",
+    "max_async_level",
     "port",
     "quantize_in_weight_transfer",
     "save_format",

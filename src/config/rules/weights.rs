@@ -12,7 +12,15 @@ const LORA_PLACES: &[&str] = &["", "model", "trainer", "orchestrator"];
 /// Keys that switch LoRA on, in those tables or one below.
 const LORA_KEYS: &[&str] = &["lora", "enable_lora", "lora_name"];
 /// Where the number of steps that inference may lag behind is kept.
-const ASYNC_PLACES: &[&str] = &["", "trainer", "orchestrator"];
+const ASYNC_PLACES: &[&str] = &[
+    "",
+    "trainer",
+    "orchestrator",
+    "weight_broadcast",
+    "trainer.weight_broadcast",
+    "orchestrator.weight_broadcast",
+    "inference.weight_broadcast",
+];
 /// The names it has had.
 const ASYNC_KEYS: &[&str] = &["max_async_level", "async_level"];
 /// Tables within tables, at most, that are searched for LoRA: `trainer.model.experimental.lora` is the deepest known.
