@@ -121,17 +121,31 @@ fn gpu_lists_are_whole_and_apart() {
 #[test]
 fn fixed_ports_do_not_collide() {
     let fixed = |rest: &str| pd_1_1(&format!("auto_ports = false\n{rest}"));
+    let ranks = |connector: &str, decode: u16| {
+        format!(
+            "[inference]\n[pd_disagg]\nenabled = true\nauto_ports = false\nconnector_impl = \"{connector}\"\ndecode_kv_port = {decode}\n\
+             prefill_gpu_ids = [0, 1, 2, 3]\nprefill_tp = 2\ndecode_gpu_ids = [4]\n"
+        )
+    };
     let two = "[inference]\n[pd_disagg]\nenabled = true\nauto_ports = false\nprefill_gpu_ids = [0, 1]\ndecode_gpu_ids = [2, 3]\n";
     assert_cases(&[
         (
             "proxy and prefill",
             fixed("prefill_port = 8000\n"),
-            &["a.toml:8: pd_disagg.prefill_port", "port 8000", "set pd_disagg.prefill_port to 8001 or more", "auto_ports = true"],
+            &[
+                "a.toml:8: pd_disagg.prefill_port",
+                "port 8000",
+                "set pd_disagg.prefill_port to 8001 or more",
+                "auto_ports = true",
+            ],
         ),
         (
             "ranges of HTTP ports",
             format!("{two}prefill_port = 8199\ndecode_kv_port = 15000\n"),
-            &["HTTP of the prefill workers (ports 8199 to 8200, pd_disagg.prefill_port)", "set pd_disagg.decode_port to 8201"],
+            &[
+                "HTTP of the prefill workers (ports 8199 to 8200, pd_disagg.prefill_port)",
+                "set pd_disagg.decode_port to 8201",
+            ],
         ),
         (
             "the KV ports' defaults leave room for one prefill worker",
@@ -149,11 +163,22 @@ fn fixed_ports_do_not_collide() {
             &["a.toml:7: pd_disagg.decode_port", "ports 65535 to 65536", "the last port is 65535"],
         ),
         (
-            "vLLM's connector takes a port per rank",
-            "[inference]\n[pd_disagg]\nenabled = true\nauto_ports = false\nconnector_impl = \"vllm\"\ndecode_kv_port = 15000\n\
-             prefill_gpu_ids = [0, 1, 2, 3]\nprefill_tp = 2\ndecode_gpu_ids = [4]\n"
-                .to_owned(),
-            &["pd_disagg.auto_ports", "takes 2", "set pd_disagg.auto_ports = true"],
+            "each rank on vLLM has a port",
+            ranks("native", 14_582),
+            &[
+                "a.toml:6: pd_disagg.decode_kv_port",
+                "KV of the prefill workers (ports 14579 to 14582",
+                "to 14583 or more",
+            ],
+        ),
+        (
+            "so it is with vLLM's own connector",
+            ranks("vllm", 14_582),
+            &[
+                "a.toml:6: pd_disagg.decode_kv_port",
+                "KV of the prefill workers (ports 14579 to 14582",
+                "to 14583 or more",
+            ],
         ),
         (
             "plain workers",
@@ -164,6 +189,9 @@ fn fixed_ports_do_not_collide() {
     ]);
     load_text(&two.replace("false", "true")).expect("the launcher moves out of the way");
     load_text(&fixed("")).expect("one worker of each role fits");
+    for connector in ["native", "vllm"] {
+        load_text(&ranks(connector, 14_583)).expect("four ports and no more");
+    }
 }
 
 #[test]

@@ -133,6 +133,31 @@ fn ports_count_up_from_each_roles_base_and_make_way() {
 }
 
 #[test]
+fn fixed_kv_ports_stand_in_a_row_worker_after_worker() {
+    let mut config = pd(&[0, 1, 2, 3], &[4, 5, 6]);
+    config.pd_disagg.prefill_tp = Some(2);
+    config.pd_disagg.decode_tp = Some(3);
+    config.pd_disagg.decode_kv_port = 14600;
+    let ports = |config: &Config, minor| {
+        planned(config, minor).workers.iter().map(|worker| worker.kv_ports.clone()).collect::<Vec<_>>()
+    };
+    let searched = ports(&config, 33);
+    assert_eq!((searched[0][0], searched[1][0], searched[2][0]), (14579, 14580, 14600));
+    assert!(
+        searched.iter().all(|ports| ports[1..].iter().all(|port| *port > 40_000)),
+        "the system chooses: {searched:?}"
+    );
+
+    config.pd_disagg.auto_ports = false;
+    let fixed = [vec![14579, 14580], vec![14581, 14582], vec![14600, 14601, 14602]];
+    assert_eq!(ports(&config, 33), fixed);
+    config.pd_disagg.connector_impl = ConnectorImpl::Vllm;
+    assert_eq!(ports(&config, 23), fixed);
+    config.pd_disagg.kv_connector = KvConnector::NixlConnector;
+    assert_eq!(ports(&config, 33), [vec![14579], vec![14580], vec![14600]], "its side channel has one");
+}
+
+#[test]
 fn hosts_are_bound_as_configured_and_reached_from_here() {
     let cases =
         [(None, "127.0.0.1", "http://127.0.0.1:8000/v1"), (Some("0.0.0.0"), "0.0.0.0", "http://127.0.0.1:8000/v1")];

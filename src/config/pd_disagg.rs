@@ -112,11 +112,13 @@ pub struct PdDisaggConfig {
     /// HTTP port of decode worker 0; worker `i` takes this plus `i`. Default 8200. Plain workers use it too.
     #[schemars(range(min = 1))]
     pub decode_port: u16,
-    /// KV port of prefill worker 0; worker `i` takes this plus `i`. Default 14579.
+    /// KV port of prefill worker 0; worker `i` takes this plus `i`. Default 14579. On vLLM each rank has one: with
+    /// `auto_ports = false` they stand in a row, and worker `i` begins at this plus `i` times its ranks; else ranks above 0 take
+    /// free ports.
     #[schemars(range(min = 1))]
     pub prefill_kv_port: u16,
-    /// KV port of decode worker 0; worker `i` takes this plus `i`. Default 14580: with `auto_ports = false` and more than one
-    /// prefill worker it must be raised. Plain workers use it too.
+    /// KV port of decode worker 0; further workers and ranks as with `prefill_kv_port`. Default 14580: with `auto_ports = false` and more than one
+    /// prefill worker, or rank on vLLM, it must be raised. Plain workers use it too.
     #[schemars(range(min = 1))]
     pub decode_kv_port: u16,
     /// Whether a port that is taken may be replaced by a free one. Default true. False means exactly these ports or none.

@@ -4,9 +4,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    All2AllBackend, EngineKind, HostsConfig, InferenceConfig, KvConfig, KvMemory, LauncherConfig, ModelConfig,
-    OrchestratorConfig, Path, PdDisaggConfig, ProxyConfig, Role, SecurityConfig, TelemetryConfig, TrainerConfig,
-    WeightBroadcastConfig, WeightBroadcastType, WeightsConfig,
+    All2AllBackend, ConnectorImpl, EngineKind, HostsConfig, InferenceConfig, KvConfig, KvConnector, KvMemory,
+    LauncherConfig, ModelConfig, OrchestratorConfig, Path, PdDisaggConfig, ProxyConfig, Role, SecurityConfig,
+    TelemetryConfig, TrainerConfig, WeightBroadcastConfig, WeightBroadcastType, WeightsConfig,
 };
 
 /// The model that vLLM, and PRIME-RL, serve when none is named.
@@ -126,6 +126,20 @@ impl Config {
     /// Where the KV of its workers lies.
     pub fn kv_memory(&self, on_cpu: bool) -> KvMemory {
         if on_cpu || self.inference.engine == EngineKind::Reference { KvMemory::Host } else { KvMemory::Gpu }
+    }
+
+    /// KV ports in a row that each worker of a role takes where ports are fixed: one for each process that listens. A reference
+    /// worker and vLLM's NIXL side channel have one, our runtime in vLLM and vLLM's `P2pNcclConnector` one for each rank.
+    pub fn fixed_kv_ports(&self, role: Role) -> u16 {
+        let pd = &self.pd_disagg;
+        match (self.inference.engine, role, pd.connector_impl, pd.kv_connector) {
+            (EngineKind::Vllm, Role::Both, ..) => 0,
+            (EngineKind::Reference, ..) | (EngineKind::Vllm, _, ConnectorImpl::Vllm, KvConnector::NixlConnector) => 1,
+            (EngineKind::Vllm, _, ConnectorImpl::Native, _)
+            | (EngineKind::Vllm, _, ConnectorImpl::Vllm, KvConnector::P2pNcclConnector) => {
+                u16::try_from(self.tp(role).max(1)).unwrap_or(u16::MAX)
+            }
+        }
     }
 
     /// How weights reach the workers, wherever PRIME-RL's file says so.

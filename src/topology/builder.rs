@@ -318,23 +318,25 @@ fn take_http_port(config: &Config, ports: &mut dyn Ports, slot: &Slot<'_>) -> Re
     ports.take(PortWish { purpose: &purpose, key, base, count: 1, search: config.pd_disagg.auto_ports })
 }
 
-/// One KV port for each process that listens: a reference worker and vLLM's NIXL side channel have one, our runtime in
-/// vLLM has one per rank, and vLLM's `P2pNcclConnector` takes `kv_port` + rank. Plain vLLM workers have none.
+/// One KV port for each process that listens. Fixed ports stand in a row, worker after worker. Where ports may be searched for,
+/// the ranks of our runtime take what is free: each is told the others' ports. vLLM's `P2pNcclConnector` counts on a row.
 fn take_kv_ports(config: &Config, ports: &mut dyn Ports, slot: &Slot<'_>) -> Result<Vec<u16>, PortError> {
     let pd = &config.pd_disagg;
-    let ranks = u16::try_from(config.tp(slot.role)).unwrap_or(u16::MAX);
-    let (row, apart) = match (config.inference.engine, slot.role, pd.connector_impl, pd.kv_connector) {
-        (EngineKind::Vllm, Role::Both, ..) => return Ok(Vec::new()),
-        (EngineKind::Reference, ..) | (EngineKind::Vllm, _, ConnectorImpl::Vllm, KvConnector::NixlConnector) => (1, 0),
-        (EngineKind::Vllm, _, ConnectorImpl::Vllm, KvConnector::P2pNcclConnector) => (ranks, 0),
-        (EngineKind::Vllm, _, ConnectorImpl::Native, _) => (1, ranks.saturating_sub(1)),
+    let count = config.fixed_kv_ports(slot.role);
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    let (row, step) = match (pd.auto_ports, pd.connector_impl) {
+        (false, _) => (count, count),
+        (true, ConnectorImpl::Vllm) => (count, 1),
+        (true, ConnectorImpl::Native) => (1, 1),
     };
     let purpose = format!("KV port of {} {}", slot.role.name(), slot.index);
     let key = if slot.role == Role::Prefill { "pd_disagg.prefill_kv_port" } else { "pd_disagg.decode_kv_port" };
-    let base = base(pd.base_kv_port(slot.role), slot.index);
+    let base = base(pd.base_kv_port(slot.role), slot.index.saturating_mul(step.into()));
     let first = ports.take(PortWish { purpose: &purpose, key, base, count: row, search: pd.auto_ports })?;
     let mut taken: Vec<u16> = (0..row).map(|rank| first.saturating_add(rank)).collect();
-    for _ in 0..apart {
+    for _ in row..count {
         taken.push(ports.take(PortWish { purpose: &purpose, key, base: 0, count: 1, search: true })?);
     }
     Ok(taken)

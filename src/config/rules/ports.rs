@@ -1,6 +1,6 @@
 //! Ports that collide. With `auto_ports` the launcher moves out of the way; without, the file must be right.
 
-use crate::config::{ConnectorImpl, EngineKind, KvConnector, Role};
+use crate::config::{EngineKind, Role};
 
 use super::Bench;
 
@@ -33,9 +33,6 @@ impl Range {
 pub(super) fn judge(bench: &mut Bench<'_>) {
     if bench.config.pd_disagg.auto_ports {
         return;
-    }
-    if bench.config.pd_disagg.enabled {
-        neighbours(bench);
     }
     let ranges = ranges(bench);
     for (index, range) in ranges.iter().enumerate() {
@@ -70,8 +67,7 @@ fn ranges(bench: &Bench<'_>) -> Vec<Range> {
         return ranges;
     }
     let (prefill, decode) = (workers(Role::Prefill), workers(Role::Decode));
-    // The last worker's further KV ports; those of two workers of one role are looked at below.
-    let kv = |role, count: u32| if count == 0 { 0 } else { count + kv_ports_per_worker(bench, role) - 1 };
+    let kv = |role, count: u32| count.saturating_mul(config.fixed_kv_ports(role).into());
     vec![
         range("pd_disagg.proxy_port", "the proxy", pd.proxy_port, 1),
         range("pd_disagg.prefill_port", "HTTP of the prefill workers", pd.prefill_port, prefill),
@@ -79,28 +75,6 @@ fn ranges(bench: &Bench<'_>) -> Vec<Range> {
         range("pd_disagg.prefill_kv_port", "KV of the prefill workers", pd.prefill_kv_port, kv(Role::Prefill, prefill)),
         range("pd_disagg.decode_kv_port", "KV of the decode workers", pd.decode_kv_port, kv(Role::Decode, decode)),
     ]
-}
-
-/// KV ports in a row that one worker takes: vLLM's own `P2pNcclConnector` listens on `kv_port` plus its rank.
-fn kv_ports_per_worker(bench: &Bench<'_>, role: Role) -> u32 {
-    let pd = &bench.config.pd_disagg;
-    match (bench.config.inference.engine, pd.connector_impl, pd.kv_connector) {
-        (EngineKind::Vllm, ConnectorImpl::Vllm, KvConnector::P2pNcclConnector) => bench.config.tp(role).max(1),
-        _ => 1,
-    }
-}
-
-/// Worker `i` starts at its role's port plus `i`, so workers with several KV ports in a row cannot stand side by side.
-fn neighbours(bench: &mut Bench<'_>) {
-    for (role, key) in [(Role::Prefill, "pd_disagg.prefill_kv_port"), (Role::Decode, "pd_disagg.decode_kv_port")] {
-        let ranks = kv_ports_per_worker(bench, role);
-        let ids = bench.config.gpu_ids(role).len();
-        if ranks > 1 && usize::try_from(ranks).is_ok_and(|ranks| ids > ranks) {
-            let message =
-                format!("gives each {} worker the next port, but vLLM's P2pNcclConnector takes {ranks}", role.name());
-            bench.refuse(&[key, "pd_disagg.auto_ports"], message, "set pd_disagg.auto_ports = true");
-        }
-    }
 }
 
 fn collision(bench: &mut Bench<'_>, earlier: &Range, later: &Range) {
