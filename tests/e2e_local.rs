@@ -210,5 +210,5 @@ fn kv_9_and_px_2_hold_while_workers_are_killed_and_clients_leave() {
     assert!(0 < fresh && fresh < right, "{counts}");
     let (transfers, moved) = (count("/workers/transfers"), count("/workers/moved_bytes"));
     assert!(transfers > fresh / 2 && moved > fresh * (512 << 10), "{counts}");
-    assert!(count("/workers/resident_end_bytes") > 0, "{counts}");
+    assert!(count("/workers/own_end_bytes") > 0, "{counts}");
 }

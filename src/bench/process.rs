@@ -47,8 +47,18 @@ pub fn descendants(root: i32) -> Vec<Process> {
 
 /// Resident memory in bytes; `None` once the process is gone.
 pub fn resident_bytes(pid: i32) -> Option<u64> {
+    status_bytes(pid, "VmRSS:")
+}
+
+/// The same without files and memory files: what the process took for itself. KV lies in memory files, whose pages come in one
+/// by one as blocks are used for the first time, in the worker that owns them and in its peers.
+pub fn anonymous_bytes(pid: i32) -> Option<u64> {
+    status_bytes(pid, "RssAnon:")
+}
+
+fn status_bytes(pid: i32, name: &str) -> Option<u64> {
     let text = String::from_utf8(proc_file(pid, "status")?).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
@@ -79,7 +89,8 @@ mod tests {
             descendants(own).iter().any(|process| process.pid == pid && process.command[0] == "sleep")
         });
         assert!(found);
-        assert!(resident_bytes(pid).unwrap() > 0 && cpu_time(pid).is_some());
+        assert!(resident_bytes(pid).unwrap() >= anonymous_bytes(pid).unwrap() && cpu_time(pid).is_some());
+        assert!(anonymous_bytes(pid).unwrap() > 0);
         assert!(signal(pid, rustix::process::Signal::KILL));
         child.wait().unwrap();
         assert!(resident_bytes(pid).is_none());

@@ -108,11 +108,11 @@ impl Report {
                 floor >> 20
             ));
         }
-        if let (Some(early), Some(end)) = (self.workers.resident_early_bytes, self.workers.resident_end_bytes)
+        if let (Some(early), Some(end)) = (self.workers.own_early_bytes, self.workers.own_end_bytes)
             && self.seconds >= WORKER_GROWTH_SECONDS_MIN
             && end > early + WORKER_GROWTH_MAX_BYTES
         {
-            broken.push(format!("resident memory of a worker grew from {} to {} MiB", early >> 20, end >> 20));
+            broken.push(format!("a worker's own memory, without KV, grew from {} to {} MiB", early >> 20, end >> 20));
         }
         broken
     }
@@ -149,8 +149,8 @@ impl std::fmt::Display for Report {
         row("launcher and proxy, resident MiB, end", (self.resident_end_bytes >> 20).to_string());
         let mib =
             |bytes: Option<u64>| bytes.map_or_else(|| "none of age".to_owned(), |bytes| (bytes >> 20).to_string());
-        row("largest worker of age, resident MiB, early", mib(self.workers.resident_early_bytes));
-        row("largest worker of age, resident MiB, end", mib(self.workers.resident_end_bytes));
+        row("largest worker of age, MiB without KV, early", mib(self.workers.own_early_bytes));
+        row("largest worker of age, MiB without KV, end", mib(self.workers.own_end_bytes));
         write!(f, "{table}")
     }
 }
@@ -177,7 +177,7 @@ mod tests {
         report.count(known(Ending::Unclear("reset".into())));
         report.held_blocks = 1;
         report.resident_end_bytes = 1 << 30;
-        (report.workers.resident_early_bytes, report.workers.resident_end_bytes) = (Some(0), Some(1 << 30));
+        (report.workers.own_early_bytes, report.workers.own_end_bytes) = (Some(0), Some(1 << 30));
         assert_eq!(report.broken_promises().len(), 4, "a short soak says nothing of the workers' memory");
         report.seconds = 300.0;
         assert_eq!(report.broken_promises().len(), 5);

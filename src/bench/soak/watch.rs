@@ -28,8 +28,8 @@ pub struct Workers {
     pub transfers_cut: u64,
     /// The most memory that a worker of age had, in bytes: when there first was one after a fifth of the time, and at the last.
     /// `None` where no worker lived long enough.
-    pub resident_early_bytes: Option<u64>,
-    pub resident_end_bytes: Option<u64>,
+    pub own_early_bytes: Option<u64>,
+    pub own_end_bytes: Option<u64>,
 }
 
 /// The link's counters of one worker.
@@ -92,7 +92,7 @@ impl Place {
     }
 }
 
-/// The largest resident memory among workers that have lived long enough.
+/// The largest memory of its own among workers that have lived long enough.
 #[derive(Debug)]
 struct Memory {
     started: Instant,
@@ -111,12 +111,12 @@ impl Memory {
         Self { started, early_after: fifth, age_min, first_seen: BTreeMap::new(), early: None, end: None }
     }
 
-    fn take(&mut self, now: Instant, resident: &[(i32, u64)]) {
-        self.first_seen.retain(|pid, _| resident.iter().any(|(living, _)| living == pid));
-        for (pid, _) in resident {
+    fn take(&mut self, now: Instant, own: &[(i32, u64)]) {
+        self.first_seen.retain(|pid, _| own.iter().any(|(living, _)| living == pid));
+        for (pid, _) in own {
             self.first_seen.entry(*pid).or_insert(now);
         }
-        let of_age = resident.iter().filter(|(pid, _)| now - self.first_seen[pid] >= self.age_min);
+        let of_age = own.iter().filter(|(pid, _)| now - self.first_seen[pid] >= self.age_min);
         let Some(most) = of_age.map(|(_, bytes)| *bytes).max() else { return };
         if now - self.started >= self.early_after {
             self.early.get_or_insert(most);
@@ -150,8 +150,8 @@ impl Watch {
             tokio::time::sleep_until(self.next.into()).await;
             self.next = Instant::now() + LOOK_EVERY;
             let workers = fleet::workers(self.launcher);
-            let resident = |pid| Some((pid, process::resident_bytes(pid)?));
-            self.memory.take(Instant::now(), &workers.into_iter().filter_map(resident).collect::<Vec<_>>());
+            let own = |pid| Some((pid, process::anonymous_bytes(pid)?));
+            self.memory.take(Instant::now(), &workers.into_iter().filter_map(own).collect::<Vec<_>>());
             self.asking.spawn(counters(self.proxy.clone()));
         }
         if let Some(Ok(counters)) = self.asking.join_next().await {
@@ -169,8 +169,8 @@ impl Watch {
             transfers: sum.transfers,
             moved_bytes: sum.moved_bytes,
             transfers_cut: sum.transfers_cut,
-            resident_early_bytes: self.memory.early,
-            resident_end_bytes: self.memory.end,
+            own_early_bytes: self.memory.early,
+            own_end_bytes: self.memory.end,
         }
     }
 
@@ -221,7 +221,7 @@ mod tests {
     fn only_workers_of_age_count_in_the_memory() {
         let start = Instant::now();
         let mut memory = Memory::new(start, Duration::from_secs(300));
-        let mut at = |seconds, resident: &[(i32, u64)]| memory.take(start + Duration::from_secs(seconds), resident);
+        let mut at = |seconds, own: &[(i32, u64)]| memory.take(start + Duration::from_secs(seconds), own);
         at(0, &[(1, 10), (2, 20)]);
         at(50, &[(1, 11), (3, 99)]);
         at(70, &[(1, 12), (3, 99)]);
