@@ -5,10 +5,11 @@
 //! peer whether its transfer is over, or waits until [`Link::peer_gone`] (KV-7).
 #![forbid(unsafe_code)]
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::flight::{Flight, Inflight, locked};
+use super::links::Links;
 use super::{
     CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, GrantToken, Link, Piece, RunList, Totals, TransferRequest,
     TransferTicket, Transport, TransportError,
@@ -54,12 +55,12 @@ pub struct Mapped<R: Reach> {
     regions: Arc<[Arc<Region>]>,
     export: Export,
     reach: Arc<R>,
-    links: Mutex<Vec<Weak<MappedLink<R>>>>,
+    links: Links<MappedLink<R>>,
 }
 
 impl<R: Reach> Mapped<R> {
     pub(super) fn offering(regions: &[Arc<Region>], export: Export, reach: R) -> Self {
-        Self { regions: regions.into(), export, reach: Arc::new(reach), links: Mutex::default() }
+        Self { regions: regions.into(), export, reach: Arc::new(reach), links: Links::default() }
     }
 }
 
@@ -81,9 +82,7 @@ impl<R: Reach> Transport for Mapped<R> {
         let peer = self.reach.open(peer, &self.regions)?;
         let inflight = Inflight::new(peer.name().to_owned());
         let link = Arc::new(MappedLink { peer: Mutex::new(Some(Arc::new(peer))), reach: self.reach.clone(), inflight });
-        let mut links = locked(&self.links);
-        links.retain(|link| link.strong_count() > 0);
-        links.push(Arc::downgrade(&link));
+        self.links.keep(&link);
         Ok(link)
     }
 
@@ -94,8 +93,7 @@ impl<R: Reach> Transport for Mapped<R> {
     }
 
     fn close(&self) {
-        let links = std::mem::take(&mut *locked(&self.links));
-        links.iter().filter_map(Weak::upgrade).for_each(|link| link.close());
+        self.links.close();
         self.reach.close();
     }
 }

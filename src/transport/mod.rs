@@ -25,6 +25,7 @@ mod flight_queue;
 mod grant;
 mod grant_table;
 mod identity;
+mod links;
 mod loopback;
 mod mapped;
 mod nixl;

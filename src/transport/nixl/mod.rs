@@ -15,7 +15,7 @@ mod peer;
 
 use std::path::PathBuf;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,7 @@ use self::driver::{Command, Driver};
 use self::peer::PeerState;
 use super::flight::{Inflight, locked};
 use super::identity::Identity;
+use super::links::Links;
 use super::mapped::unusable;
 use super::threads::Threads;
 use super::{
@@ -91,7 +92,7 @@ pub struct Nixl {
     request_bytes_max: u64,
     commands: Sender<Command>,
     threads: Threads,
-    links: Mutex<Vec<Weak<NixlLink>>>,
+    links: Links<NixlLink>,
 }
 
 impl Nixl {
@@ -124,7 +125,7 @@ impl Nixl {
             request_bytes_max: if on_gpu { GPU_REQUEST_BYTES_MAX } else { HOST_REQUEST_BYTES_MAX },
             commands,
             threads,
-            links: Mutex::default(),
+            links: Links::default(),
         })
     }
 }
@@ -162,9 +163,7 @@ impl Transport for Nixl {
             request_bytes_max: self.request_bytes_max,
             commands: Mutex::new(Some(self.commands.clone())),
         });
-        let mut links = locked(&self.links);
-        links.retain(|link| link.strong_count() > 0);
-        links.push(Arc::downgrade(&link));
+        self.links.keep(&link);
         Ok(link)
     }
 
@@ -174,8 +173,7 @@ impl Transport for Nixl {
     }
 
     fn close(&self) {
-        let links = std::mem::take(&mut *locked(&self.links));
-        links.iter().filter_map(Weak::upgrade).for_each(|link| link.close());
+        self.links.close();
         let _ = self.commands.send(Command::Close);
         self.threads.join();
     }

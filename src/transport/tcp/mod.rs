@@ -23,9 +23,10 @@ use self::frame::{REQUEST_BYTES_MAX, REQUEST_RUNS_MAX};
 use self::handshake::{ExportId, greet};
 use self::server::Server;
 use self::socket::Socket;
-use super::flight::{Inflight, locked};
+use super::flight::Inflight;
 use super::flight_queue::FlightQueue;
 use super::grant_table::GrantTable;
+use super::links::Links;
 use super::threads::Threads;
 use super::{
     CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, Link, RunList, TransferRequest, TransferTicket, Transport,
@@ -70,7 +71,7 @@ pub struct Tcp {
     server: Arc<Server>,
     threads: Arc<Threads>,
     accepting: Threads,
-    links: Mutex<Vec<Weak<TcpLink>>>,
+    links: Links<TcpLink>,
 }
 
 impl Tcp {
@@ -110,7 +111,7 @@ impl Tcp {
             server,
             threads,
             accepting,
-            links: Mutex::default(),
+            links: Links::default(),
         })
     }
 }
@@ -127,9 +128,7 @@ impl Transport for Tcp {
     fn connect(&self, peer: &Export, deadline: Instant) -> Result<Arc<dyn Link>, TransportError> {
         let description: Description = peer.decode(Path::Tcp)?;
         let link = TcpLink::connect(self, description, deadline)?;
-        let mut links = locked(&self.links);
-        links.retain(|link| link.strong_count() > 0);
-        links.push(Arc::downgrade(&link));
+        self.links.keep(&link);
         Ok(link)
     }
 
@@ -139,8 +138,7 @@ impl Transport for Tcp {
     }
 
     fn close(&self) {
-        let links = std::mem::take(&mut *locked(&self.links));
-        links.iter().filter_map(Weak::upgrade).for_each(|link| link.close());
+        self.links.close();
         self.server.close();
         // Wakes the accepting thread: on a listener this ends every accept.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
