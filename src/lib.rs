@@ -29,3 +29,4 @@ pub mod topology;
 // Top: what a person runs.
 pub mod bench;
 pub mod cli;
+pub mod doctor;

@@ -9,6 +9,7 @@
 mod argv;
 mod bench;
 mod config;
+mod doctor;
 mod engine;
 mod guard;
 mod listen;
@@ -48,6 +49,11 @@ enum Command {
     /// Show, check or describe the configuration.
     #[command(after_help = SOURCES_HELP)]
     Config(config::Args),
+    /// Check the machine, the libraries, the configuration and the links before a large run.
+    #[command(after_help = SOURCES_HELP, override_usage = "pdlink doctor [OPTIONS] [@ FILE]... [--section.key VALUE]...")]
+    Doctor(doctor::Args),
+    #[command(name = crate::doctor::probe::SUBCOMMAND, hide = true)]
+    DoctorProbe(doctor::ProbeArgs),
     /// Run the reference engine: one worker with no model and no GPU.
     #[command(after_help = SOURCES_HELP, override_usage = "pdlink engine --port PORT [OPTIONS] [@ FILE]... [--section.key VALUE]...")]
     Engine(engine::Args),
@@ -65,6 +71,8 @@ fn dispatch(command: Command, sources: Sources) -> anyhow::Result<ExitCode> {
     match command {
         Command::Bench(args) => bench::run(args, sources),
         Command::Config(args) => config::run(args, sources),
+        Command::Doctor(args) => doctor::run(&args, &sources),
+        Command::DoctorProbe(_) => doctor::serve_probe(),
         Command::Engine(args) => engine::run(args, sources),
         Command::Up(args) => up::run(args, sources),
         Command::Guard(args) => guard::run(args, sources),

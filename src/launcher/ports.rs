@@ -192,7 +192,8 @@ impl HeldPorts {
     }
 }
 
-fn resolve(host: &str) -> Result<IpAddr, PortError> {
+/// The address to listen on of a host, by name or by number.
+pub fn resolve(host: &str) -> Result<IpAddr, PortError> {
     let failed = |source| PortError::Host { host: host.to_owned(), source };
     match host.trim_matches(['[', ']']) {
         "" | "*" => Ok(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),

@@ -50,7 +50,7 @@ pub use nixl::{Nixl, NixlSetup};
 pub use request::{Completion, Copied, Direction, TransferRequest, TransferTicket};
 pub use run_list::{Piece, Run, RunList, Segment, Totals};
 pub use select::{Selected, Setup, connect_best, copy_threads, export_all, offers};
-pub use shm::Shm;
+pub use shm::{Shm, allow_peers_to_read, read_peer_byte};
 pub use tcp::{Tcp, TcpSetup};
 
 use crate::config::Path;

@@ -1,0 +1,40 @@
+//! `pdlink doctor`: whether the machine, the libraries, the configuration, the links and a deployment can be trusted, before a
+//! large run.
+//!
+//! A [`Check`] asks one question, within a time of its own, and gives one [`Answer`]: what was seen, and what to do. Checks are
+//! data, listed by their group ([`machine`], [`configuration`]); [`run`] asks them and [`Report`] shows the answers, to a person or as JSON.
+//! What may harm the process that looks (a foreign library, another process's memory) is asked in a process of its own
+//! ([`probe`]). What is absent is skipped by name; absent and needed by the configuration is a failure.
+#![forbid(unsafe_code)]
+
+mod check;
+mod configuration;
+mod machine;
+pub mod probe;
+mod report;
+mod runner;
+mod setting;
+
+use std::time::Instant;
+
+pub use check::{Answer, Check, Group, Verdict};
+pub use report::Report;
+pub use setting::Setting;
+
+use crate::bench::environment::Environment;
+
+/// Checks asked at the same time. They mostly wait: for a process, a library, a name server.
+const AT_ONCE: usize = 4;
+
+/// Asks everything there is to ask about `setting`; `tell` hears what is being asked.
+pub fn run(setting: Setting, tell: &dyn Fn(&runner::Progress<'_>)) -> Report {
+    let started = Instant::now();
+    let environment = Environment::current();
+    let setting = std::sync::Arc::new(setting);
+    let mut checks = machine::checks(&setting);
+    checks.extend(configuration::checks(&setting));
+    let answered = runner::ask(checks, AT_ONCE, tell);
+    Report::new(environment, answered, started.elapsed())
+}
+
+pub use runner::Progress;
