@@ -333,27 +333,17 @@ fn arguments_that_the_plan_decides_or_everybody_could_read_are_refused_all_at_on
 
 #[test]
 fn paths_that_this_version_has_not_are_refused_or_warned_of() {
-    assert_cases(&[
-        (
-            "the connector's own path",
-            pd_1_1("kv_connector = \"NixlConnector\"\n"),
-            &[
-                "a.toml:7: pd_disagg.kv_connector: is \"NixlConnector\", which goes by nixl",
-                "set pd_disagg.connector_impl = \"vllm\"",
-                "cuda-ipc for KV on a GPU",
-            ],
-        ),
-        (
-            "named alone",
-            pd_1_1("[kv]\npaths = [\"nccl\"]\n"),
-            &["a.toml:8: kv.paths: has nccl", "name cuda-ipc for KV on a GPU; nixl, shm, tcp for KV on a CPU"],
-        ),
-    ]);
+    assert_cases(&[(
+        "named alone",
+        pd_1_1("[kv]\npaths = [\"nccl\"]\n"),
+        &["a.toml:8: kv.paths: has nccl", "name cuda-ipc, nixl for KV on a GPU; nixl, shm, tcp for KV on a CPU"],
+    )]);
     let loaded = load_text(&pd_1_1("[kv]\npaths = [\"nccl\", \"cuda-ipc\"]\n")).expect("one path remains");
     assert!(lines(&loaded.warnings).contains("a.toml:8: kv.paths: has nccl"), "{}", lines(&loaded.warnings));
     assert_eq!(loaded.config.kv_paths(false), [pdlink::config::Path::CudaIpc]);
     let fine = [
         pd_1_1(""),
+        pd_1_1("kv_connector = \"NixlConnector\"\n"),
         pd_1_1("kv_connector = \"NixlConnector\"\nconnector_impl = \"vllm\"\n"),
         pd_1_1("kv_connector = \"NixlConnector\"\n[kv]\npaths = [\"nixl\", \"shm\"]\n"),
     ];

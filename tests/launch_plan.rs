@@ -497,11 +497,14 @@ fn only_paths_that_exist_are_promised_and_python_prefers_the_same() {
     assert_eq!(serde_json::from_str::<Value>(list).expect("a list"), json!(paths(&planned(&config, 33))));
 
     config.pd_disagg.kv_connector = KvConnector::NixlConnector;
+    let plan = planned(&config, 33);
+    assert_eq!(paths(&plan), [Path::Nixl]);
+    assert_eq!(kv_settings(&plan.workers[0])["kv_connector_extra_config"]["kv"]["paths"], json!(["nixl"]));
+
+    config.kv.paths = Some(vec![Path::Shm]);
     let error = made(&config, 33, &mut TablePorts::busy(&[])).expect_err("no such path for a GPU");
     let text = error.to_string();
-    for part in
-        ["`pd_disagg.kv_connector` asks for nixl", "GPU memory", "`kv.paths` to some of cuda-ipc", "= \"vllm\"`"]
-    {
+    for part in ["`kv.paths` asks for shm", "GPU memory", "set it to some of cuda-ipc, nixl", "= \"vllm\"`"] {
         assert!(text.contains(part), "no {part:?} in {text}");
     }
 }

@@ -63,8 +63,8 @@ struct LinkArgs {
     /// Push into the other process's memory, rather than pull from it
     #[arg(long)]
     push: bool,
-    /// GPU of this process and of the other, on paths between GPUs; one number for both
-    #[arg(long, value_delimiter = ',', default_values_t = [0])]
+    /// GPU of this process and of the other, or one number for both: cuda-ipc [default: 0], and nixl for GPU memory
+    #[arg(long, value_delimiter = ',')]
     gpus: Vec<i32>,
     /// Also write the report to this file, as JSON
     #[arg(long, value_name = "FILE")]
@@ -113,23 +113,33 @@ pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
     }
 }
 
+impl PathName {
+    fn path(self) -> Path {
+        match self {
+            Self::Shm => Path::Shm,
+            Self::Tcp => Path::Tcp,
+            Self::CudaIpc => Path::CudaIpc,
+            Self::Nixl => Path::Nixl,
+        }
+    }
+}
+
+/// One number for both, or one each.
+fn pair(gpus: &[i32]) -> Option<[i32; 2]> {
+    gpus.first().map(|first| [*first, gpus.get(1).copied().unwrap_or(*first)])
+}
+
 fn run_link(args: LinkArgs) -> anyhow::Result<ExitCode> {
     let named = if args.path.is_empty() { vec![PathName::Shm, PathName::Tcp] } else { args.path };
-    let paths = named.into_iter().map(|path| match path {
-        PathName::Shm => Path::Shm,
-        PathName::Tcp => Path::Tcp,
-        PathName::CudaIpc => Path::CudaIpc,
-        PathName::Nixl => Path::Nixl,
-    });
     let cores = || std::thread::available_parallelism().map_or(1, usize::from).clamp(1, 8);
     let options = link::Options {
-        paths: paths.collect(),
+        paths: named.into_iter().map(PathName::path).collect(),
         bytes: args.bytes,
         run_bytes: args.run_bytes,
         threads: args.threads.unwrap_or_else(cores).max(1),
         seconds: args.seconds.clamp(0.0, 3600.0),
         push: args.push,
-        gpus: [args.gpus[0], args.gpus.get(1).copied().unwrap_or(args.gpus[0])],
+        gpus: pair(&args.gpus),
     };
     tell(args.json.as_deref(), |text| link::run(&options, text))
 }

@@ -47,7 +47,8 @@ impl Path {
         match self {
             Self::CudaIpc => memory == KvMemory::Gpu,
             Self::Nccl => false,
-            Self::Nixl | Self::Shm | Self::Tcp => memory == KvMemory::Host,
+            Self::Nixl => true,
+            Self::Shm | Self::Tcp => memory == KvMemory::Host,
         }
     }
 
@@ -89,9 +90,10 @@ pub enum DigestPolicy {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct KvConfig {
-    /// Paths allowed, best first. Default: on a GPU `cuda-ipc` with `P2pNcclConnector`, none yet with `NixlConnector`; on a CPU
+    /// Paths allowed, best first. Default: on a GPU `cuda-ipc` with `P2pNcclConnector`, `nixl` with `NixlConnector`; on a CPU
     /// `shm`, and `tcp` between hosts. A path that is not listed is never used, also not as a fall-back. This version has
-    /// `cuda-ipc` for GPU memory, and `nixl`, `shm` and `tcp` for host memory; it has no `nccl`.
+    /// `cuda-ipc` for GPU memory, `shm` and `tcp` for host memory, and `nixl` for either, the same on both sides; it has no
+    /// `nccl`.
     pub paths: Option<Vec<Path>>,
     /// How long prefill holds blocks that nobody claims or renews, in milliseconds. Default 30000. Longer costs blocks
     /// that a vanished decode worker still pins.

@@ -47,10 +47,10 @@ pub enum PlanError {
     )]
     NoNixlPush { version: VllmVersion },
     #[error(
-        "`{key}` asks for {wanted}, and vLLM {release} keeps its KV in {memory}, which this version does not move that way; set \
-         `kv.paths` to some of {possible}, or `pd_disagg.connector_impl = \"vllm\"`"
+        "`kv.paths` asks for {wanted}, and vLLM {release} keeps its KV in {memory}, which this version does not move that way; set \
+         it to some of {possible}, or `pd_disagg.connector_impl = \"vllm\"`"
     )]
-    NoPath { key: &'static str, wanted: String, release: String, memory: &'static str, possible: String },
+    NoPath { wanted: String, release: String, memory: &'static str, possible: String },
     #[error(
         "vLLM {version} ships no P2pNcclConnector any more (the last that did was {P2P_NCCL_LAST}); set `pd_disagg.connector_impl = \
          \"native\"`, or `pd_disagg.kv_connector = \"NixlConnector\"`"
@@ -72,7 +72,7 @@ impl PlanError {
             Self::Port(_) | Self::NoVllm | Self::TooOld { .. } => Vec::new(),
             Self::TooOldForNative { .. } => vec!["pd_disagg.connector_impl", "pd_disagg.enabled"],
             Self::NoNixlPush { .. } => vec!["pd_disagg.kv_send_type"],
-            Self::NoPath { key, .. } => vec![key],
+            Self::NoPath { .. } => vec!["kv.paths"],
             Self::P2pGone { .. } => vec!["pd_disagg.kv_connector", "pd_disagg.connector_impl"],
             Self::GpuList { role, .. } => vec![gpu_list(role)],
         }
@@ -128,20 +128,17 @@ fn is_on_cpu(config: &Config, around: &Surroundings<'_>) -> bool {
     config.inference.engine == EngineKind::Vllm && around.vllm.is_some_and(|vllm| vllm.on_cpu)
 }
 
-/// The paths KV may take; refused where none of those that are named, or that the connector prefers, moves it.
+/// The paths KV may take; refused where none of those that are named moves it.
 fn kv_paths(config: &Config, around: &Surroundings<'_>) -> Result<Vec<Path>, PlanError> {
     let on_cpu = is_on_cpu(config, around);
     let paths = config.kv_paths(on_cpu);
     let has_runtime = config.pd_disagg.enabled && is_native(config) && config.inference.engine == EngineKind::Vllm;
-    let (Some(vllm), true, true) = (around.vllm, has_runtime, paths.is_empty()) else { return Ok(paths) };
-    let (key, wanted) = match &config.kv.paths {
-        Some(named) => ("kv.paths", named.as_slice()),
-        None => ("pd_disagg.kv_connector", config.pd_disagg.kv_connector.preferred()),
+    let (Some(vllm), Some(named), true, true) = (around.vllm, &config.kv.paths, has_runtime, paths.is_empty()) else {
+        return Ok(paths);
     };
     let memory = config.kv_memory(on_cpu);
     Err(PlanError::NoPath {
-        key,
-        wanted: Path::list(wanted.iter().copied()),
+        wanted: Path::list(named.iter().copied()),
         release: vllm.release.clone(),
         memory: memory.name(),
         possible: Path::list(Path::that_move(memory)),

@@ -1,6 +1,7 @@
 //! The KV of whole requests between two real processes, through the runtime: claim, run list, copy, validation, reports.
 //!
-//! Every round alternates with a parallel memcpy of as many bytes on as many threads. `fetch` is what a request waits for
+//! Every round alternates with a parallel memcpy of as many bytes on as many threads, or between GPUs with the driver's own
+//! copy. Before a line is measured, one request of its kind is compared byte for byte. `fetch` is what a request waits for
 //! once its blocks are there, from the call to the report on another thread; its claim was answered before. `whole` begins
 //! with the claim. Neither holds the time of an engine.
 
@@ -20,14 +21,13 @@ pub use shape::{Layout, Shape};
 
 use self::peer::{Orders, Peer};
 use super::environment::Environment;
-use super::link::Ceiling;
+use super::link::{self, Ceiling};
 use super::stats::{Samples, Spread};
 use super::table::{Table, size};
 use crate::config::{DigestPolicy, KvConfig, KvSendType, Path, Role};
 use crate::kv::{
     End, Geometry, KvLink, KvMetrics, KvRuntime, RankMemory, Report as TransferReport, RuntimeConfig, TransferId,
 };
-use crate::memory::{Region, RegionOptions, to_usize};
 use crate::telemetry::TransferRecord;
 
 /// Longest wait for one transfer, and for the other process.
@@ -50,6 +50,9 @@ pub struct Options {
     pub threads: usize,
     /// Digest every transfer (KV-4).
     pub digest: bool,
+    /// GPU of this process, which decodes, and of the other. Without them `cuda-ipc` takes the first for both, and `nixl`
+    /// keeps its KV in host memory.
+    pub gpus: Option<[i32; 2]>,
     /// Time per line of the table.
     pub seconds: f64,
 }
@@ -159,6 +162,7 @@ struct Rig {
     path: Path,
     orders: Orders,
     geometry: Geometry,
+    memory: RankMemory,
     peer: Peer,
     decode: Worker,
     reports: Receiver<TransferReport>,
@@ -188,16 +192,21 @@ impl Rig {
         };
         let num_blocks = geometry.groups[0].blocks_for(most).max(8) * REQUESTS;
         let (shape, layout, block_size) = (options.shape, options.layout, options.block_size);
-        let orders = Orders { kv, shape, layout, block_size, num_blocks, send_type };
+        let span = (geometry.token_bytes() * u64::from(num_blocks * block_size)).min(1 << 30);
+        let [our_gpu, gpu] = link::gpus(path, options.gpus);
+        let orders = Orders { kv, shape, layout, block_size, num_blocks, send_type, gpu, span };
         let peer = Peer::start(&orders)?;
-        let memory = shape::memory(&geometry, layout, num_blocks)?;
-        let decode = Worker::start(&orders, geometry.clone(), memory, Role::Decode, TcpListener::bind("127.0.0.1:0")?)?;
+        let memory = shape::memory(&geometry, layout, num_blocks, our_gpu)?;
+        let decode =
+            Worker::start(&orders, geometry.clone(), memory.clone(), Role::Decode, TcpListener::bind("127.0.0.1:0")?)?;
         let (sender, reports) = channel();
         decode.tell(sender);
-        let span = (geometry.token_bytes() * u64::from(num_blocks * block_size)).min(1 << 30);
-        let dst = Region::shared_with(to_usize(span), RegionOptions { prefault: true, huge_pages: false })?;
-        let ceiling = Ceiling::memcpy(options.threads, dst)?;
-        Ok(Self { path, orders, geometry, peer, decode, reports, ceiling, span, turn: 0 })
+        let dst = link::memory(span, our_gpu)?;
+        let ceiling = match our_gpu {
+            Some(_) => Ceiling::gpu(peer.gpu_memory.as_ref(), &dst)?,
+            None => Ceiling::memcpy(options.threads, dst)?,
+        };
+        Ok(Self { path, orders, geometry, memory, peer, decode, reports, ceiling, span, turn: 0 })
     }
 
     fn row(&mut self, options: &Options, tokens: u32, scattered: bool) -> anyhow::Result<Row> {
@@ -206,7 +215,7 @@ impl Rig {
         let (mut rate, mut ceiling) = (Samples::default(), Samples::default());
         // Connects, and meets every page once.
         for _ in 0..REQUESTS {
-            self.round(tokens, scattered, true)?;
+            self.check(tokens, scattered)?;
         }
         let mut last = self.round(tokens, scattered, true)?.record;
         let until = Instant::now() + Duration::from_secs_f64(options.seconds);
@@ -262,6 +271,15 @@ impl Rig {
         ensure!(report.end == End::Received, "transfer {} failed: {:?}", report.transfer_id, report.end);
         let record = self.record(report.transfer_id)?;
         Ok(Round { fetch_s: (ended - fetched).as_secs_f64(), whole_s: (ended - expected).as_secs_f64(), record })
+    }
+
+    /// Moves one request, and holds every byte of its whole blocks against what the prefill worker has.
+    fn check(&mut self, tokens: u32, scattered: bool) -> anyhow::Result<()> {
+        shape::clear(&self.memory)?;
+        self.round(tokens, scattered, true)?;
+        let first = self.turn * (self.orders.num_blocks / REQUESTS);
+        let whole = tokens / self.orders.block_size;
+        shape::check(&self.memory, &shape::blocks(first, whole, self.orders.num_blocks, scattered))
     }
 
     fn record(&self, transfer_id: TransferId) -> anyhow::Result<TransferRecord> {

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use anyhow::ensure;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::bench::link::{self, FILL_BYTES, is_noise, noise};
 use crate::kv::{BlockId, Geometry, GroupGeometry, GroupKind, LayerPlacement, RankMemory};
-use crate::memory::{Region, RegionOptions, to_usize};
+use crate::memory::{Region, to_u64, to_usize};
 
 /// Whose KV is moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -78,8 +80,13 @@ impl Shape {
     }
 }
 
-/// Memory for `num_blocks` blocks, backed at once so that no transfer meets a page fault.
-pub(super) fn memory(geometry: &Geometry, layout: Layout, num_blocks: u32) -> anyhow::Result<RankMemory> {
+/// Memory for `num_blocks` blocks, on a GPU or of this host, backed at once so that no transfer meets a page fault.
+pub(super) fn memory(
+    geometry: &Geometry,
+    layout: Layout,
+    num_blocks: u32,
+    gpu: Option<i32>,
+) -> anyhow::Result<RankMemory> {
     let [group] = &geometry.groups[..] else {
         anyhow::bail!("{} KV groups, one is laid out here", geometry.groups.len())
     };
@@ -89,9 +96,7 @@ pub(super) fn memory(geometry: &Geometry, layout: Layout, num_blocks: u32) -> an
     let layer_bytes = block_stride * u64::from(num_blocks);
     let split = layout == Layout::SplitKv;
     let (regions, bytes) = if split { (group.layers, layer_bytes) } else { (1, layer_bytes * u64::from(group.layers)) };
-    let options = RegionOptions { prefault: true, huge_pages: false };
-    let regions = (0..regions).map(|_| Region::shared_with(to_usize(bytes), options));
-    let regions: Vec<Arc<Region>> = regions.collect::<Result<_, _>>()?;
+    let regions: Vec<Arc<Region>> = (0..regions).map(|_| link::memory(bytes, gpu)).collect::<Result<_, _>>()?;
     let layers = (0..group.layers).map(|layer| {
         let head_stride = if split { content } else { halves * content };
         Ok(LayerPlacement {
@@ -113,6 +118,35 @@ pub(super) fn blocks(first: u32, count: u32, num_blocks: u32, scattered: bool) -
     let step = if scattered { (num_blocks / 3 + 1..num_blocks.max(2)).find(coprime).unwrap_or(1) } else { 1 };
     let at = |index: u32| (u64::from(first) + u64::from(index) * u64::from(step)) % u64::from(num_blocks);
     (0..count).map(|index| BlockId(u32::try_from(at(index)).unwrap_or(0))).collect()
+}
+
+/// Fills the memory so that every block of every layer differs.
+pub(super) fn fill(memory: &RankMemory) -> anyhow::Result<()> {
+    memory.regions.iter().zip(1..).try_for_each(|(region, seed)| link::fill(region, seed))
+}
+
+/// Makes the memory unlike what [`fill`] makes of it.
+pub(super) fn clear(memory: &RankMemory) -> anyhow::Result<()> {
+    memory.regions.iter().try_for_each(|region| Ok(region.fill(0, region.len(), 0)?))
+}
+
+/// Whether each of these blocks holds, in every layer, what [`fill`] put there.
+pub(super) fn check(memory: &RankMemory, blocks: &[BlockId]) -> anyhow::Result<()> {
+    for (index, region) in memory.regions.iter().enumerate() {
+        let expected = noise(to_usize(FILL_BYTES), to_u64(index) + 1);
+        for layer in memory.layers.iter().filter(|layer| usize::from(layer.region) == index) {
+            for block in blocks {
+                let at = layer.base + u64::from(block.0) * layer.block_stride;
+                let got = region.to_vec(at, layer.block_stride)?;
+                ensure!(
+                    is_noise(&got, at, &expected),
+                    "wrong bytes in block {}, region {index}, byte {at} on",
+                    block.0
+                );
+            }
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

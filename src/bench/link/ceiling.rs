@@ -16,7 +16,7 @@ use crate::memory::{Region, RegionOptions, to_u64, to_usize};
 /// How much one plain read or write asks for.
 pub(super) const PLAIN_BYTES: usize = 256 * 1024;
 /// Memory is filled with this many bytes of noise, over and over.
-pub(super) const FILL_BYTES: u64 = 1 << 20;
+pub(in crate::bench) const FILL_BYTES: u64 = 1 << 20;
 
 /// Threads that wait for a share of a copy, as a path's threads do.
 pub(in crate::bench) struct Ceiling {
@@ -58,7 +58,7 @@ impl Ceiling {
     }
 
     /// The driver's own copy, as one piece, from the peer's GPU memory to `dst`.
-    pub(super) fn gpu(peer: Option<&IpcHandle>, dst: &Arc<Region>) -> anyhow::Result<Self> {
+    pub(in crate::bench) fn gpu(peer: Option<&IpcHandle>, dst: &Arc<Region>) -> anyhow::Result<Self> {
         let device = dst.device().context("the memory is not on a GPU")?;
         let handle = peer.context("the other process named no GPU memory")?;
         Self::start(1, |_| {
@@ -148,7 +148,7 @@ impl Drop for Ceiling {
 }
 
 /// Fills a region with noise, piece by piece.
-pub(super) fn fill(region: &Region, seed: u64) -> anyhow::Result<()> {
+pub(in crate::bench) fn fill(region: &Region, seed: u64) -> anyhow::Result<()> {
     let block = noise(to_usize(FILL_BYTES), seed);
     let mut at = 0;
     while at < region.len() {

@@ -1,14 +1,15 @@
 //! How fast a path moves bytes between two processes, and what share that is of what the machine can do.
 //!
-//! The other process is this program again. Every measurement alternates with its ceiling: for `shm` and `nixl` a parallel memcpy
-//! on as many threads, for `tcp` as many plain sockets with read and write loops, each the faster of two ways to share the work.
-//! Both walk through memory larger than the caches, so that both find it equally cold.
+//! The other process is this program again. Every measurement alternates with its ceiling: between GPUs the driver's own copy,
+//! else for `shm` and `nixl` a parallel memcpy on as many threads, for `tcp` as many plain sockets with read and write loops,
+//! each the faster of two ways to share the work. Both walk through memory larger than the caches, so that both find it equally
+//! cold. Before a line is measured, one transfer of its kind is compared byte for byte.
 
 mod ceiling;
 mod peer;
 mod workload;
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -16,9 +17,11 @@ use serde::Serialize;
 
 pub use peer::serve as serve_peer;
 
-pub(super) use self::ceiling::Ceiling;
+pub(super) use self::ceiling::{Ceiling, FILL_BYTES, fill};
 use self::peer::Peer;
+pub(super) use self::peer::memory;
 use self::workload::Window;
+pub(super) use self::workload::{is_noise, noise};
 use super::environment::Environment;
 use super::stats::{Samples, Spread};
 use super::table::{Table, size};
@@ -40,8 +43,8 @@ pub struct Options {
     /// Time per line of the table.
     pub seconds: f64,
     pub push: bool,
-    /// GPU of this process and of the other, for paths between GPUs.
-    pub gpus: [i32; 2],
+    /// GPU of this process and of the other. Without them `cuda-ipc` takes the first for both, and `nixl` host memory.
+    pub gpus: Option<[i32; 2]>,
 }
 
 /// One line of the table.
@@ -80,9 +83,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Memory walked through, so that nothing is met again while a cache still has it.
 const SPAN_BYTES_MIN: u64 = 256 << 20;
 const LATENCY_BYTES: u64 = 4096;
-/// What is compared before anything is measured.
-const CHECK_BYTES: u64 = 32 << 20;
-const CHECK_RUN_BYTES: u64 = 16 << 10;
+/// What our memory is filled with before a push is checked.
+const OUR_SEED: u64 = 11;
 const LATENCY_ROUNDS_MAX: usize = 20_000;
 
 /// Measures, telling each line as it is known.
@@ -114,12 +116,22 @@ fn name(direction: Direction) -> &'static str {
     }
 }
 
+/// The GPU of this process and of the other, where the path is to move GPU memory.
+pub(super) fn gpus(path: Path, named: Option<[i32; 2]>) -> [Option<i32>; 2] {
+    match (path, named) {
+        (Path::CudaIpc, None) => [Some(0); 2],
+        (Path::CudaIpc | Path::Nixl, Some([ours, theirs])) => [Some(ours), Some(theirs)],
+        _ => [None; 2],
+    }
+}
+
 /// Both processes, connected over one path, and the ceiling beside it.
 struct Rig {
     path: Path,
     direction: Direction,
-    transport: std::sync::Arc<dyn Transport>,
-    link: std::sync::Arc<dyn Link>,
+    region: Arc<Region>,
+    transport: Arc<dyn Transport>,
+    link: Arc<dyn Link>,
     ceiling: Ceiling,
     peer: Peer,
     span: u64,
@@ -128,48 +140,57 @@ struct Rig {
 impl Rig {
     fn new(path: Path, options: &Options, direction: Direction, span: u64) -> anyhow::Result<Self> {
         let secret = Secret::generate()?;
-        let peer = Peer::start(path, span, options.threads, options.gpus[1], &secret)?;
-        let region = peer::memory(path, span, options.gpus[0])?;
+        let [our_gpu, peer_gpu] = gpus(path, options.gpus);
+        let peer = Peer::start(path, span, options.threads, peer_gpu, &secret)?;
+        let region = memory(span, our_gpu)?;
         let transport = peer::open(path, &region, options.threads, &secret)?;
         let link =
             transport.connect(&peer.export, Instant::now() + PATIENCE).context("connecting to the other process")?;
         let ceiling = match path {
             Path::Tcp => Ceiling::sockets(peer.plain_port, options.threads, region.clone())?,
-            Path::CudaIpc => Ceiling::gpu(peer.gpu_memory.as_ref(), &region)?,
+            _ if our_gpu.is_some() => Ceiling::gpu(peer.gpu_memory.as_ref(), &region)?,
             _ => Ceiling::memcpy(options.threads, region.clone())?,
         };
-        let rig = Self { path, direction, transport, link, ceiling, peer, span };
-        rig.check(&region)?;
-        Ok(rig)
+        Ok(Self { path, direction, region, transport, link, ceiling, peer, span })
     }
 
-    /// Whether what is pulled is what the other process holds: a fast copy of wrong bytes is worth nothing.
-    fn check(&self, region: &Region) -> anyhow::Result<()> {
-        if self.direction == Direction::Push {
-            return Ok(());
-        }
-        let bytes = CHECK_BYTES.min(self.span);
-        let runs = workload::scattered(0, bytes, CHECK_RUN_BYTES);
-        self.transfer(runs.clone())?;
-        let theirs = workload::noise(to_usize(ceiling::FILL_BYTES), peer::SEED);
+    /// Holds every byte of one transfer against what it must be: a fast copy of wrong bytes is worth nothing. What was pushed
+    /// is pulled back in one run.
+    fn check(&self, bytes: u64, run_bytes: u64) -> anyhow::Result<()> {
+        let runs = workload::scattered(0, bytes, run_bytes);
+        let seed = match self.direction {
+            Direction::Pull => {
+                self.region.fill(0, bytes, 0)?;
+                self.transfer(runs.clone())?;
+                peer::SEED
+            }
+            Direction::Push => {
+                fill(&self.region, OUR_SEED)?;
+                self.transfer(runs.clone())?;
+                self.region.fill(0, bytes, 0)?;
+                self.move_by(Direction::Pull, workload::scattered(0, bytes, bytes))?;
+                OUR_SEED
+            }
+        };
+        let block = noise(to_usize(FILL_BYTES), seed);
+        let got = self.region.to_vec(0, bytes)?;
         for run in runs.segments.iter().flat_map(|segment| &segment.runs) {
-            let at = to_usize(run.src % ceiling::FILL_BYTES);
-            ensure!(
-                region.to_vec(run.dst, run.len)? == theirs[at..at + to_usize(run.len)],
-                "{} brought wrong bytes: run at {} of the other process's memory",
-                self.path.name(),
-                run.src
-            );
+            let got = &got[to_usize(run.dst)..to_usize(run.dst + run.len)];
+            ensure!(is_noise(got, run.src, &block), "{} brought wrong bytes: {run:?}", self.path.name());
         }
         Ok(())
     }
 
     /// Seconds that one transfer took.
     fn transfer(&self, runs: RunList) -> anyhow::Result<f64> {
+        self.move_by(self.direction, runs)
+    }
+
+    fn move_by(&self, direction: Direction, runs: RunList) -> anyhow::Result<f64> {
         let bytes = runs.bytes();
         let (tell, told) = mpsc::channel();
-        let grant = (self.direction == Direction::Push).then_some(self.peer.grant);
-        let request = TransferRequest { direction: self.direction, runs, grant, deadline: Instant::now() + PATIENCE };
+        let grant = (direction == Direction::Push).then_some(self.peer.grant);
+        let request = TransferRequest { direction, runs, grant, deadline: Instant::now() + PATIENCE };
         let started = Instant::now();
         self.link.submit(request, Box::new(move |outcome| drop(tell.send((outcome, Instant::now())))));
         let (outcome, ended) = told.recv().context("the link dropped a completion")?;
@@ -180,6 +201,7 @@ impl Rig {
     }
 
     fn row(&self, bytes: u64, run_bytes: u64, options: &Options) -> anyhow::Result<Row> {
+        self.check(bytes, run_bytes)?;
         let mut window = Window::new(self.span, bytes);
         let (mut ours, mut theirs) = (Samples::default(), Samples::default());
         let until = Instant::now() + Duration::from_secs_f64(options.seconds);

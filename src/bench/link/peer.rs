@@ -31,7 +31,7 @@ struct Orders {
     path: Path,
     span: u64,
     threads: usize,
-    gpu: i32,
+    gpu: Option<i32>,
     secret_file: std::path::PathBuf,
 }
 
@@ -54,7 +54,13 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) fn start(path: Path, span: u64, threads: usize, gpu: i32, secret: &Secret) -> anyhow::Result<Self> {
+    pub(super) fn start(
+        path: Path,
+        span: u64,
+        threads: usize,
+        gpu: Option<i32>,
+        secret: &Secret,
+    ) -> anyhow::Result<Self> {
         let name = format!("pdlink-bench-{}-{:08x}", std::process::id(), rand::random::<u32>());
         let secret_file = std::env::temp_dir().join(name);
         secret.write_file(&secret_file)?;
@@ -96,11 +102,11 @@ impl Drop for Peer {
     }
 }
 
-/// Memory that `path` moves.
-pub(super) fn memory(path: Path, span: u64, gpu: i32) -> anyhow::Result<Arc<Region>> {
-    match path {
-        Path::CudaIpc => Ok(Region::allocated_on(&Device::open(gpu)?, to_usize(span))?),
-        _ => Ok(Region::shared_with(to_usize(span), RegionOptions { prefault: true, huge_pages: false })?),
+/// Memory on a GPU, or of this host.
+pub(in crate::bench) fn memory(span: u64, gpu: Option<i32>) -> anyhow::Result<Arc<Region>> {
+    match gpu {
+        Some(gpu) => Ok(Region::allocated_on(&Device::open(gpu)?, to_usize(span))?),
+        None => Ok(Region::shared_with(to_usize(span), RegionOptions { prefault: true, huge_pages: false })?),
     }
 }
 
@@ -131,7 +137,7 @@ pub fn serve() -> anyhow::Result<()> {
     std::io::stdin().lock().read_line(&mut line)?;
     let orders: Orders = serde_json::from_str(&line).context("this command is started by `pdlink bench link`")?;
     let secret = Secret::read_file(&orders.secret_file)?;
-    let region = memory(orders.path, orders.span, orders.gpu)?;
+    let region = memory(orders.span, orders.gpu)?;
     fill(&region, SEED)?;
     let gpu_memory = region.device().map(|device| device.share(region.address())).transpose()?;
     let transport = open(orders.path, &region, orders.threads, &secret)?;

@@ -51,15 +51,38 @@ pub(super) fn scattered(at: u64, bytes: u64, run_bytes: u64) -> RunList {
 }
 
 /// Bytes that depend on where they are and on nothing that compresses.
-pub(super) fn noise(len: usize, seed: u64) -> Vec<u8> {
+pub(in crate::bench) fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut bytes = vec![0; len];
     StdRng::seed_from_u64(seed ^ to_u64(len)).fill(&mut bytes[..]);
     bytes
 }
 
+/// Whether `got` is what lies `at` bytes into memory that is `block` over and over.
+pub(in crate::bench) fn is_noise(got: &[u8], at: u64, block: &[u8]) -> bool {
+    let (mut at, mut left) = (to_usize(at) % block.len(), got);
+    while !left.is_empty() {
+        let (part, rest) = left.split_at(left.len().min(block.len() - at));
+        if *part != block[at..at + part.len()] {
+            return false;
+        }
+        (at, left) = (0, rest);
+    }
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_that_repeats_a_block_is_known_from_any_place_on() {
+        let block = noise(100, 1);
+        let memory = block.repeat(4);
+        assert!(is_noise(&memory[30..330], 30, &block) && is_noise(&memory[230..260], 230, &block));
+        let mut wrong = memory[30..330].to_vec();
+        wrong[299] ^= 1;
+        assert!(!is_noise(&wrong, 30, &block) && !is_noise(&memory[30..330], 31, &block));
+    }
 
     #[test]
     fn every_byte_of_the_window_is_moved_once() {

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 
 use crate::bench::kv;
-use crate::config::{KvSendType, Path};
+use crate::cli::bench::PathName;
+use crate::config::KvSendType;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct KvArgs {
@@ -34,6 +35,10 @@ pub(super) struct KvArgs {
     /// Digest every transfer
     #[arg(long)]
     digest: bool,
+    /// GPU of the decode worker and of the prefill worker, or one number for both: cuda-ipc [default: 0], and nixl for KV in GPU
+    /// memory
+    #[arg(long, value_delimiter = ',')]
+    gpus: Vec<i32>,
     /// Time per line of the table
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
@@ -58,7 +63,7 @@ pub(super) fn run(args: KvArgs) -> anyhow::Result<ExitCode> {
         if args.send_type.is_empty() { vec![SendTypeName::Get, SendTypeName::PutAsync] } else { args.send_type };
     let cores = || std::thread::available_parallelism().map_or(1, usize::from).clamp(1, 8);
     let options = kv::Options {
-        paths: paths.into_iter().map(path).collect(),
+        paths: paths.into_iter().map(PathName::path).collect(),
         shape: args.shape,
         layout: args.layout,
         tokens: args.tokens,
@@ -66,26 +71,10 @@ pub(super) fn run(args: KvArgs) -> anyhow::Result<ExitCode> {
         send_types: send_types.into_iter().map(SendTypeName::send_type).collect(),
         threads: args.threads.unwrap_or_else(cores).max(1),
         digest: args.digest,
+        gpus: super::pair(&args.gpus),
         seconds: args.seconds.clamp(0.0, 3600.0),
     };
     super::tell(args.json.as_deref(), |text| kv::run(&options, text))
-}
-
-/// The paths of host memory, which is what this bench keeps its KV in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum PathName {
-    /// Over UCX, with the library of the active Python environment
-    Nixl,
-    Shm,
-    Tcp,
-}
-
-fn path(name: PathName) -> Path {
-    match name {
-        PathName::Nixl => Path::Nixl,
-        PathName::Shm => Path::Shm,
-        PathName::Tcp => Path::Tcp,
-    }
 }
 
 impl SendTypeName {

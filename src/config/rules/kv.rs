@@ -11,7 +11,6 @@ const KEY: &str = "kv.paths";
 
 pub(super) fn judge(bench: &mut Bench<'_>) {
     times(bench);
-    connector(bench);
     if let Some(paths) = &bench.config.kv.paths {
         self::paths(bench, paths);
     }
@@ -88,25 +87,6 @@ fn paths_of_this_version(bench: &mut Bench<'_>, paths: &[Path]) {
 fn what_there_is() -> String {
     let (gpu, host) = (Path::list(Path::that_move(KvMemory::Gpu)), Path::list(Path::that_move(KvMemory::Host)));
     format!("name {gpu} for KV on a GPU; {host} for KV on a CPU")
-}
-
-/// A connector whose own paths do not exist must not be found out by the workers that it starts.
-fn connector(bench: &mut Bench<'_>) {
-    let config = bench.config;
-    if !has_runtime_in_vllm(bench) || config.kv.paths.is_some() || !config.kv_paths(false).is_empty() {
-        return;
-    }
-    let connector = config.pd_disagg.kv_connector;
-    let message = format!(
-        "is \"{}\", which goes by {}, and this version cannot move KV in GPU memory by that",
-        connector.name(),
-        Path::list(connector.preferred().iter().copied())
-    );
-    let mend = format!(
-        "set pd_disagg.connector_impl = \"vllm\" for the connector that vLLM ships, or kv.paths: {}",
-        what_there_is()
-    );
-    bench.refuse(&["pd_disagg.kv_connector", KEY], message, mend);
 }
 
 fn has_runtime_in_vllm(bench: &Bench<'_>) -> bool {

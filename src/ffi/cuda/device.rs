@@ -73,6 +73,11 @@ impl Device {
         self.driver.check("cuDeviceGetAttribute", status).map(|()| u32::try_from(count).unwrap_or(1))
     }
 
+    /// Runs `work` with this GPU current on the calling thread: for libraries that use whatever is current.
+    pub fn within<T>(&self, work: impl FnOnce() -> T) -> Result<T, CudaError> {
+        self.current(|_| Ok(work()))
+    }
+
     /// Runs `calls` with this GPU's context current on the calling thread, and puts back what was current before.
     pub(super) fn current<T>(&self, calls: impl FnOnce(&Driver) -> Result<T, CudaError>) -> Result<T, CudaError> {
         // SAFETY: the context is retained for as long as `self` lives.

@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
 
 use super::peer::{Ours, Peer, PeerState};
-use super::{Description, GRACE_MAX, NixlSetup, RegionDescription};
+use super::{Description, GRACE_MAX, NixlSetup, RegionDescription, memory};
 use crate::config::Path;
 use crate::ffi::nixl::{Agent, AgentSetup, Library, MemoryType, NixlError, Progress, Registrable, Search, Transfer};
 use crate::memory::Region;
@@ -73,7 +73,7 @@ impl Driver {
     pub(super) fn start(
         setup: &NixlSetup,
         regions: Vec<Arc<Region>>,
-        memory: MemoryType,
+        kind: MemoryType,
         owner: Identity,
     ) -> Result<(Self, Export), TransportError> {
         let failed = |error: NixlError| unusable(Path::Nixl, error.to_string());
@@ -83,18 +83,21 @@ impl Driver {
         let description = Description {
             owner,
             agent: name,
-            memory,
+            memory: kind,
             regions: regions.iter().map(|region| describe(region)).collect(),
             metadata: served.metadata().map_err(failed)?,
         };
-        let scratch = Region::shared(4096).map_err(|error| unusable(Path::Nixl, error.to_string()))?;
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        memory::check_backend(&setup.backend, kind, &maps).map_err(|reason| unusable(Path::Nixl, reason))?;
+        let gpu = regions.first().and_then(|region| region.device());
+        let scratch = memory::scratch(gpu).map_err(|reason| unusable(Path::Nixl, reason))?;
         let (path, version, backend) = (library.path().display(), library.version(), &setup.backend);
         tracing::info!(library = %path, version, backend, "NIXL is in use");
         let device = regions.first().map_or(0, |region| region.span().device);
         let mut driver = Self {
             connecting: Vec::new(),
             peers: HashMap::new(),
-            ours: Ours { regions, memory, device },
+            ours: Ours { regions, memory: kind, device },
             scratch,
             library,
             setup: setup.clone(),
@@ -192,7 +195,7 @@ impl Driver {
     fn begin(&self, mut peer: Peer) -> Result<(Peer, Option<Transfer>), TransportError> {
         let Some(agent) = &self.agent else { return Err(peer.state.unreachable("NIXL failed here".to_owned())) };
         peer.load(agent)?;
-        let probe = peer.probe(&self.scratch).map_err(|error| peer.state.unreachable(error.to_string()))?;
+        let probe = peer.probe(&self.ours, &self.scratch).map_err(|error| peer.state.unreachable(error.to_string()))?;
         Ok((peer, probe))
     }
 

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod driver;
+mod memory;
 mod peer;
 
 use std::path::PathBuf;
@@ -33,12 +34,9 @@ use super::{
 };
 use crate::config::{NixlConfig, Path};
 use crate::ffi::nixl::MemoryType;
-use crate::memory::{MemoryKind, Region};
+use crate::memory::Region;
 
-/// Bounds of one request to NIXL. A cancel waits for those that were begun. Large enough that their cost does not show beside
-/// the bytes: host memory moves at 10 GB/s, GPU memory at 300.
-const HOST_REQUEST_BYTES_MAX: u64 = 4 << 20;
-const GPU_REQUEST_BYTES_MAX: u64 = 64 << 20;
+/// Most runs of one request to NIXL.
 const REQUEST_RUNS_MAX: usize = 1024;
 
 /// How a process takes part in the path.
@@ -89,7 +87,7 @@ struct RegionDescription {
 pub struct Nixl {
     export: Export,
     lens: Arc<[u64]>,
-    request_bytes_max: u64,
+    memory: MemoryType,
     commands: Sender<Command>,
     threads: Threads,
     links: Links<NixlLink>,
@@ -99,16 +97,13 @@ impl Nixl {
     /// Offers `regions`, all of one kind of memory.
     pub fn new(regions: &[Arc<Region>], setup: &NixlSetup) -> Result<Self, TransportError> {
         let failed = |reason: String| unusable(Path::Nixl, reason);
-        let kind = |region: &Arc<Region>| matches!(region.kind(), MemoryKind::Cuda(_));
-        let on_gpu = regions.first().is_some_and(kind);
-        if regions.iter().any(|region| kind(region) != on_gpu) {
-            return Err(failed("its regions lie in both host and GPU memory; start one worker for each".to_owned()));
-        }
+        let gpu = memory::gpu_of(regions).map_err(|reason| failed(reason.to_owned()))?;
         let owner = Identity::of_self().map_err(|error| failed(error.to_string()))?;
         let (commands, orders) = mpsc::channel();
         let (started, starting) = mpsc::sync_channel(1);
         let (threads, setup, ours) = (Threads::default(), setup.clone(), regions.to_vec());
-        let memory = if on_gpu { MemoryType::Gpu } else { MemoryType::Host };
+        let memory = if gpu.is_some() { MemoryType::Gpu } else { MemoryType::Host };
+        let refused = started.clone();
         let run = move || match Driver::start(&setup, ours, memory, owner) {
             Ok((mut driver, export)) => {
                 let _ = started.send(Ok(export));
@@ -116,13 +111,20 @@ impl Nixl {
             }
             Err(error) => drop(started.send(Err(error))),
         };
+        // The backends use the GPU that is current where they are called.
+        let run = move || match gpu {
+            None => run(),
+            Some(gpu) => gpu.within(run).unwrap_or_else(|error| {
+                let _ = refused.send(Err(unusable(Path::Nixl, error.to_string())));
+            }),
+        };
         threads.spawn("pdlink-nixl".to_owned(), run).map_err(|error| failed(format!("no thread: {error}")))?;
         let ended = |_| Err(failed("its thread ended".to_owned()));
         let export = starting.recv().unwrap_or_else(ended)?;
         Ok(Self {
             export,
             lens: regions.iter().map(|region| region.len()).collect(),
-            request_bytes_max: if on_gpu { GPU_REQUEST_BYTES_MAX } else { HOST_REQUEST_BYTES_MAX },
+            memory,
             commands,
             threads,
             links: Links::default(),
@@ -143,6 +145,12 @@ impl Transport for Nixl {
         let description: Description = peer.decode(Path::Nixl)?;
         let their_lens = description.regions.iter().map(|region| region.len).collect();
         let name = format!("agent {}", description.agent);
+        if description.memory != self.memory {
+            let (theirs, ours) = (memory::name(description.memory), memory::name(self.memory));
+            let reason =
+                format!("its memory is {theirs} memory, this worker's {ours} memory; one kind on both sides works");
+            return Err(TransportError::Unreachable { path: Path::Nixl.name(), peer: name, reason });
+        }
         let closed = || TransportError::LinkClosed { peer: "this process".to_owned() };
         let (tell, told) = mpsc::sync_channel(1);
         self.commands.send(Command::Connect { description, deadline, tell }).map_err(|_| closed())?;
@@ -160,7 +168,7 @@ impl Transport for Nixl {
             peer,
             our_lens: self.lens.clone(),
             their_lens,
-            request_bytes_max: self.request_bytes_max,
+            request_bytes_max: memory::request_bytes_max(self.memory),
             commands: Mutex::new(Some(self.commands.clone())),
         });
         self.links.keep(&link);

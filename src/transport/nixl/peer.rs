@@ -166,13 +166,12 @@ impl Peer {
     }
 
     /// Starts reading its first byte into `scratch`. `None` where there is none, or it is there already.
-    pub(super) fn probe(&self, scratch: &Region) -> Result<Option<Transfer>, NixlError> {
+    pub(super) fn probe(&self, ours: &Ours, scratch: &Region) -> Result<Option<Transfer>, NixlError> {
         let region = self.regions.iter().find(|region| region.len > 0);
         let (Some(region), Some(remote)) = (region, &self.remote) else { return Ok(None) };
-        let ours = Span { address: scratch.address(), len: 1, device: 0 };
+        let here = Span { address: scratch.address(), len: 1, device: ours.device };
         let theirs = Span { address: region.address, len: 1, device: region.device };
-        let (read, host) = (nixl::Direction::Read, MemoryType::Host);
-        let (transfer, progress) = remote.start(read, host, self.memory, &[(ours, theirs)])?;
+        let (transfer, progress) = remote.start(nixl::Direction::Read, ours.memory, self.memory, &[(here, theirs)])?;
         Ok((progress == Progress::Moving).then_some(transfer))
     }
 
