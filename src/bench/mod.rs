@@ -10,6 +10,7 @@ pub mod mock;
 pub mod process;
 pub mod proxy;
 pub mod relay;
+mod running;
 pub mod serve;
 pub mod soak;
 pub mod stats;

@@ -69,6 +69,12 @@ pub fn cpu_time(pid: i32) -> Option<Duration> {
     Some(Duration::from_secs(ticks) / u32::try_from(rustix::param::clock_ticks_per_second()).ok()?)
 }
 
+/// The same of a process and all its living descendants.
+pub fn tree_cpu_time(root: i32) -> Duration {
+    let pids = std::iter::once(root).chain(descendants(root).into_iter().map(|process| process.pid));
+    pids.filter_map(cpu_time).sum()
+}
+
 /// Sends a signal to one process of ours. False if it is gone already.
 pub fn signal(pid: i32, signal: rustix::process::Signal) -> bool {
     rustix::process::Pid::from_raw(pid).is_some_and(|pid| rustix::process::kill_process(pid, signal).is_ok())

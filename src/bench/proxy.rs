@@ -2,23 +2,24 @@
 //!
 //! Five kinds of process: the mock workers, the load, the proxy under test, a bare relay, and this one, which only
 //! measures. For each body size: a row without a proxy (a client that does both legs itself), a row through a relay that
-//! does nothing but move the bytes, and a row through the proxy; at one connection for the latency that the proxy adds, and
-//! at many for its processor time per 1,000 requests. The relay says what of that time is the machine's.
+//! does nothing but move the bytes, a row through the proxy, and one through each other router that was named; at one
+//! connection for the latency that is added, and at many for the processor time per 1,000 requests. The relay says what of
+//! that time is the machine's.
 
-use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use serde::Serialize;
 
 use super::environment::Environment;
 use super::load::{self, Load, Seen, Until};
 use super::mock::{self, Mock};
-use super::process::{cpu_time, resident_bytes};
+use super::process::{resident_bytes, tree_cpu_time};
 use super::relay;
+use super::running::Running;
 use crate::proxy::FILES_OF_OTHERS;
 
 /// Requests before each measurement, so that buffers, pools and caches are as in a running server.
@@ -28,6 +29,7 @@ const HOLD: Duration = Duration::from_secs(12);
 /// Waves of `--inflight` requests.
 const WAVES: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(120);
+const ROUTER_START_MAX: Duration = Duration::from_secs(60);
 
 /// Measures a proxy between mock workers
 #[derive(Debug, Clone, clap::Args)]
@@ -56,12 +58,10 @@ pub struct Args {
     /// Write all figures to this file as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Measure a router that runs already, before workers of its own. Its processor time needs --router-pid
-    #[arg(long, value_name = "URL")]
-    router_url: Option<String>,
-    /// Process id of that router
-    #[arg(long, value_name = "PID", requires = "router_url")]
-    router_pid: Option<i32>,
+    /// Measure another router as well, in the same run: the command that starts it, split at white space, in which {port},
+    /// {prefill} and {decode} stand for the port to listen on and the URLs of the workers. Repeat for more
+    #[arg(long = "router", value_name = "COMMAND")]
+    routers: Vec<String>,
     /// Settings for the proxy under test, as `--section.key=value`
     #[arg(long = "proxy-arg", value_name = "ARG", allow_hyphen_values = true)]
     proxy_args: Vec<String>,
@@ -84,36 +84,18 @@ enum Part {
     Load,
 }
 
-/// What a row's requests go through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Through {
-    Direct,
-    Relay,
-    Proxy,
-}
-
-impl Through {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Direct => "direct",
-            Self::Relay => "relay",
-            Self::Proxy => "proxy",
-        }
-    }
-}
-
 /// One line of the table.
 #[derive(Debug, Clone, Serialize)]
 struct Row {
     prompt_bytes: usize,
     connections: usize,
-    through: Through,
+    /// What the requests go through: nothing (`direct`), the bare relay, the proxy, or another router, by its name.
+    through: String,
     #[serde(flatten)]
     seen: Seen,
-    /// Processor time of the relay or proxy per 1,000 requests, in milliseconds.
+    /// Processor time of what they go through per 1,000 requests, in milliseconds.
     cpu_ms_per_1000: Option<f64>,
-    /// The proxy's as a multiple of the relay's.
+    /// The same as a multiple of the relay's.
     cpu_of_relay: Option<f64>,
     /// Its p50 above that of a client that does both legs itself.
     added_p50_us: Option<i64>,
@@ -186,87 +168,81 @@ async fn run_load(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A process of the scenario; ended when dropped.
-struct Running {
-    child: Child,
-    lines: BufReader<std::process::ChildStdout>,
+/// What stands between load and workers, and whose processor time counts.
+struct Front {
+    name: String,
+    address: SocketAddr,
+    pid: i32,
+    _running: Running,
 }
 
-impl Running {
-    fn start(args: &[String]) -> anyhow::Result<Self> {
-        let program = std::env::current_exe().context("cannot find this program's own file")?;
-        let mut child = Command::new(program)
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("cannot start a part of the scenario")?;
-        let lines = BufReader::new(child.stdout.take().context("its output was piped")?);
-        Ok(Self { child, lines })
-    }
-
-    fn line(&mut self) -> anyhow::Result<String> {
-        let mut line = String::new();
-        self.lines.read_line(&mut line)?;
-        ensure!(!line.is_empty(), "a part of the scenario ended before it said anything");
-        Ok(line.trim().to_owned())
-    }
-
-    fn pid(&self) -> anyhow::Result<i32> {
-        Ok(i32::try_from(self.child.id())?)
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Gone already is as good.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// What is measured: addresses, and whose processor time and memory count.
+/// The processes of the scenario: the workers, and what is measured between them and the load.
 struct Bench<'a> {
     args: &'a Args,
-    front: SocketAddr,
     legs: Vec<SocketAddr>,
-    pid: Option<i32>,
-    relay: SocketAddr,
-    relay_pid: i32,
-    _parts: Vec<Running>,
+    relay: Front,
+    proxy: Front,
+    routers: Vec<Front>,
+    _workers: [Running; 2],
 }
 
 fn words(text: &[&str]) -> Vec<String> {
     text.iter().map(|&word| word.to_owned()).collect()
 }
 
+fn start_relay(legs: &[SocketAddr]) -> anyhow::Result<Front> {
+    let mut line = words(&["bench", "proxy", "--part", "relay"]);
+    line.push(format!("--targets={},{}", legs[0], legs[1]));
+    let mut running = Running::part(&line)?;
+    Ok(Front { name: "relay".to_owned(), address: running.line()?.parse()?, pid: running.pid()?, _running: running })
+}
+
+fn start_proxy(legs: &[SocketAddr], settings: &[String]) -> anyhow::Result<Front> {
+    let mut line = words(&["proxy", "--port", "0", "--connector", "NixlConnector", "--connector-impl", "vllm"]);
+    line.extend([format!("--prefill=http://{}", legs[0]), format!("--decode=http://{}", legs[1])]);
+    line.extend(settings.iter().cloned());
+    let mut running = Running::part(&line)?;
+    let ready = running.line()?;
+    let address = ready.split(['/', ' ']).find_map(|word| word.parse().ok());
+    let address = address.with_context(|| format!("the proxy said `{ready}`"))?;
+    Ok(Front { name: "proxy".to_owned(), address, pid: running.pid()?, _running: running })
+}
+
+/// Starts somebody else's router and waits until it listens.
+fn start_router(command: &str, legs: &[SocketAddr]) -> anyhow::Result<Front> {
+    let address = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?;
+    let fill = |word: &str| {
+        let word = word.replace("{port}", &address.port().to_string());
+        word.replace("{prefill}", &format!("http://{}", legs[0])).replace("{decode}", &format!("http://{}", legs[1]))
+    };
+    let line: Vec<String> = command.split_whitespace().map(fill).collect();
+    let program = line.first().context("--router is empty")?;
+    let name =
+        Path::new(program).file_name().map_or_else(|| program.clone(), |name| name.to_string_lossy().into_owned());
+    let mut running = Running::start(Command::new(program).args(&line[1..]).stdout(Stdio::null()))
+        .with_context(|| format!("--router `{command}`"))?;
+    let until = Instant::now() + ROUTER_START_MAX;
+    while TcpStream::connect(address).is_err() {
+        if let Some(status) = running.ended()? {
+            bail!("--router `{command}` ended before it listened on port {}: {status}", address.port());
+        }
+        ensure!(Instant::now() < until, "--router `{command}` does not listen on {address} after {ROUTER_START_MAX:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(Front { name, address, pid: running.pid()?, _running: running })
+}
+
 impl<'a> Bench<'a> {
     fn start(args: &'a Args, delay: Duration) -> anyhow::Result<Self> {
-        let mut prefill = Running::start(&words(&["bench", "proxy", "--part", "mock-prefill"]))?;
+        let mut prefill = Running::part(&words(&["bench", "proxy", "--part", "mock-prefill"]))?;
         let mut decode = words(&["bench", "proxy", "--part", "mock-decode"]);
         decode.extend([format!("--events={}", args.events), format!("--delay-ms={}", delay.as_millis())]);
-        let mut decode = Running::start(&decode)?;
+        let mut decode = Running::part(&decode)?;
         let legs: Vec<SocketAddr> = vec![prefill.line()?.parse()?, decode.line()?.parse()?];
-        let mut bare = words(&["bench", "proxy", "--part", "relay"]);
-        bare.push(format!("--targets={},{}", legs[0], legs[1]));
-        let mut bare = Running::start(&bare)?;
-        let (relay, relay_pid) = (bare.line()?.parse()?, bare.pid()?);
-        if let Some(url) = &args.router_url {
-            let front = url.trim_start_matches("http://").trim_end_matches('/').parse();
-            let front = front.with_context(|| format!("--router-url must be http://IP:PORT, got `{url}`"))?;
-            let _parts = vec![prefill, decode, bare];
-            return Ok(Self { args, front, legs, pid: args.router_pid, relay, relay_pid, _parts });
-        }
-        let mut line = words(&["proxy", "--port", "0", "--connector", "NixlConnector", "--connector-impl", "vllm"]);
-        line.extend([format!("--prefill=http://{}", legs[0]), format!("--decode=http://{}", legs[1])]);
-        line.extend(args.proxy_args.iter().cloned());
-        let mut proxy = Running::start(&line)?;
-        let ready = proxy.line()?;
-        let front = ready.split(['/', ' ']).find_map(|word| word.parse().ok());
-        let front = front.with_context(|| format!("the proxy said `{ready}`"))?;
-        let pid = Some(proxy.pid()?);
-        Ok(Self { args, front, legs, pid, relay, relay_pid, _parts: vec![prefill, decode, bare, proxy] })
+        let relay = start_relay(&legs)?;
+        let proxy = start_proxy(&legs, &args.proxy_args)?;
+        let routers: Result<_, _> = args.routers.iter().map(|command| start_router(command, &legs)).collect();
+        Ok(Self { args, legs, relay, proxy, routers: routers?, _workers: [prefill, decode] })
     }
 
     fn load(
@@ -285,7 +261,7 @@ impl<'a> Bench<'a> {
             format!("--events={}", self.args.events),
             format!("--seed={}", self.args.seed),
         ]);
-        Ok(serde_json::from_str(&Running::start(&line)?.line()?)?)
+        Ok(serde_json::from_str(&Running::part(&line)?.line()?)?)
     }
 
     fn until(&self, prompt_bytes: usize, connections: usize) -> String {
@@ -297,36 +273,47 @@ impl<'a> Bench<'a> {
         format!("--requests={}", if connections == 1 { requests.min(3_000) } else { requests })
     }
 
-    fn row(&self, prompt_bytes: usize, connections: usize, through: Through) -> anyhow::Result<Row> {
-        let (targets, pid) = match through {
-            Through::Direct => (&self.legs[..], None),
-            Through::Relay => (std::slice::from_ref(&self.relay), Some(self.relay_pid)),
-            Through::Proxy => (std::slice::from_ref(&self.front), self.pid),
-        };
+    /// Without a `front`, the load does both legs itself.
+    fn row(&self, prompt_bytes: usize, connections: usize, front: Option<&Front>) -> anyhow::Result<Row> {
+        let targets = front.map_or(&self.legs[..], |front| std::slice::from_ref(&front.address));
+        let name = front.map_or("direct", |front| &front.name);
         self.load(targets, prompt_bytes, connections, &format!("--requests={WARM_UP_REQUESTS}"))?;
-        let before = pid.and_then(cpu_time);
+        let spent = || front.map(|front| tree_cpu_time(front.pid));
+        let before = spent();
         let seen = self.load(targets, prompt_bytes, connections, &self.until(prompt_bytes, connections))?;
         let (failed, all) = (seen.errors, seen.errors + seen.requests);
-        ensure!(failed == 0, "{failed} of {all} requests failed, the first: {}", seen.first_error.unwrap_or_default());
-        let spent = pid.and_then(cpu_time).zip(before).map(|(after, before)| after.saturating_sub(before));
+        let first_error = seen.first_error.as_deref().unwrap_or_default();
+        ensure!(failed == 0, "{failed} of {all} requests through {name} failed, the first: {first_error}");
+        let spent = spent().zip(before).map(|(after, before)| after.saturating_sub(before));
         // Milliseconds per 1,000 requests are microseconds per request.
         let cpu_ms_per_1000 = spent.map(|spent| spent.as_secs_f64() * 1e6 / seen.requests as f64);
+        let through = name.to_owned();
         Ok(Row { prompt_bytes, connections, through, seen, cpu_ms_per_1000, cpu_of_relay: None, added_p50_us: None })
     }
 
-    fn rows(&self, prompt_bytes: usize, connections: usize) -> anyhow::Result<[Row; 3]> {
-        let direct = self.row(prompt_bytes, connections, Through::Direct)?;
-        let mut relay = self.row(prompt_bytes, connections, Through::Relay)?;
-        let mut proxy = self.row(prompt_bytes, connections, Through::Proxy)?;
-        let added = |row: &Row| Some(i64::try_from(row.seen.p50_us).ok()? - i64::try_from(direct.seen.p50_us).ok()?);
-        (relay.added_p50_us, proxy.added_p50_us) = (added(&relay), added(&proxy));
-        proxy.cpu_of_relay = proxy.cpu_ms_per_1000.zip(relay.cpu_ms_per_1000).map(|(proxy, relay)| proxy / relay);
-        Ok([direct, relay, proxy])
+    fn rows(&self, prompt_bytes: usize, connections: usize) -> anyhow::Result<Vec<Row>> {
+        let direct = self.row(prompt_bytes, connections, None)?;
+        let relay = self.row(prompt_bytes, connections, Some(&self.relay))?;
+        let (direct_p50_us, relay_cpu) = (direct.seen.p50_us, relay.cpu_ms_per_1000);
+        let mut rows = vec![direct, relay];
+        for front in std::iter::once(&self.proxy).chain(&self.routers) {
+            rows.push(self.row(prompt_bytes, connections, Some(front))?);
+        }
+        for row in &mut rows[1..] {
+            row.added_p50_us = i64::try_from(row.seen.p50_us)
+                .ok()
+                .zip(i64::try_from(direct_p50_us).ok())
+                .map(|(through, direct)| through - direct);
+        }
+        for row in &mut rows[2..] {
+            row.cpu_of_relay = row.cpu_ms_per_1000.zip(relay_cpu).map(|(through, relay)| through / relay);
+        }
+        Ok(rows)
     }
 
     /// Holds `inflight` requests at once, several times: no wave must need more memory than the first.
-    fn memory(&self, inflight: usize) -> anyhow::Result<Option<Memory>> {
-        let Some(pid) = self.pid else { return Ok(None) };
+    fn memory(&self, inflight: usize) -> anyhow::Result<Memory> {
+        let pid = self.proxy.pid;
         let now = || resident_bytes(pid).context("the proxy is gone");
         let before_bytes = now()?;
         let mut waves = Vec::new();
@@ -341,13 +328,13 @@ impl<'a> Bench<'a> {
                 }
                 peak
             });
-            let seen = self.load(&[self.front], 200, inflight, &format!("--requests={inflight}"));
+            let seen = self.load(&[self.proxy.address], 200, inflight, &format!("--requests={inflight}"));
             drop(stop);
             let peak_bytes = sampler.join().unwrap_or(0);
             let Seen { errors, first_error, .. } = seen?;
             waves.push(Wave { errors, first_error, peak_bytes, after_bytes: now()? });
         }
-        Ok(Some(Memory { inflight, before_bytes, waves }))
+        Ok(Memory { inflight, before_bytes, waves })
     }
 }
 
@@ -368,10 +355,8 @@ fn measure(args: &Args) -> anyhow::Result<ExitCode> {
     drop(bench);
     if inflight > 0 {
         let memory = Bench::start(args, HOLD)?.memory(inflight)?;
-        if let Some(memory) = &memory {
-            println!("{}", memory.lines());
-        }
-        report.memory = memory;
+        println!("{}", memory.lines());
+        report.memory = Some(memory);
     }
     if let Some(file) = &args.json {
         std::fs::write(file, serde_json::to_string_pretty(&report)?)
@@ -380,18 +365,17 @@ fn measure(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-const HEADINGS: &str =
-    "prompt bytes  connections  through   req/s  p50 us  p90 us  p99 us  added p50 us  CPU ms/1000 requests  of relay";
+const HEADINGS: &str = "prompt bytes  connections  through          req/s  p50 us  p90 us  p99 us  added p50 us  CPU ms/1000 requests  of relay";
 
 impl Row {
     fn line(&self) -> String {
         let rate = self.seen.requests as f64 / self.seen.seconds;
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         format!(
-            "{:>12}  {:>11}  {:<7}  {rate:>6.0}  {:>6}  {:>6}  {:>6}  {:>12}  {:>20}  {:>8}",
+            "{:>12}  {:>11}  {:<14}  {rate:>6.0}  {:>6}  {:>6}  {:>6}  {:>12}  {:>20}  {:>8}",
             self.prompt_bytes,
             self.connections,
-            self.through.name(),
+            self.through,
             self.seen.p50_us,
             self.seen.p90_us,
             self.seen.p99_us,
