@@ -199,7 +199,7 @@ fn answers_that_need_several_sections() {
     assert_eq!((plain.roles(), plain.gpu_ids(Role::Both)), (&[Role::Both][..], vec![0, 1, 2, 3]));
     let of_nixl = "[pd_disagg]\nkv_connector = \"NixlConnector\"\n";
     let of_host = [Path::Shm, Path::Tcp];
-    assert_eq!(config("").kv_paths(false), [Path::CudaIpc], "there is no nccl yet");
+    assert_eq!(config("").kv_paths(false), [Path::CudaIpc, Path::Nccl]);
     assert_eq!(config(of_nixl).kv_paths(false), [Path::Nixl]);
     assert_eq!((config("").kv_paths(true), config(of_nixl).kv_paths(true)), (of_host.to_vec(), of_host.to_vec()));
     assert_eq!(config("[inference]\nengine = \"reference\"\n").kv_paths(false), of_host);

@@ -332,16 +332,20 @@ fn arguments_that_the_plan_decides_or_everybody_could_read_are_refused_all_at_on
 }
 
 #[test]
-fn paths_that_this_version_has_not_are_refused_or_warned_of() {
+fn nccl_alone_is_refused_where_both_roles_share_a_gpu() {
+    let shared = |paths: &str| {
+        pd(&format!(
+            "prefill_gpu_ids = [0]\ndecode_gpu_ids = [0]\nshared_gpus = true\n[inference]\ngpu_memory_utilization = 0.4\n[kv]\npaths = {paths}\n"
+        ))
+    };
     assert_cases(&[(
-        "named alone",
-        pd_1_1("[kv]\npaths = [\"nccl\"]\n"),
-        &["a.toml:8: kv.paths: has nccl", "name cuda-ipc, nixl for KV on a GPU; nixl, shm, tcp for KV on a CPU"],
+        "alone",
+        shared("[\"nccl\"]"),
+        &["kv.paths: has nccl alone, which refuses two ranks on one GPU, and both roles are on GPU 0", "cuda-ipc"],
     )]);
-    let loaded = load_text(&pd_1_1("[kv]\npaths = [\"nccl\", \"cuda-ipc\"]\n")).expect("one path remains");
-    assert!(lines(&loaded.warnings).contains("a.toml:8: kv.paths: has nccl"), "{}", lines(&loaded.warnings));
-    assert_eq!(loaded.config.kv_paths(false), [pdlink::config::Path::CudaIpc]);
     let fine = [
+        shared("[\"nccl\", \"cuda-ipc\"]"),
+        pd_1_1("[kv]\npaths = [\"nccl\"]\n"),
         pd_1_1(""),
         pd_1_1("kv_connector = \"NixlConnector\"\n"),
         pd_1_1("kv_connector = \"NixlConnector\"\nconnector_impl = \"vllm\"\n"),

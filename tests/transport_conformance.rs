@@ -310,6 +310,8 @@ conformance! {
     shm_file = Kind::ShmFile;
     shm_borrowed = Kind::ShmBorrowed;
     tcp = Kind::Tcp;
+    nccl = Kind::Nccl;
+    #[ignore = "needs two GPUs and NCCL"] nccl_gpus = Kind::NcclGpus;
     #[ignore = "needs NIXL's wheel"] nixl = Kind::Nixl;
     #[ignore = "needs NIXL's wheel"] nixl_sockets = Kind::NixlSockets;
     faultless = Kind::Faultless;
@@ -333,8 +335,9 @@ const ALONE_ENV: &str = "PDLINK_TEST_ALONE";
 #[test]
 fn open_use_and_close_everything() {
     let kinds = match std::env::var(ALONE_ENV).as_deref() {
+        Ok("nccl") => vec![Kind::NcclGpus],
         Ok("nixl") => vec![Kind::Nixl, Kind::NixlSockets],
-        Ok(_) => vec![Kind::Loopback, Kind::ShmFile, Kind::ShmBorrowed, Kind::Tcp, Kind::Faultless],
+        Ok(_) => vec![Kind::Loopback, Kind::ShmFile, Kind::ShmBorrowed, Kind::Tcp, Kind::Nccl, Kind::Faultless],
         Err(_) => return,
     };
     let lasting = Mutex::new(None);

@@ -13,7 +13,7 @@ use links::*;
 use pdlink::memory::{Region, to_u64};
 use pdlink::security::Secret;
 use pdlink::transport::{
-    Direction, Export, GrantToken, Link, Nixl, RunList, Shm, Tcp, TransferRequest, Transport, TransportError,
+    Direction, Export, GrantToken, Link, Nccl, Nixl, RunList, Shm, Tcp, TransferRequest, Transport, TransportError,
 };
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +45,7 @@ impl Apart {
         let regions = [region.clone()];
         let ours: Arc<dyn Transport> = match kind {
             Kind::Tcp => Arc::new(Tcp::new(&regions, &secret, &tcp_setup()).unwrap()),
+            Kind::Nccl => Arc::new(Nccl::new(&regions, &secret, &nccl_setup(Kind::Nccl)).unwrap()),
             Kind::Nixl | Kind::NixlSockets => Arc::new(Nixl::new(&regions, &nixl_setup(kind)).unwrap()),
             _ => Arc::new(Shm::new(&regions, 2).unwrap()),
         };
@@ -87,7 +88,8 @@ fn a_killed_peer_fails_its_transfers_and_its_successor_serves(kind: Kind) {
     apart.peer.child.wait().unwrap();
     assert!(apart.pull(len).is_err(), "nobody is there any more");
     assert!(!apart.link.usable());
-    assert_eq!(apart.link.peer_gone(), kind != Kind::Tcp, "all but tcp know that the process has ended");
+    let knows = !matches!(kind, Kind::Tcp | Kind::Nccl);
+    assert_eq!(apart.link.peer_gone(), knows, "paths of one host know that the process has ended");
     assert!(apart.ours.connect(&apart.peer.export, soon()).is_err());
     // TR-3, for good: not a byte moves once all completions have come.
     apart.region.fill(0, to_u64(len), 0x77).unwrap();
@@ -113,6 +115,11 @@ fn a_killed_peer_over_process_vm() {
 #[test]
 fn a_killed_peer_over_tcp() {
     a_killed_peer_fails_its_transfers_and_its_successor_serves(Kind::Tcp);
+}
+
+#[test]
+fn a_killed_peer_over_nccl() {
+    a_killed_peer_fails_its_transfers_and_its_successor_serves(Kind::Nccl);
 }
 
 #[test]
@@ -157,10 +164,9 @@ fn a_hung_peer_over_nixl_is_bounded_and_costs_no_other_link() {
 }
 
 /// A peer that hangs costs no more than the deadline, and says whether the bytes are fenced.
-#[test]
-fn a_hung_peer_over_tcp_is_bounded_by_the_deadline() {
+fn a_hung_peer_is_bounded_by_the_deadline(kind: Kind) {
     let len = 32 * MIB;
-    let apart = Apart::new(Kind::Tcp, len);
+    let apart = Apart::new(kind, len);
     apart.peer.stop();
     let pulled = apart.start(Direction::Pull, whole(len), Instant::now() + Duration::from_millis(200));
     let behind = apart.start(Direction::Pull, whole(10), Instant::now() + Duration::from_millis(250));
@@ -173,7 +179,7 @@ fn a_hung_peer_over_tcp_is_bounded_by_the_deadline() {
     std::thread::sleep(Duration::from_millis(100));
     assert!(contents(std::slice::from_ref(&apart.region))[0] == vec![0x33; len], "TR-3: late bytes are thrown away");
 
-    let apart = Apart::new(Kind::Tcp, len);
+    let apart = Apart::new(kind, len);
     apart.peer.stop();
     let pushed = apart.start(Direction::Push, whole(len), Instant::now() + Duration::from_millis(200));
     let error = once(&pushed).unwrap_err();
@@ -186,8 +192,27 @@ fn a_hung_peer_over_tcp_is_bounded_by_the_deadline() {
 }
 
 #[test]
+fn a_hung_peer_over_tcp() {
+    a_hung_peer_is_bounded_by_the_deadline(Kind::Tcp);
+}
+
+#[test]
+fn a_hung_peer_over_nccl() {
+    a_hung_peer_is_bounded_by_the_deadline(Kind::Nccl);
+}
+
+#[test]
 fn closing_a_link_to_a_hung_peer_does_not_hang() {
-    let apart = Apart::new(Kind::Tcp, 8 * MIB);
+    closing_does_not_hang(Kind::Tcp);
+}
+
+#[test]
+fn closing_a_link_to_a_hung_peer_does_not_hang_over_nccl() {
+    closing_does_not_hang(Kind::Nccl);
+}
+
+fn closing_does_not_hang(kind: Kind) {
+    let apart = Apart::new(kind, 8 * MIB);
     apart.peer.stop();
     let pull = apart.start(Direction::Pull, whole(8 * MIB), soon());
     let push = apart.start(Direction::Push, whole(8 * MIB), soon());

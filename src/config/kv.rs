@@ -45,8 +45,7 @@ impl Path {
     /// The one table of the paths that this program has, and the memory that each moves. `transport::select` opens them.
     pub fn moves(self, memory: KvMemory) -> bool {
         match self {
-            Self::CudaIpc => memory == KvMemory::Gpu,
-            Self::Nccl => false,
+            Self::CudaIpc | Self::Nccl => memory == KvMemory::Gpu,
             Self::Nixl => true,
             Self::Shm | Self::Tcp => memory == KvMemory::Host,
         }
@@ -90,10 +89,9 @@ pub enum DigestPolicy {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct KvConfig {
-    /// Paths allowed, best first. Default: on a GPU `cuda-ipc` with `P2pNcclConnector`, `nixl` with `NixlConnector`; on a CPU
-    /// `shm`, and `tcp` between hosts. A path that is not listed is never used, also not as a fall-back. This version has
-    /// `cuda-ipc` for GPU memory, `shm` and `tcp` for host memory, and `nixl` for either, the same on both sides; it has no
-    /// `nccl`.
+    /// Paths allowed, best first. Default: on a GPU `cuda-ipc` and `nccl` with `P2pNcclConnector`, `nixl` with `NixlConnector`;
+    /// on a CPU `shm`, and `tcp` between hosts. A path that is not listed is never used, also not as a fall-back. `cuda-ipc` and
+    /// `nccl` move GPU memory, `shm` and `tcp` host memory, and `nixl` either, the same on both sides.
     pub paths: Option<Vec<Path>>,
     /// How long prefill holds blocks that nobody claims or renews, in milliseconds. Default 30000. Longer costs blocks
     /// that a vanished decode worker still pins.
@@ -127,6 +125,8 @@ pub struct KvConfig {
     /// Most transfers in flight to one peer; more wait in order. Default 64.
     #[schemars(range(min = 1))]
     pub inflight_max: usize,
+    /// The `nccl` path.
+    pub nccl: NcclConfig,
     /// The `nixl` path.
     pub nixl: NixlConfig,
     /// What decode does when KV cannot be loaded: `fail` answers 500, `recompute` prefills locally. Default `fail`.
@@ -156,9 +156,39 @@ impl Default for KvConfig {
             copy_threads: None,
             tcp_streams: 2,
             inflight_max: 64,
+            nccl: NcclConfig::default(),
             nixl: NixlConfig::default(),
             load_failure_policy: LoadFailurePolicy::default(),
         }
+    }
+}
+
+/// NCCL, whose library PyTorch brings along, and which is opened where it is found. It moves KV between GPUs of one host or of
+/// several, and refuses two ranks on one GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct NcclConfig {
+    /// The library itself, `libnccl.so.2`, from version 2.18 on. Default: the one that the process has loaded already, else that of
+    /// the wheel in `environment`, else what the dynamic loader finds.
+    pub library: Option<PathBuf>,
+    /// The Python environment that has the wheel. Default: the one that is active (`VIRTUAL_ENV`).
+    pub environment: Option<PathBuf>,
+    /// GPU memory for packing scattered blocks, per worker process, in MiB. Default 256, taken when a peer first moves KV. Half of
+    /// it sends and half receives; less makes the pieces smaller than the link likes.
+    #[schemars(range(min = 32))]
+    pub staging_mib: u64,
+    /// Most multiprocessors that one send or receive takes from the engine. Default 16.
+    #[schemars(range(min = 1, max = 64))]
+    pub multiprocessors: u32,
+    /// How long making a communicator with a peer may take, in milliseconds. Default 20000: the first one in a process loads
+    /// NCCL's kernels.
+    #[schemars(range(min = 1))]
+    pub connect_timeout_ms: u64,
+}
+
+impl Default for NcclConfig {
+    fn default() -> Self {
+        Self { library: None, environment: None, staging_mib: 256, multiprocessors: 16, connect_timeout_ms: 20_000 }
     }
 }
 

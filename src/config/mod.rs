@@ -28,7 +28,7 @@ pub use hosts::HostsConfig;
 pub use inference::{
     All2AllBackend, Dtype, EngineKind, InferenceConfig, InferenceModelConfig, ParallelConfig, ServerConfig,
 };
-pub use kv::{DigestPolicy, KvConfig, KvMemory, LoadFailurePolicy, NixlConfig, Path};
+pub use kv::{DigestPolicy, KvConfig, KvMemory, LoadFailurePolicy, NcclConfig, NixlConfig, Path};
 pub use launcher::{LauncherConfig, Restart};
 pub use load::{Finding, LoadError, LoadRequest, Loaded, Origin, Origins, Override, load, schema};
 pub use manual::markdown;

@@ -4,4 +4,5 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod cuda;
+pub mod nccl;
 pub mod nixl;

@@ -1,4 +1,4 @@
-//! What NIXL may be told about a region.
+//! What NIXL and NCCL may be told about a region.
 
 use super::{MemoryKind, Region};
 use crate::ffi::nixl::{MemoryType, Registrable, Span};
@@ -19,5 +19,12 @@ unsafe impl Registrable for Region {
             MemoryKind::Host => MemoryType::Host,
             MemoryKind::Cuda(_) => MemoryType::Gpu,
         }
+    }
+}
+
+// SAFETY: as above. A communicator's device is the region's, or, for host memory, the processor.
+unsafe impl crate::ffi::nccl::Buffer for Region {
+    fn span(&self) -> (u64, u64) {
+        (self.address(), self.len())
     }
 }

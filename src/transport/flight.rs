@@ -93,6 +93,32 @@ impl Flight {
         self.fail(TransportError::Cancelled);
     }
 
+    /// Ends the flight before all its bytes have moved, on paths where only a pull writes our memory, and does so solely inside
+    /// [`Flight::unless_failed`].
+    pub(super) fn end(&self, error: TransportError) {
+        match self.direction {
+            Direction::Pull => self.fail_now(error),
+            Direction::Push => self.fail(error),
+        }
+    }
+
+    /// As [`Flight::end`], for a flight some of whose pieces were begun on a connection that broke.
+    pub(super) fn give_up(&self, error: TransportError) {
+        match self.direction {
+            Direction::Pull => self.fail_now(error),
+            Direction::Push => self.fail_unfenced(error),
+        }
+    }
+
+    /// Ends the flight if its time is up.
+    pub(super) fn end_if_late(&self, now: Instant) -> bool {
+        let late = now > self.deadline;
+        if late {
+            self.end(self.lateness(now));
+        }
+        late
+    }
+
     /// Fails the flight if its time is up.
     pub(super) fn fail_if_late(&self, now: Instant) -> bool {
         let late = now > self.deadline;

@@ -28,6 +28,7 @@ mod identity;
 mod links;
 mod loopback;
 mod mapped;
+mod nccl;
 mod nixl;
 mod process;
 mod request;
@@ -36,6 +37,7 @@ mod select;
 mod shm;
 mod tcp;
 mod threads;
+mod wire;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,6 +48,7 @@ pub use export::{Export, Offer};
 pub use faulty::{Fault, FaultPlan, Faulty, When};
 pub use grant::{Fence, Grant, GrantToken};
 pub use loopback::{Loopback, LoopbackHub};
+pub use nccl::{Nccl, NcclSetup};
 pub use nixl::{Nixl, NixlSetup};
 pub use request::{Completion, Copied, Direction, TransferRequest, TransferTicket};
 pub use run_list::{Piece, Run, RunList, Segment, Totals};
@@ -67,7 +70,8 @@ pub trait Transport: Send + Sync {
     /// What a peer needs to reach our regions over this path. Travels in kv's hello.
     fn export(&self) -> Export;
 
-    /// Connects to what a peer exported for this path. Blocks, until `deadline` at the latest; not for async threads.
+    /// Connects to what a peer exported for this path. Blocks, until `deadline` at the latest; not for async threads. Only `nccl`
+    /// may take longer, as long as its own setting says: the first communicator of a process loads kernels.
     fn connect(&self, peer: &Export, deadline: Instant) -> Result<Arc<dyn Link>, TransportError>;
 
     /// Allows one push into our regions: into the destination ranges of `runs`, until the grant is revoked or dropped

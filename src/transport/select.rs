@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{CudaIpc, Link, Nixl, NixlSetup, Offer, Shm, Tcp, TcpSetup, Transport, TransportError};
+use super::{CudaIpc, Link, Nccl, NcclSetup, Nixl, NixlSetup, Offer, Shm, Tcp, TcpSetup, Transport, TransportError};
 use crate::config::{KvConfig, KvMemory, Path};
 use crate::memory::{MemoryKind, Region};
 use crate::security::Secret;
@@ -43,7 +43,19 @@ pub fn offers(setup: &Setup) -> Result<Vec<Arc<dyn Transport>>, TransportError> 
         let unused = Path::list(allowed.iter().copied().filter(|path| !moves(*path, kind)));
         tracing::info!(%unused, memory = kind.name(), "allowed paths that do not move this memory are not offered");
     }
-    usable.into_iter().map(|path| open(path, setup)).collect()
+    let mut offered: Vec<Arc<dyn Transport>> = Vec::new();
+    let mut failed = None;
+    for path in usable {
+        match open(path, setup) {
+            Ok(transport) => offered.push(transport),
+            Err(error) => {
+                tracing::warn!(path = path.name(), %error, "an allowed path cannot be offered here");
+                failed.get_or_insert(error);
+            }
+        }
+    }
+    // With one path left KV still moves, and the log says which do not. With none there is nothing to start for.
+    if offered.is_empty() { Err(failed.expect("one path at least was tried")) } else { Ok(offered) }
 }
 
 /// Whether the path moves memory of this kind; the table is [`Path::moves`].
@@ -68,7 +80,13 @@ fn open(path: Path, setup: &Setup) -> Result<Arc<dyn Transport>, TransportError>
         }
         Path::CudaIpc => Ok(Arc::new(CudaIpc::new(setup.regions)?)),
         Path::Nixl => Ok(Arc::new(Nixl::new(setup.regions, &NixlSetup::of(&setup.config.nixl))?)),
-        Path::Nccl => unreachable!("`moves` lets no memory through to {}", path.name()),
+        Path::Nccl => {
+            let nccl = NcclSetup {
+                stall_max: Duration::from_millis(setup.config.transfer_timeout_ms),
+                ..NcclSetup::of(&setup.config.nccl, setup.bind, setup.advertise_host)
+            };
+            Ok(Arc::new(Nccl::new(setup.regions, setup.secret, &nccl)?))
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! Two ends of a path, in one process or in two, with memory whose every byte depends on where it is.
 #![allow(dead_code, unreachable_pub, reason = "shared by test binaries, each of which uses its own part")]
 
+#[path = "fake_nccl.rs"]
+pub mod fake_nccl;
 #[path = "nixl.rs"]
 mod nixl_library;
 
@@ -16,8 +18,8 @@ use pdlink::config::Path;
 use pdlink::memory::{Region, to_u64, to_usize};
 use pdlink::security::Secret;
 use pdlink::transport::{
-    Completion, Copied, Direction, Export, FaultPlan, Faulty, Fence, GrantToken, Link, LoopbackHub, Nixl, NixlSetup,
-    Run, RunList, Segment, Shm, Tcp, TcpSetup, TransferRequest, Transport, TransportError,
+    Completion, Copied, Direction, Export, FaultPlan, Faulty, Fence, GrantToken, Link, LoopbackHub, Nccl, NcclSetup,
+    Nixl, NixlSetup, Run, RunList, Segment, Shm, Tcp, TcpSetup, TransferRequest, Transport, TransportError,
 };
 
 /// Long enough for the slowest machine; every wait ends by it.
@@ -32,6 +34,10 @@ pub enum Kind {
     /// Memory that only process_vm_readv and its twin reach.
     ShmBorrowed,
     Tcp,
+    /// Over a stand-in for NCCL that moves host memory.
+    Nccl,
+    /// Between the first two GPUs, over the library that `PDLINK_TEST_NCCL` names.
+    NcclGpus,
     /// As UCX chooses.
     Nixl,
     /// Where UCX has sockets alone: the peer's side takes part in every copy.
@@ -50,6 +56,15 @@ pub struct Pair {
     pub our_regions: Vec<Arc<Region>>,
     pub their_regions: Vec<Arc<Region>>,
     pub link: Arc<dyn Link>,
+}
+
+/// Memory of one end of a pair.
+fn region_of_end(kind: Kind, end: i32, len: usize) -> Arc<Region> {
+    if kind == Kind::NcclGpus {
+        let device = pdlink::memory::Device::open(end).expect("two GPUs");
+        return Region::allocated_on(&device, len).unwrap();
+    }
+    region(kind, len)
 }
 
 /// Memory of the kind that makes the path take the way it is to be tested on.
@@ -89,6 +104,23 @@ pub fn tcp_setup() -> TcpSetup {
     }
 }
 
+pub fn nccl_setup(kind: Kind) -> NcclSetup {
+    let library = match kind {
+        Kind::NcclGpus => std::env::var_os("PDLINK_TEST_NCCL").expect("PDLINK_TEST_NCCL names the library").into(),
+        _ => fake_nccl::library().to_owned(),
+    };
+    NcclSetup {
+        library: Some(library),
+        environments: Vec::new(),
+        staging_bytes: 32 << 20,
+        multiprocessors_max: 16,
+        bind: Ipv4Addr::LOCALHOST.into(),
+        advertise_host: "127.0.0.1".to_owned(),
+        stall_max: Duration::from_secs(10),
+        connect_max: PATIENCE,
+    }
+}
+
 pub fn nixl_setup(kind: Kind) -> NixlSetup {
     let parameters = match kind {
         Kind::NixlSockets => vec![("engine_config".to_owned(), "TLS=tcp".to_owned())],
@@ -104,8 +136,8 @@ pub fn soon() -> Instant {
 
 impl Pair {
     pub fn new(kind: Kind, our_lens: &[usize], their_lens: &[usize]) -> Self {
-        let make = |lens: &[usize]| lens.iter().map(|len| region(kind, *len)).collect::<Vec<_>>();
-        let (our_regions, their_regions) = (make(our_lens), make(their_lens));
+        let make = |end, lens: &[usize]| lens.iter().map(|len| region_of_end(kind, end, *len)).collect::<Vec<_>>();
+        let (our_regions, their_regions) = (make(0, our_lens), make(1, their_lens));
         paint(&our_regions, 1);
         paint(&their_regions, 2);
         let hub = LoopbackHub::new();
@@ -116,6 +148,7 @@ impl Pair {
                 Kind::Faultless => Faulty::around(hub.transport(Path::Shm, regions), FaultPlan::default()),
                 Kind::ShmFile | Kind::ShmBorrowed => Arc::new(Shm::new(regions, 2).unwrap()),
                 Kind::Tcp => Arc::new(Tcp::new(regions, &secret, &tcp_setup()).unwrap()),
+                Kind::Nccl | Kind::NcclGpus => Arc::new(Nccl::new(regions, &secret, &nccl_setup(kind)).unwrap()),
                 Kind::Nixl | Kind::NixlSockets => Arc::new(Nixl::new(regions, &nixl_setup(kind)).unwrap()),
             }
         };
@@ -282,6 +315,7 @@ pub fn be_peer() {
     let secret = Secret::read_file(std::path::Path::new(orders[2])).unwrap();
     let transport: Box<dyn Transport> = match orders[0] {
         "Tcp" => Box::new(Tcp::new(&regions, &secret, &tcp_setup()).unwrap()),
+        "Nccl" => Box::new(Nccl::new(&regions, &secret, &nccl_setup(Kind::Nccl)).unwrap()),
         "Nixl" => Box::new(Nixl::new(&regions, &nixl_setup(Kind::Nixl)).unwrap()),
         "NixlSockets" => Box::new(Nixl::new(&regions, &nixl_setup(Kind::NixlSockets)).unwrap()),
         _ => Box::new(Shm::new(&regions, 1).unwrap()),

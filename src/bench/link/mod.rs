@@ -43,7 +43,8 @@ pub struct Options {
     /// Time per line of the table.
     pub seconds: f64,
     pub push: bool,
-    /// GPU of this process and of the other. Without them `cuda-ipc` takes the first for both, and `nixl` host memory.
+    /// GPU of this process and of the other. Without them `cuda-ipc` takes the first for both, `nccl` the first two, and
+    /// `nixl` host memory.
     pub gpus: Option<[i32; 2]>,
 }
 
@@ -120,7 +121,8 @@ fn name(direction: Direction) -> &'static str {
 pub(super) fn gpus(path: Path, named: Option<[i32; 2]>) -> [Option<i32>; 2] {
     match (path, named) {
         (Path::CudaIpc, None) => [Some(0); 2],
-        (Path::CudaIpc | Path::Nixl, Some([ours, theirs])) => [Some(ours), Some(theirs)],
+        (Path::Nccl, None) => [Some(0), Some(1)],
+        (Path::CudaIpc | Path::Nccl | Path::Nixl, Some([ours, theirs])) => [Some(ours), Some(theirs)],
         _ => [None; 2],
     }
 }

@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 use super::PATIENCE;
 use super::ceiling::{PLAIN_BYTES, fill};
 use super::workload::noise;
-use crate::config::{NixlConfig, Path};
+use crate::config::{NcclConfig, NixlConfig, Path};
 use crate::ffi::cuda::{Device, IpcHandle};
 use crate::memory::{Region, RegionOptions, to_usize};
 use crate::security::Secret;
 use crate::transport::{
-    CudaIpc, Export, GrantToken, Nixl, NixlSetup, Run, RunList, Segment, Shm, Tcp, TcpSetup, Transport,
+    CudaIpc, Export, GrantToken, Nccl, NcclSetup, Nixl, NixlSetup, Run, RunList, Segment, Shm, Tcp, TcpSetup, Transport,
 };
 
 /// Name of the hidden subcommand of `pdlink bench` that calls [`serve`].
@@ -127,7 +127,10 @@ pub(super) fn open(
         }
         Path::CudaIpc => Arc::new(CudaIpc::new(regions)?),
         Path::Nixl => Arc::new(Nixl::new(regions, &NixlSetup::of(&NixlConfig::default()))?),
-        Path::Nccl => bail!("{} needs memory that this bench does not have", path.name()),
+        Path::Nccl => {
+            let setup = NcclSetup::of(&NcclConfig::default(), Ipv4Addr::LOCALHOST.into(), "127.0.0.1");
+            Arc::new(Nccl::new(regions, secret, &setup)?)
+        }
     })
 }
 

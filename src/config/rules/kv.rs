@@ -57,7 +57,7 @@ fn paths(bench: &mut Bench<'_>, paths: &[Path]) {
     if bench.config.inference.engine == EngineKind::Reference {
         paths_of_reference(bench, paths);
     } else if has_runtime_in_vllm(bench) {
-        paths_of_this_version(bench, paths);
+        nccl_on_shared_gpus(bench, paths);
     }
 }
 
@@ -72,23 +72,20 @@ fn paths_of_reference(bench: &mut Bench<'_>, paths: &[Path]) {
     }
 }
 
-/// Whether vLLM computes on a GPU or on a CPU is known where it runs only: here a path must exist for one of them.
-fn paths_of_this_version(bench: &mut Bench<'_>, paths: &[Path]) {
-    let exists = |path: Path| path.moves(KvMemory::Gpu) || path.moves(KvMemory::Host);
-    let missing: Vec<Path> = paths.iter().copied().filter(|path| !exists(*path)).collect();
-    let message = format!("has {}, which this version cannot move KV by", Path::list(missing.iter().copied()));
-    if !paths.is_empty() && missing.len() == paths.len() {
-        bench.refuse(&[KEY], message, what_there_is());
-    } else if !missing.is_empty() {
-        bench.warn(&[KEY], message, what_there_is());
+/// Ranks of both roles on one GPU can only be named by hand, with `shared_gpus`.
+fn nccl_on_shared_gpus(bench: &mut Bench<'_>, paths: &[Path]) {
+    let pd = &bench.config.pd_disagg;
+    let shared: Vec<String> =
+        pd.prefill_gpu_ids.iter().filter(|gpu| pd.decode_gpu_ids.contains(gpu)).map(u32::to_string).collect();
+    if paths == [Path::Nccl] && !shared.is_empty() {
+        let shared = shared.join(", ");
+        bench.refuse(
+            &[KEY],
+            format!("has nccl alone, which refuses two ranks on one GPU, and both roles are on GPU {shared}"),
+            "name \"cuda-ipc\" as well, which moves KV there",
+        );
     }
 }
-
-fn what_there_is() -> String {
-    let (gpu, host) = (Path::list(Path::that_move(KvMemory::Gpu)), Path::list(Path::that_move(KvMemory::Host)));
-    format!("name {gpu} for KV on a GPU; {host} for KV on a CPU")
-}
-
 fn has_runtime_in_vllm(bench: &Bench<'_>) -> bool {
     let pd = &bench.config.pd_disagg;
     pd.enabled && pd.connector_impl == ConnectorImpl::Native && bench.config.inference.engine == EngineKind::Vllm

@@ -6,8 +6,10 @@ mod device;
 mod digester;
 mod driver;
 mod list_kernel;
+mod ordered_stream;
 
 pub use copier::{Copier, CopyPiece};
 pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped};
 pub use digester::{DigestTile, Digester};
 pub use driver::CudaError;
+pub use ordered_stream::{Mark, OrderedStream};

@@ -12,11 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::frame::{ANSWER_BYTES, Answer, Operation, RUN_BYTES, Request, encode_run};
-use super::socket::Socket;
-use super::vectored::Span;
 use crate::memory::Region;
 use crate::transport::flight::{Flight, Inflight};
 use crate::transport::flight_queue::FlightQueue;
+use crate::transport::wire::{Socket, Span};
 use crate::transport::{Direction, End, GrantToken, Piece, Segment, TransportError};
 
 /// Requests on their way per connection: one being answered, one behind it.
@@ -43,7 +42,8 @@ impl Stream {
         self.broken.store(true, Ordering::SeqCst);
         self.socket.shutdown();
         for (flight, _) in sent {
-            give_up(&flight, error.clone());
+            flight.give_up(error.clone());
+            flight.account(Ok(()));
         }
     }
 
@@ -52,7 +52,7 @@ impl Stream {
             while sent.len() < PIPELINE {
                 let next = if sent.is_empty() { self.queue.take() } else { self.queue.try_take() };
                 let Some((flight, (), piece)) = next else { break };
-                if flight.failed() || self.late(&flight) {
+                if flight.failed() || flight.end_if_late(Instant::now()) {
                     flight.account(Ok(()));
                     continue;
                 }
@@ -127,36 +127,10 @@ impl Stream {
     /// Ends what is late, here and behind us in the queue: a connection that hangs must not hold up deadlines.
     fn patience(&self, flight: &Flight, stalled: Duration) -> Result<(), TransportError> {
         let now = Instant::now();
-        self.inflight.sweep(now, |late| end(late, late.lateness(now)));
+        self.inflight.sweep(now, |late| late.end(late.lateness(now)));
         if stalled < GRACE_MAX || !flight.failed() {
             return Ok(());
         }
         Err(TransportError::io("transfer", self.socket.peer(), std::io::Error::from(std::io::ErrorKind::TimedOut)))
     }
-
-    fn late(&self, flight: &Flight) -> bool {
-        let now = Instant::now();
-        let late = now > flight.deadline;
-        if late {
-            end(flight, flight.lateness(now));
-        }
-        late
-    }
-}
-
-/// Ends a flight before all its bytes have moved.
-pub(super) fn end(flight: &Flight, error: TransportError) {
-    match flight.direction {
-        Direction::Pull => flight.fail_now(error),
-        Direction::Push => flight.fail(error),
-    }
-}
-
-/// Ends a flight one of whose pieces was begun on a connection that broke, and accounts for that piece.
-fn give_up(flight: &Flight, error: TransportError) {
-    match flight.direction {
-        Direction::Pull => flight.fail_now(error),
-        Direction::Push => flight.fail_unfenced(error),
-    }
-    flight.account(Ok(()));
 }

@@ -4,30 +4,24 @@
 
 mod client;
 mod frame;
-mod handshake;
 mod server;
-mod socket;
-mod vectored;
 
-use std::collections::HashMap;
-use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use self::client::Stream;
 use self::frame::{REQUEST_BYTES_MAX, REQUEST_RUNS_MAX};
-use self::handshake::{ExportId, greet};
 use self::server::Server;
-use self::socket::Socket;
 use super::flight::Inflight;
 use super::flight_queue::FlightQueue;
 use super::grant_table::GrantTable;
 use super::links::Links;
 use super::threads::Threads;
+use super::wire::{Acceptor, ExportId, Socket, greet};
 use super::{
     CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, Link, RunList, TransferRequest, TransferTicket, Transport,
     TransportError,
@@ -67,50 +61,29 @@ pub struct Tcp {
     secret: Secret,
     streams: usize,
     export: Export,
-    listener: TcpListener,
-    server: Arc<Server>,
-    threads: Arc<Threads>,
-    accepting: Threads,
+    grants: Arc<GrantTable>,
+    acceptor: Acceptor,
     links: Links<TcpLink>,
 }
 
 impl Tcp {
     /// Offers `regions` on a data port of its own, to peers that know `secret`.
     pub fn new(regions: &[Arc<Region>], secret: &Secret, setup: &TcpSetup) -> Result<Self, TransportError> {
-        let failed = |error: io::Error| TransportError::io("listen for data", &setup.bind.to_string(), error);
-        let listener = TcpListener::bind((setup.bind, 0)).map_err(failed)?;
-        let port = listener.local_addr().map_err(failed)?.port();
-        let export = ExportId(rand::random());
         let regions: Arc<[Arc<Region>]> = regions.into();
         let lens: Arc<[u64]> = regions.iter().map(|region| region.len()).collect();
-        let host = setup.advertise_host.clone();
-        let description = Description { export, host, port, region_lens: lens.to_vec() };
-        let server = Arc::new(Server {
-            export,
-            secret: secret.clone(),
-            regions: regions.clone(),
-            grants: Arc::new(GrantTable::default()),
-            stall_max: setup.stall_max,
-            open: Mutex::new(HashMap::new()),
-            closing: AtomicBool::new(false),
-        });
-        let threads = Arc::new(Threads::default());
-        let accepting = Threads::default();
-        let (serving, serving_threads) = (server.clone(), threads.clone());
-        let accepts = listener.try_clone().map_err(failed)?;
-        accepting
-            .spawn("pdlink-tcp-accept".to_owned(), move || serving.accept(&accepts, &serving_threads))
-            .map_err(failed)?;
+        let grants = Arc::new(GrantTable::default());
+        let server = Server { regions: regions.clone(), grants: grants.clone(), stall_max: setup.stall_max };
+        let acceptor = Acceptor::start("tcp", setup.bind, secret, Arc::new(server))?;
+        let (export, host) = (acceptor.export(), setup.advertise_host.clone());
+        let description = Description { export, host, port: acceptor.port(), region_lens: lens.to_vec() };
         Ok(Self {
             regions,
             lens,
             secret: secret.clone(),
             streams: setup.streams.max(1),
             export: Export::encode(&description),
-            listener,
-            server,
-            threads,
-            accepting,
+            grants,
+            acceptor,
             links: Links::default(),
         })
     }
@@ -134,16 +107,12 @@ impl Transport for Tcp {
 
     fn grant(&self, runs: &RunList) -> Result<Grant, TransportError> {
         runs.validate_destinations(&self.lens)?;
-        Ok(self.server.grants.grant(runs))
+        Ok(self.grants.grant(runs))
     }
 
     fn close(&self) {
         self.links.close();
-        self.server.close();
-        // Wakes the accepting thread: on a listener this ends every accept.
-        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
-        self.accepting.join();
-        self.threads.join();
+        self.acceptor.close();
     }
 }
 
@@ -222,7 +191,7 @@ impl Closing {
         let broken = TransportError::LinkClosed { peer: self.inflight.peer().to_owned() };
         self.inflight.close(broken.clone());
         for flight in self.queue.close() {
-            client::end(&flight, broken.clone());
+            flight.end(broken.clone());
         }
     }
 }
@@ -241,14 +210,14 @@ impl Link for TcpLink {
             Ok((totals, request.runs.pieces(REQUEST_BYTES_MAX, REQUEST_RUNS_MAX)))
         });
         if let Some(Err(refused)) = flight.map(|flight| self.queue.push(flight, ())) {
-            client::end(&refused, self.closed());
+            refused.end(self.closed());
         }
         ticket
     }
 
     fn cancel(&self, ticket: TransferTicket) {
         if let Some(flight) = self.inflight.get(ticket) {
-            client::end(&flight, TransportError::Cancelled);
+            flight.end(TransportError::Cancelled);
         }
     }
 
@@ -266,12 +235,12 @@ impl Link for TcpLink {
 
     fn close(&self) {
         for flight in self.inflight.close(self.closed()) {
-            client::end(&flight, TransportError::Cancelled);
+            flight.end(TransportError::Cancelled);
         }
         // Pushes wait for the peer's word, which is what fences them; but not for long.
         self.inflight.wait_empty(FAREWELL_MAX);
         for flight in self.queue.close() {
-            client::end(&flight, TransportError::Cancelled);
+            flight.end(TransportError::Cancelled);
         }
         self.streams.iter().for_each(|stream| stream.socket.shutdown());
         self.inflight.wait_empty(CLOSE_WAIT_MAX);

@@ -12,7 +12,7 @@ use crate::memory::{AccessError, Region, to_u64, to_usize};
 
 /// Bytes of regions that are still to be sent or received, in order. The regions outlive it.
 #[derive(Default)]
-pub(super) struct Span<'a> {
+pub(in crate::transport) struct Span<'a> {
     iovecs: Vec<iovec>,
     /// Entries before this one are used up.
     first: usize,
@@ -21,7 +21,7 @@ pub(super) struct Span<'a> {
 }
 
 impl<'a> Span<'a> {
-    pub(super) fn push(&mut self, region: &'a Region, offset: u64, len: u64) -> Result<(), AccessError> {
+    pub(in crate::transport) fn push(&mut self, region: &'a Region, offset: u64, len: u64) -> Result<(), AccessError> {
         let iov_base = region.at(offset, len)?.cast::<c_void>();
         if len > 0 {
             self.iovecs.push(iovec { iov_base, iov_len: to_usize(len) });
@@ -31,7 +31,7 @@ impl<'a> Span<'a> {
     }
 
     /// Bytes not yet moved.
-    pub(super) fn left(&self) -> u64 {
+    pub(in crate::transport) fn left(&self) -> u64 {
         self.left
     }
 
@@ -63,7 +63,7 @@ impl<'a> Span<'a> {
     }
 
     /// Sends what the socket takes now. `WouldBlock` if it takes nothing; never waits.
-    pub(super) fn send(&mut self, socket: &TcpStream) -> io::Result<()> {
+    pub(in crate::transport) fn send(&mut self, socket: &TcpStream) -> io::Result<()> {
         let message = self.message();
         // SAFETY: the entries are bytes of regions that outlive this span, checked against their lengths when they were
         // pushed. The kernel reads them; a peer that writes them meanwhile changes what is sent.
@@ -72,7 +72,7 @@ impl<'a> Span<'a> {
     }
 
     /// Receives what has arrived. `WouldBlock` if nothing has; never waits.
-    pub(super) fn receive(&mut self, socket: &TcpStream) -> io::Result<()> {
+    pub(in crate::transport) fn receive(&mut self, socket: &TcpStream) -> io::Result<()> {
         let mut message = self.message();
         // SAFETY: the entries are bytes of regions that outlive this span, checked against their lengths when they were
         // pushed, to which no Rust reference exists. The kernel writes no further than their lengths.

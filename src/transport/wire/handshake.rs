@@ -24,10 +24,16 @@ const CLIENT_PURPOSE: &str = "pdlink data client";
 
 /// Names one transport of one process. A connection meant for a process that used the port before is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct ExportId(pub(super) [u8; 16]);
+pub(in crate::transport) struct ExportId([u8; 16]);
+
+impl ExportId {
+    pub(in crate::transport) fn random() -> Self {
+        Self(rand::random())
+    }
+}
 
 /// Fails once `deadline` has passed.
-pub(super) fn until(deadline: Instant, peer: &str) -> impl Fn(Duration) -> Result<(), TransportError> {
+pub(in crate::transport) fn until(deadline: Instant, peer: &str) -> impl Fn(Duration) -> Result<(), TransportError> {
     move |_| {
         if Instant::now() < deadline {
             return Ok(());
@@ -37,7 +43,7 @@ pub(super) fn until(deadline: Instant, peer: &str) -> impl Fn(Duration) -> Resul
 }
 
 /// The connecting side.
-pub(super) fn greet(
+pub(in crate::transport) fn greet(
     socket: &Socket,
     export: ExportId,
     secret: &Secret,
@@ -61,7 +67,7 @@ pub(super) fn greet(
 }
 
 /// The listening side.
-pub(super) fn welcome(
+pub(in crate::transport) fn welcome(
     socket: &Socket,
     export: ExportId,
     secret: &Secret,

@@ -15,15 +15,15 @@ use crate::transport::TransportError;
 const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 25_000_000 };
 
 /// Asked before every wait, with how long nothing has moved. An error ends the operation, and the connection with it.
-pub(super) type Patience<'a> = &'a dyn Fn(Duration) -> Result<(), TransportError>;
+pub(in crate::transport) type Patience<'a> = &'a dyn Fn(Duration) -> Result<(), TransportError>;
 
-pub(super) struct Socket {
+pub(in crate::transport) struct Socket {
     stream: TcpStream,
     peer: String,
 }
 
 impl Socket {
-    pub(super) fn new(stream: TcpStream, peer: String) -> io::Result<Self> {
+    pub(in crate::transport) fn new(stream: TcpStream, peer: String) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
         // An idle connection notices a host that vanished without a word.
@@ -33,7 +33,11 @@ impl Socket {
     }
 
     /// Connects to the first of `addresses` that answers, before `deadline`.
-    pub(super) fn connect(addresses: &[SocketAddr], peer: &str, deadline: Instant) -> Result<Self, TransportError> {
+    pub(in crate::transport) fn connect(
+        addresses: &[SocketAddr],
+        peer: &str,
+        deadline: Instant,
+    ) -> Result<Self, TransportError> {
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for address in addresses {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -49,23 +53,40 @@ impl Socket {
         Err(TransportError::io("connect", peer, last))
     }
 
-    pub(super) fn peer(&self) -> &str {
+    pub(in crate::transport) fn peer(&self) -> &str {
         &self.peer
     }
 
     /// Ends both directions: wakes whoever waits, on both sides.
-    pub(super) fn shutdown(&self) {
+    pub(in crate::transport) fn shutdown(&self) {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
     /// Whether an idle connection was ended by the peer, or has bytes that nobody asked for.
-    pub(super) fn is_broken(&self) -> bool {
-        let mut idle = [PollFd::new(&self.stream, PollFlags::IN | PollFlags::RDHUP)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut idle, Some(&now)).map_or(true, |ready| ready > 0)
+    pub(in crate::transport) fn is_broken(&self) -> bool {
+        self.readable()
     }
 
-    pub(super) fn read_exact(&self, mut bytes: &mut [u8], patience: Patience) -> Result<(), TransportError> {
+    /// Whether something can be read now: bytes, or that there will be none.
+    pub(in crate::transport) fn readable(&self) -> bool {
+        self.shows(PollFlags::IN | PollFlags::RDHUP)
+    }
+
+    /// Whether the peer has closed, or the connection broke.
+    pub(in crate::transport) fn hung_up(&self) -> bool {
+        self.shows(PollFlags::RDHUP)
+    }
+
+    fn shows(&self, wanted: PollFlags) -> bool {
+        let mut polled = [PollFd::new(&self.stream, wanted)];
+        poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).map_or(true, |ready| ready > 0)
+    }
+
+    pub(in crate::transport) fn read_exact(
+        &self,
+        mut bytes: &mut [u8],
+        patience: Patience,
+    ) -> Result<(), TransportError> {
         self.until_done("read", PollFlags::IN, patience, || {
             match (&self.stream).read(bytes) {
                 Ok(0) if !bytes.is_empty() => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -76,7 +97,7 @@ impl Socket {
         })
     }
 
-    pub(super) fn write_all(&self, mut bytes: &[u8], patience: Patience) -> Result<(), TransportError> {
+    pub(in crate::transport) fn write_all(&self, mut bytes: &[u8], patience: Patience) -> Result<(), TransportError> {
         self.until_done("write", PollFlags::OUT, patience, || {
             let written = (&self.stream).write(bytes)?;
             bytes = &bytes[written..];
@@ -84,7 +105,7 @@ impl Socket {
         })
     }
 
-    pub(super) fn send(&self, span: &mut Span, patience: Patience) -> Result<(), TransportError> {
+    pub(in crate::transport) fn send(&self, span: &mut Span, patience: Patience) -> Result<(), TransportError> {
         if span.left() == 0 {
             return Ok(());
         }
@@ -96,7 +117,7 @@ impl Socket {
 
     /// Receives all of `span`. Every write into its regions goes through `gate`, which must run it or say that it may not
     /// happen any more; what then still arrives is thrown away. Says whether all was written.
-    pub(super) fn receive(
+    pub(in crate::transport) fn receive(
         &self,
         span: &mut Span,
         patience: Patience,
@@ -119,7 +140,7 @@ impl Socket {
     }
 
     /// Reads `left` bytes and forgets them: keeps the stream in step.
-    pub(super) fn discard(&self, mut left: u64, patience: Patience) -> Result<(), TransportError> {
+    pub(in crate::transport) fn discard(&self, mut left: u64, patience: Patience) -> Result<(), TransportError> {
         let mut scratch = [0; 16 * 1024];
         while left > 0 {
             let len = usize::try_from(left).unwrap_or(usize::MAX).min(scratch.len());

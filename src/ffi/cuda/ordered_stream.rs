@@ -1,0 +1,107 @@
+//! A stream that somebody else's library works on, and marks in it.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use super::device::Device;
+use super::driver::{CudaError, Event, NOT_READY, Stream};
+
+const NON_BLOCKING_STREAM: u32 = 1;
+/// Marks are only asked about, and take no time stamps.
+const WITHOUT_TIME: u32 = 2;
+
+/// What is put on it runs in order.
+#[derive(Debug)]
+pub struct OrderedStream {
+    device: Arc<Device>,
+    stream: Stream,
+}
+
+// SAFETY: a stream may be used from any thread that makes its context current, which every method does.
+unsafe impl Send for OrderedStream {}
+
+impl OrderedStream {
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let mut stream: Stream = std::ptr::null_mut();
+        device.current(|driver| {
+            // SAFETY: writes one handle, destroyed in `drop`.
+            let status = unsafe { (driver.stream_create)(&raw mut stream, NON_BLOCKING_STREAM) };
+            driver.check("cuStreamCreate", status)
+        })?;
+        Ok(Self { device: Arc::clone(device), stream })
+    }
+
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// For libraries that take a stream.
+    pub fn raw(&self) -> *mut c_void {
+        self.stream
+    }
+
+    /// Sets `mark` behind everything that is on the stream now.
+    pub fn mark(&self, mark: &Mark) -> Result<(), CudaError> {
+        self.device.current(|driver| {
+            // SAFETY: both handles are alive.
+            driver.check("cuEventRecord", unsafe { (driver.event_record)(mark.event, self.stream) })
+        })
+    }
+
+    /// Waits until nothing is on the stream.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        self.device.current(|driver| {
+            // SAFETY: the handle is ours.
+            driver.check("cuStreamSynchronize", unsafe { (driver.stream_synchronize)(self.stream) })
+        })
+    }
+}
+
+impl Drop for OrderedStream {
+    fn drop(&mut self) {
+        // SAFETY: made once; the driver lets what is on it end first.
+        let _ = self
+            .device
+            .current(|driver| driver.check("cuStreamDestroy", unsafe { (driver.stream_destroy)(self.stream) }));
+    }
+}
+
+/// A place in a stream.
+#[derive(Debug)]
+pub struct Mark {
+    device: Arc<Device>,
+    event: Event,
+}
+
+// SAFETY: as for the stream.
+unsafe impl Send for Mark {}
+
+impl Mark {
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let mut event: Event = std::ptr::null_mut();
+        device.current(|driver| {
+            // SAFETY: writes one handle, destroyed in `drop`.
+            driver.check("cuEventCreate", unsafe { (driver.event_create)(&raw mut event, WITHOUT_TIME) })
+        })?;
+        Ok(Self { device: Arc::clone(device), event })
+    }
+
+    /// Whether everything before it has been done.
+    pub fn passed(&self) -> Result<bool, CudaError> {
+        self.device.current(|driver| {
+            // SAFETY: the handle is ours.
+            match unsafe { (driver.event_query)(self.event) } {
+                NOT_READY => Ok(false),
+                status => driver.check("cuEventQuery", status).map(|()| true),
+            }
+        })
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        // SAFETY: made once, and nothing asks for it any more.
+        let _ =
+            self.device.current(|driver| driver.check("cuEventDestroy", unsafe { (driver.event_destroy)(self.event) }));
+    }
+}

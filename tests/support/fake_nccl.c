@@ -1,0 +1,218 @@
+/* A stand-in for libnccl.so.2 that moves host memory between two ranks over a socket. It keeps NCCL's habits that callers
+ * must cope with: nothing ends at once, both halves must be posted in the same order, an abort ends what hangs, and errors
+ * are found by asking. What to do wrong is set by fake_nccl_fail_at. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+enum { SUCCESS, UNHANDLED_CUDA, SYSTEM_ERROR, INTERNAL, INVALID_ARGUMENT, INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS };
+enum { ID_BYTES = 128, TICK_MS = 5, QUEUE_MAX = 64, VERSION = 22809 };
+
+typedef struct { char internal[ID_BYTES]; } ncclUniqueId;
+typedef struct { size_t size; unsigned magic, version; int blocking, cga, min_ctas, max_ctas; const char *net; int share; } Config;
+typedef struct { char half; void *place; size_t bytes; } Op;
+typedef struct {
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t work;
+    Op queue[QUEUE_MAX];
+    int queued, rank, stop, state, connected;
+    struct sockaddr_un address;
+    socklen_t address_len;
+} Comm;
+
+/* The how manieth operation from now on fails, and how; 0: none. */
+static int fail_countdown, fail_code;
+static pthread_mutex_t fail_lock = PTHREAD_MUTEX_INITIALIZER;
+static int living;
+
+void fake_nccl_fail_at(int operations, int code) {
+    pthread_mutex_lock(&fail_lock);
+    fail_countdown = operations, fail_code = code;
+    pthread_mutex_unlock(&fail_lock);
+}
+
+/* Communicators that were made and not ended. */
+int fake_nccl_living(void) { return __atomic_load_n(&living, __ATOMIC_SEQ_CST); }
+
+static int injected(void) {
+    pthread_mutex_lock(&fail_lock);
+    int code = fail_countdown > 0 && --fail_countdown == 0 ? fail_code : SUCCESS;
+    pthread_mutex_unlock(&fail_lock);
+    return code;
+}
+
+static int stopped(Comm *comm) { return __atomic_load_n(&comm->stop, __ATOMIC_SEQ_CST); }
+
+static int ready(Comm *comm, int fd, short events) {
+    while (!stopped(comm)) {
+        struct pollfd polled = { fd, events, 0 };
+        int n = poll(&polled, 1, TICK_MS);
+        if (n > 0) return 1;
+        if (n < 0 && errno != EINTR) return 0;
+    }
+    return 0;
+}
+
+static int push(Comm *comm, int fd, const void *bytes, size_t len) {
+    for (const char *at = bytes; len;) {
+        if (!ready(comm, fd, POLLOUT)) return 0;
+        ssize_t n = send(fd, at, len, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (n < 0 && (errno == EAGAIN || errno == EINTR)) continue;
+        if (n <= 0) return 0;
+        at += n, len -= n;
+    }
+    return 1;
+}
+
+static int pull(Comm *comm, int fd, void *bytes, size_t len) {
+    for (char *at = bytes; len;) {
+        if (!ready(comm, fd, POLLIN)) return 0;
+        ssize_t n = recv(fd, at, len, MSG_DONTWAIT);
+        if (n < 0 && (errno == EAGAIN || errno == EINTR)) continue;
+        if (n <= 0) return 0;
+        at += n, len -= n;
+    }
+    return 1;
+}
+
+/* Both ranks say which half they do and of how much: what does not fit together would hang in NCCL. */
+static int move(Comm *comm, int fd, Op op) {
+    uint64_t ours[2] = { op.half, op.bytes }, theirs[2];
+    if (!push(comm, fd, ours, sizeof ours) || !pull(comm, fd, theirs, sizeof theirs)) return REMOTE_ERROR;
+    if (theirs[0] == ours[0] || theirs[1] != ours[1]) {
+        fprintf(stderr, "fake NCCL: rank %d does %c of %zu bytes, its peer %c of %zu\n", comm->rank, op.half, op.bytes,
+                (char)theirs[0], (size_t)theirs[1]);
+        return INVALID_USAGE;
+    }
+    int moved = op.half == 'S' ? push(comm, fd, op.place, op.bytes) : pull(comm, fd, op.place, op.bytes);
+    return moved ? SUCCESS : REMOTE_ERROR;
+}
+
+static int meet(Comm *comm) {
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), met = -1;
+    if (fd < 0) return -1;
+    if (comm->rank == 1) {
+        while (!stopped(comm)) {
+            if (!connect(fd, (struct sockaddr *)&comm->address, comm->address_len)) return fd;
+            usleep(1000);
+        }
+    } else if (!bind(fd, (struct sockaddr *)&comm->address, comm->address_len) && !listen(fd, 1) && ready(comm, fd, POLLIN)) {
+        met = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+    }
+    close(fd);
+    return met;
+}
+
+static void *run(void *with) {
+    Comm *comm = with;
+    int fd = meet(comm), state = fd < 0 ? REMOTE_ERROR : SUCCESS;
+    pthread_mutex_lock(&comm->lock);
+    comm->connected = 1, comm->state = state;
+    while (!stopped(comm) && state == SUCCESS) {
+        if (!comm->queued) {
+            pthread_cond_wait(&comm->work, &comm->lock);
+            continue;
+        }
+        Op op = comm->queue[0];
+        pthread_mutex_unlock(&comm->lock);
+        state = injected();
+        if (state == SUCCESS) state = move(comm, fd, op);
+        pthread_mutex_lock(&comm->lock);
+        memmove(comm->queue, comm->queue + 1, sizeof(Op) * --comm->queued);
+        comm->state = state;
+    }
+    pthread_mutex_unlock(&comm->lock);
+    /* The other rank of NCCL would not notice either: only an abort ends it. */
+    while (!stopped(comm)) usleep(TICK_MS * 1000);
+    if (fd >= 0) close(fd);
+    return NULL;
+}
+
+int ncclGetVersion(int *version) { return *version = VERSION, SUCCESS; }
+
+int ncclGetUniqueId(ncclUniqueId *id) {
+    memset(id, 0, sizeof *id);
+    return getrandom(id->internal, 32, 0) == 32 ? SUCCESS : SYSTEM_ERROR;
+}
+
+int ncclCommInitRankConfig(Comm **made, int ranks, ncclUniqueId id, int rank, Config *config) {
+    if (ranks != 2 || rank < 0 || rank > 1 || config->size != sizeof *config || config->magic != 0xcafebeef ||
+        config->version < 21800 || config->blocking != 0)
+        return INVALID_ARGUMENT;
+    int code = injected();
+    if (code != SUCCESS) return code;
+    Comm *comm = calloc(1, sizeof *comm);
+    comm->rank = rank;
+    comm->address.sun_family = AF_UNIX;
+    /* An abstract name, which no file stands for. */
+    char *name = comm->address.sun_path + 1;
+    for (int i = 0; i < 32; i++) sprintf(name + 2 * i, "%02x", (unsigned char)id.internal[i]);
+    comm->address_len = offsetof(struct sockaddr_un, sun_path) + 1 + 64;
+    pthread_mutex_init(&comm->lock, NULL);
+    pthread_cond_init(&comm->work, NULL);
+    __atomic_add_fetch(&living, 1, __ATOMIC_SEQ_CST);
+    *made = comm;
+    pthread_create(&comm->thread, NULL, run, comm);
+    return IN_PROGRESS;
+}
+
+int ncclCommGetAsyncError(Comm *comm, int *state) {
+    pthread_mutex_lock(&comm->lock);
+    *state = comm->state != SUCCESS ? comm->state : comm->connected && !comm->queued ? SUCCESS : IN_PROGRESS;
+    pthread_mutex_unlock(&comm->lock);
+    return SUCCESS;
+}
+
+static int post(Comm *comm, Op op, int type, int peer) {
+    if (type != 1 || peer != 1 - comm->rank) return INVALID_ARGUMENT;
+    pthread_mutex_lock(&comm->lock);
+    int code = comm->state != SUCCESS ? comm->state : comm->queued == QUEUE_MAX ? INVALID_USAGE : IN_PROGRESS;
+    if (code == IN_PROGRESS) {
+        comm->queue[comm->queued++] = op;
+        pthread_cond_signal(&comm->work);
+    }
+    pthread_mutex_unlock(&comm->lock);
+    return code;
+}
+
+int ncclSend(const void *from, size_t count, int type, int peer, Comm *comm, void *stream) {
+    (void)stream;
+    return post(comm, (Op){ 'S', (void *)from, count }, type, peer);
+}
+
+int ncclRecv(void *into, size_t count, int type, int peer, Comm *comm, void *stream) {
+    (void)stream;
+    return post(comm, (Op){ 'R', into, count }, type, peer);
+}
+
+int ncclCommAbort(Comm *comm) {
+    __atomic_store_n(&comm->stop, 1, __ATOMIC_SEQ_CST);
+    pthread_mutex_lock(&comm->lock);
+    pthread_cond_signal(&comm->work);
+    pthread_mutex_unlock(&comm->lock);
+    pthread_join(comm->thread, NULL);
+    pthread_mutex_destroy(&comm->lock);
+    pthread_cond_destroy(&comm->work);
+    free(comm);
+    __atomic_sub_fetch(&living, 1, __ATOMIC_SEQ_CST);
+    return SUCCESS;
+}
+
+const char *ncclGetErrorString(int code) {
+    static const char *texts[] = { "no error", "unhandled cuda error", "unhandled system error", "internal error",
+                                   "invalid argument", "invalid usage", "remote process exited", "NCCL operation in progress" };
+    return code >= 0 && code <= IN_PROGRESS ? texts[code] : "unknown";
+}
+
+const char *ncclGetLastError(Comm *comm) { return (void)comm, "made to fail"; }
