@@ -63,7 +63,8 @@ struct LinkArgs {
     /// Push into the other process's memory, rather than pull from it
     #[arg(long)]
     push: bool,
-    /// GPU of this process and of the other, or one number for both: cuda-ipc [default: 0], and nixl for GPU memory
+    /// GPU of this process and of the other, or one number for both: cuda-ipc [default: 0], nccl [default:
+    /// 0,1], and nixl for GPU memory
     #[arg(long, value_delimiter = ',')]
     gpus: Vec<i32>,
     /// Also write the report to this file, as JSON
@@ -95,6 +96,8 @@ struct SoakArgs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum PathName {
     CudaIpc,
+    /// Between two GPUs, with the library that the loader or the active Python environment has
+    Nccl,
     /// Over UCX, with the library of the active Python environment
     Nixl,
     Shm,
@@ -119,6 +122,7 @@ impl PathName {
             Self::Shm => Path::Shm,
             Self::Tcp => Path::Tcp,
             Self::CudaIpc => Path::CudaIpc,
+            Self::Nccl => Path::Nccl,
             Self::Nixl => Path::Nixl,
         }
     }
