@@ -358,6 +358,21 @@ fn nccl_alone_is_refused_where_both_roles_share_a_gpu() {
 }
 
 #[test]
+fn variables_of_nixl_are_known_ones_without_secrets_said_once() {
+    let env = |line: &str| pd_1_1(&format!("[kv.nixl.env]\n{line}\n"));
+    assert_cases(&[
+        ("another program's", env("LD_PRELOAD = \"x\""), &["a.toml:8: kv.nixl.env.LD_PRELOAD", "prefill_env"]),
+        ("a secret", env("NIXL_ETCD_PASSWORD = \"x\""), &["a.toml:8: kv.nixl.env.NIXL_ETCD_PASSWORD", "a secret"]),
+        (
+            "two values",
+            pd_1_1("prefill_env = { UCX_TLS = \"tcp\" }\n[kv.nixl.env]\nUCX_TLS = \"rc,tcp\"\n"),
+            &["pd_disagg.prefill_env.UCX_TLS", "\"tcp\" there and \"rc,tcp\"", "one of the two places"],
+        ),
+    ]);
+    load_text(&pd_1_1("decode_env = { UCX_TLS = \"rc,tcp\" }\n[kv.nixl.env]\nUCX_TLS = \"rc,tcp\"\n")).expect("right");
+}
+
+#[test]
 fn numbers_stay_in_their_range() {
     assert_cases(&[
         (

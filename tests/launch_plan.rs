@@ -228,7 +228,23 @@ fn native_connector_settings_are_accepted_by_every_version() {
     config.kv.paths = Some(vec![Path::Nixl]);
     config.kv.nixl.environment = Some("/opt/nixl".into());
     let told = kv_settings(&planned_on_cpu(&config, 2).workers[0])["kv_connector_extra_config"]["kv"]["nixl"].clone();
-    assert_eq!(told, json!({ "environment": "/opt/nixl", "backend": "UCX", "parameters": {} }));
+    assert_eq!(told, json!({ "environment": "/opt/nixl", "backend": "UCX", "parameters": {}, "env": {} }));
+}
+
+#[test]
+fn variables_of_nixl_go_to_the_workers_that_use_it() {
+    let mut config = pd(&[0], &[1]);
+    config.kv.nixl.env = [("UCX_TLS".to_owned(), "rc,tcp".to_owned())].into();
+    let with_it = |config: &Config| {
+        planned(config, 33).workers.iter().filter(|worker| worker.env.get("UCX_TLS") == Some(&"rc,tcp".into())).count()
+    };
+    assert_eq!(with_it(&config), 0, "cuda-ipc is the path");
+    config.pd_disagg.connector_impl = ConnectorImpl::Vllm;
+    config.pd_disagg.kv_connector = KvConnector::NixlConnector;
+    assert_eq!(with_it(&config), 2, "vLLM's own NIXL");
+    config.inference.engine = EngineKind::Reference;
+    config.kv.paths = Some(vec![Path::Nixl]);
+    assert_eq!(with_it(&config), 2, "the reference engine over nixl");
 }
 
 #[test]

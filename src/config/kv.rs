@@ -193,7 +193,6 @@ impl Default for NcclConfig {
 }
 
 /// NIXL, whose library comes with its Python wheels (`pip install nixl-cu13`, or `nixl-cu12`) and is opened where it is found.
-/// Variables of its backends, such as `UCX_TLS`, go into the workers' environment: `pd_disagg.prefill_env` and `decode_env`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct NixlConfig {
@@ -210,10 +209,22 @@ pub struct NixlConfig {
     /// shared memory, CUDA): over sockets alone a reader that dies in the middle makes UCX abort the process it reads from, and
     /// the `tcp` path is faster.
     pub parameters: BTreeMap<String, String>,
+    /// Environment variables that NIXL and its backends read when a worker starts, such as `UCX_TLS = "rc,sm,cuda,tcp"` or
+    /// `UCX_NET_DEVICES`. Default: none. `pdlink up` gives them to every worker that uses NIXL, also to those with the connector
+    /// that vLLM ships; a worker that something else started says in its log where its own differ. Names begin with `UCX_`,
+    /// `NIXL_`, `FI_`, `MC_`, `CUFILE_`, `IBV_`, `RDMAV_`, `MLX4_` or `MLX5_`; secrets are refused. `UCX_TLS` must leave `tcp`
+    /// in, over which UCX makes its connections, and something faster beside it.
+    pub env: BTreeMap<String, String>,
 }
 
 impl Default for NixlConfig {
     fn default() -> Self {
-        Self { library: None, environment: None, backend: "UCX".to_owned(), parameters: BTreeMap::new() }
+        Self {
+            library: None,
+            environment: None,
+            backend: "UCX".to_owned(),
+            parameters: BTreeMap::new(),
+            env: BTreeMap::new(),
+        }
     }
 }

@@ -6,3 +6,4 @@
 pub mod cuda;
 pub mod nccl;
 pub mod nixl;
+pub mod ucx;

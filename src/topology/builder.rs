@@ -279,6 +279,9 @@ fn worker(
             vllm_args::command(around.vllm.ok_or(PlanError::NoVllm)?, config, host, &seat)
         }
     };
+    if role != Role::Both && (kv_paths.contains(&Path::Nixl) || is_own_nixl(config)) {
+        env.extend(config.kv.nixl.env.clone());
+    }
     env.extend(config.pd_disagg.env(role).into_iter().flatten().map(|(name, value)| (name.clone(), value.clone())));
     Ok(WorkerPlan {
         role,

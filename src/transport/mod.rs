@@ -30,6 +30,7 @@ mod loopback;
 mod mapped;
 mod nccl;
 mod nixl;
+mod nixl_surroundings;
 mod process;
 mod request;
 mod run_list;

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{CudaIpc, Link, Nccl, NcclSetup, Nixl, NixlSetup, Offer, Shm, Tcp, TcpSetup, Transport, TransportError};
+use super::{CudaIpc, Link, Nccl, NcclSetup, Nixl, NixlSetup, Offer, Shm, Tcp, TcpSetup, Transport, TransportError, nixl_surroundings};
 use crate::config::{KvConfig, KvMemory, Path};
 use crate::memory::{MemoryKind, Region};
 use crate::security::Secret;
@@ -79,13 +79,18 @@ fn open(path: Path, setup: &Setup) -> Result<Arc<dyn Transport>, TransportError>
             Ok(Arc::new(Tcp::new(setup.regions, setup.secret, &tcp)?))
         }
         Path::CudaIpc => Ok(Arc::new(CudaIpc::new(setup.regions)?)),
-        Path::Nixl => Ok(Arc::new(Nixl::new(setup.regions, &NixlSetup::of(&setup.config.nixl))?)),
         Path::Nccl => {
             let nccl = NcclSetup {
                 stall_max: Duration::from_millis(setup.config.transfer_timeout_ms),
                 ..NcclSetup::of(&setup.config.nccl, setup.bind, setup.advertise_host)
             };
             Ok(Arc::new(Nccl::new(setup.regions, setup.secret, &nccl)?))
+        }
+        Path::Nixl => {
+            nixl_surroundings::tell_of_environment(&setup.config.nixl);
+            let nixl = Nixl::new(setup.regions, &NixlSetup::of(&setup.config.nixl))?;
+            nixl_surroundings::tell_of_copies();
+            Ok(Arc::new(nixl))
         }
     }
 }

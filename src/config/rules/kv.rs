@@ -3,6 +3,7 @@
 use crate::config::{ConnectorImpl, EngineKind, KvMemory, Path};
 
 use super::Bench;
+use crate::config::variables::nixl_fault;
 
 /// Pings that may be lost before a peer counts as dead.
 const PINGS_MIN: u64 = 3;
@@ -11,6 +12,7 @@ const KEY: &str = "kv.paths";
 
 pub(super) fn judge(bench: &mut Bench<'_>) {
     times(bench);
+    nixl_env(bench);
     if let Some(paths) = &bench.config.kv.paths {
         self::paths(bench, paths);
     }
@@ -86,6 +88,27 @@ fn nccl_on_shared_gpus(bench: &mut Bench<'_>, paths: &[Path]) {
         );
     }
 }
+
+/// Variables of `[kv.nixl.env]`: known ones, no secrets, and not contradicted by what a role is given.
+fn nixl_env(bench: &mut Bench<'_>) {
+    let config = bench.config;
+    for (name, value) in &config.kv.nixl.env {
+        let key = format!("kv.nixl.env.{name}");
+        if let Some((message, mend)) = nixl_fault(name, value) {
+            bench.refuse(&[&key], message, mend);
+            continue;
+        }
+        let roles = [("prefill_env", &config.pd_disagg.prefill_env), ("decode_env", &config.pd_disagg.decode_env)];
+        for (table, env) in roles {
+            if let Some(other) = env.get(name).filter(|other| *other != value) {
+                let own = format!("pd_disagg.{table}.{name}");
+                let message = format!("is \"{other}\" there and \"{value}\" in kv.nixl.env");
+                bench.refuse(&[&own, &key], message, "say it in one of the two places");
+            }
+        }
+    }
+}
+
 fn has_runtime_in_vllm(bench: &Bench<'_>) -> bool {
     let pd = &bench.config.pd_disagg;
     pd.enabled && pd.connector_impl == ConnectorImpl::Native && bench.config.inference.engine == EngineKind::Vllm
