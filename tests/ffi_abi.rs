@@ -53,9 +53,9 @@ fn threads() -> usize {
 fn nixl_is_of_a_version_that_these_declarations_were_held_against() {
     let library = library();
     assert!(library.path().starts_with(nixl_library::environment()), "{}", library.path().display());
-    let numbers: Vec<u32> = library.version().split('.').map(|part| part.parse().unwrap()).collect();
     assert!(
-        numbers >= vec![0, 9] && numbers < vec![1, 6],
+        !pdlink::ffi::nixl::is_untested(library.version())
+            && library.version().starts_with(|c: char| c.is_ascii_digit()),
         "NIXL {}: read its changes, then widen this",
         library.version()
     );

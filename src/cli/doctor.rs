@@ -6,6 +6,7 @@ use console::Term;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{EXIT_FAILED, Sources, load_quietly, print};
+use crate::config::Path;
 use crate::doctor::{self, Progress, Setting};
 
 /// Columns where the output is no terminal.
@@ -16,6 +17,14 @@ pub(super) struct Args {
     /// Print for machines: one JSON object
     #[arg(long)]
     json: bool,
+    /// Turn one run of this path's canary round on its way: the doctor must find it
+    #[arg(long, hide = true, value_name = "PATH", value_parser = path_named)]
+    corrupt: Option<Path>,
+}
+
+fn path_named(name: &str) -> Result<Path, String> {
+    let named = Path::BEST_FIRST.into_iter().find(|path| path.name() == name);
+    named.ok_or_else(|| format!("paths are {}", Path::list(Path::BEST_FIRST)))
 }
 
 /// The process beside the doctor's own, in which it tries things.
@@ -24,7 +33,7 @@ pub(super) struct ProbeArgs {}
 
 pub(super) fn run(args: &Args, sources: &Sources) -> anyhow::Result<ExitCode> {
     let given = !sources.files.is_empty() || !sources.overrides.is_empty();
-    let setting = Setting::new(given.then(|| load_quietly(sources)), false)?;
+    let setting = Setting::new(given.then(|| load_quietly(sources)), false)?.corrupting(args.corrupt);
     let bar = bar();
     let report = doctor::run(setting, &|progress| show(&bar, progress));
     bar.finish_and_clear();

@@ -2,13 +2,15 @@
 //! large run.
 //!
 //! A [`Check`] asks one question, within a time of its own, and gives one [`Answer`]: what was seen, and what to do. Checks are
-//! data, listed by their group ([`machine`], [`configuration`]); [`run`] asks them and [`Report`] shows the answers, to a person or as JSON.
+//! data, listed by their group ([`machine`], [`libraries`], [`configuration`], [`links`]); [`run`] asks them and [`Report`] shows the answers, to a person or as JSON.
 //! What may harm the process that looks (a foreign library, another process's memory) is asked in a process of its own
 //! ([`probe`]). What is absent is skipped by name; absent and needed by the configuration is a failure.
 #![forbid(unsafe_code)]
 
 mod check;
 mod configuration;
+mod libraries;
+mod links;
 mod machine;
 pub mod probe;
 mod report;
@@ -32,8 +34,11 @@ pub fn run(setting: Setting, tell: &dyn Fn(&runner::Progress<'_>)) -> Report {
     let environment = Environment::current();
     let setting = std::sync::Arc::new(setting);
     let mut checks = machine::checks(&setting);
+    checks.extend(libraries::checks(&setting));
     checks.extend(configuration::checks(&setting));
-    let answered = runner::ask(checks, AT_ONCE, tell);
+    let mut answered = runner::ask(checks, AT_ONCE, tell);
+    // Speed is measured, so one after the other, and beside nothing else.
+    answered.extend(runner::ask(links::checks(&setting), 1, tell));
     Report::new(environment, answered, started.elapsed())
 }
 

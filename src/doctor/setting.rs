@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::probe::{self, Order};
 use crate::config::{Config, ConnectorImpl, EngineKind, KvConnector, KvMemory, LoadError, Loaded, Path, Role};
+use crate::ffi::cuda::Survey;
 use crate::launcher::machine;
 use crate::launcher::vllm::program::{self, VllmError};
 use crate::topology::host::Host;
@@ -21,9 +23,13 @@ pub struct Setting {
     /// The `vllm` that workers would run; `None` where no worker runs one.
     pub(super) vllm: Option<Result<VllmProgram, VllmError>>,
     pub(super) host: Host,
+    /// What NVIDIA's driver tells of its GPUs, or why it tells nothing.
+    pub(super) survey: Result<Survey, String>,
     pub(super) plan: Option<Result<Plan, PlanError>>,
     /// Ports that the plan wishes for.
     pub(super) ports: Vec<Wish>,
+    /// The path whose canary gets a wrong run on its way, to see that it is found.
+    pub(super) corrupts: Option<Path>,
     /// Whether a deployment of this configuration runs already.
     pub(super) runs: bool,
 }
@@ -53,9 +59,16 @@ impl Setting {
             };
             tokio::join!(machine::look(model), looking)
         });
+        let survey = probe::ask(&Order::Gpus, &[], LOOK_MAX).map_err(|error| format!("{error:#}"));
         let mut ports = Listed::default();
         let plan = config.map(|config| make_plan(config, vllm.as_ref(), &host, &mut ports)).transpose()?;
-        Ok(Self { loaded, vllm, host, plan, ports: ports.0, runs })
+        Ok(Self { loaded, vllm, host, survey, plan, ports: ports.0, corrupts: None, runs })
+    }
+
+    /// The same, with a wrong run on the way of one path's canary.
+    #[must_use]
+    pub fn corrupting(self, path: Option<Path>) -> Self {
+        Self { corrupts: path, ..self }
     }
 
     /// The configuration, where one was given and can be used.
@@ -105,6 +118,16 @@ impl Setting {
     /// Whether anything configured goes over NIXL.
     pub(super) fn needs_nixl(&self) -> bool {
         self.allows(Path::Nixl) || self.uses_own_nixl()
+    }
+
+    /// How many GPUs this machine has.
+    pub(super) fn gpus(&self) -> usize {
+        self.survey.as_ref().map_or(0, |survey| survey.gpus.len())
+    }
+
+    /// Whether workers compute on GPUs.
+    pub(super) fn needs_gpus(&self) -> bool {
+        self.config().is_some_and(|config| config.inference.engine == EngineKind::Vllm) && !self.on_cpu()
     }
 
     /// Workers, and ranks of them all.

@@ -116,7 +116,7 @@ mod tests {
         let mut maps =
             line(own.to_str().unwrap()).repeat(3) + &line(module.to_str().unwrap()) + &line("/usr/lib/libc.so.6");
         let alone = Loaded::of(&maps, None);
-        assert_eq!(alone.copies, [own.clone()]);
+        assert_eq!(alone.copies, std::slice::from_ref(&own));
         assert_eq!(alone.modules.iter().collect::<Vec<_>>(), ["cma"]);
         assert_eq!(alone.transports(), ["self", "tcp", "sysv", "posix", "rc_verbs", "ud_verbs", "cma"]);
         assert!(!alone.knows_gpus() && alone.knows_rdma());

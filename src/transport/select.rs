@@ -6,7 +6,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{CudaIpc, Link, Nccl, NcclSetup, Nixl, NixlSetup, Offer, Shm, Tcp, TcpSetup, Transport, TransportError, nixl_surroundings};
+use super::{
+    CudaIpc, Link, Nccl, NcclSetup, Nixl, NixlSetup, Offer, Shm, Tcp, TcpSetup, Transport, TransportError,
+    nixl_surroundings,
+};
 use crate::config::{KvConfig, KvMemory, Path};
 use crate::memory::{MemoryKind, Region};
 use crate::security::Secret;

@@ -5,6 +5,7 @@
 //! each the faster of two ways to share the work. Both walk through memory larger than the caches, so that both find it equally
 //! cold. Before a line is measured, one transfer of its kind is compared byte for byte.
 
+pub mod canary;
 mod ceiling;
 mod peer;
 mod workload;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use serde::Serialize;
 
-pub use peer::serve as serve_peer;
+pub use peer::{Holding, Orders, Ready, hold, serve as serve_peer};
 
 pub(super) use self::ceiling::{Ceiling, FILL_BYTES, fill};
 use self::peer::Peer;
@@ -25,10 +26,10 @@ pub(super) use self::workload::{is_noise, noise};
 use super::environment::Environment;
 use super::stats::{Samples, Spread};
 use super::table::{Table, size};
-use crate::config::Path;
+use crate::config::{NcclConfig, NixlConfig, Path};
 use crate::memory::{Region, to_usize};
 use crate::security::Secret;
-use crate::transport::{Direction, Link, RunList, TransferRequest, Transport};
+use crate::transport::{Direction, GrantToken, Link, RunList, TransferRequest, Transport};
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -135,25 +136,48 @@ struct Rig {
     transport: Arc<dyn Transport>,
     link: Arc<dyn Link>,
     ceiling: Ceiling,
-    peer: Peer,
+    grant: GrantToken,
     span: u64,
+    /// The other process, where it is ours.
+    _peer: Option<Peer>,
 }
 
 impl Rig {
     fn new(path: Path, options: &Options, direction: Direction, span: u64) -> anyhow::Result<Self> {
-        let secret = Secret::generate()?;
+        let secret = SecretFile::new()?;
         let [our_gpu, peer_gpu] = gpus(path, options.gpus);
-        let peer = Peer::start(path, span, options.threads, peer_gpu, &secret)?;
-        let region = memory(span, our_gpu)?;
-        let transport = peer::open(path, &region, options.threads, &secret)?;
-        let link =
-            transport.connect(&peer.export, Instant::now() + PATIENCE).context("connecting to the other process")?;
-        let ceiling = match path {
-            Path::Tcp => Ceiling::sockets(peer.plain_port, options.threads, region.clone())?,
-            _ if our_gpu.is_some() => Ceiling::gpu(peer.gpu_memory.as_ref(), &region)?,
-            _ => Ceiling::memcpy(options.threads, region.clone())?,
+        let orders = |gpu| Orders {
+            path,
+            span,
+            threads: options.threads,
+            gpu,
+            secret_file: secret.path.clone(),
+            nixl: NixlConfig::default(),
+            nccl: NcclConfig::default(),
         };
-        Ok(Self { path, direction, region, transport, link, ceiling, peer, span })
+        let (peer, ready) = Peer::start(&orders(peer_gpu))?;
+        Ok(Self { _peer: Some(peer), ..Self::joined(&orders(our_gpu), &ready, direction, |ours| ours)? })
+    }
+
+    /// Connects to an end that stands elsewhere, over what `around` makes of our transport.
+    fn joined(
+        orders: &Orders,
+        ready: &Ready,
+        direction: Direction,
+        around: impl FnOnce(Arc<dyn Transport>) -> Arc<dyn Transport>,
+    ) -> anyhow::Result<Self> {
+        let &Orders { path, span, threads, gpu, .. } = orders;
+        let region = memory(span, gpu)?;
+        let secret = Secret::read_file(&orders.secret_file)?;
+        let transport = around(peer::open(orders, &region, &secret)?);
+        let link =
+            transport.connect(&ready.export, Instant::now() + PATIENCE).context("connecting to the other process")?;
+        let ceiling = match path {
+            Path::Tcp => Ceiling::sockets(ready.plain_port, threads, region.clone())?,
+            _ if gpu.is_some() => Ceiling::gpu(ready.gpu_memory.as_ref(), &region)?,
+            _ => Ceiling::memcpy(threads, region.clone())?,
+        };
+        Ok(Self { path, direction, region, transport, link, ceiling, grant: ready.grant, span, _peer: None })
     }
 
     /// Holds every byte of one transfer against what it must be: a fast copy of wrong bytes is worth nothing. What was pushed
@@ -191,7 +215,7 @@ impl Rig {
     fn move_by(&self, direction: Direction, runs: RunList) -> anyhow::Result<f64> {
         let bytes = runs.bytes();
         let (tell, told) = mpsc::channel();
-        let grant = (direction == Direction::Push).then_some(self.peer.grant);
+        let grant = (direction == Direction::Push).then_some(self.grant);
         let request = TransferRequest { direction, runs, grant, deadline: Instant::now() + PATIENCE };
         let started = Instant::now();
         self.link.submit(request, Box::new(move |outcome| drop(tell.send((outcome, Instant::now())))));
@@ -243,6 +267,27 @@ impl Rig {
     fn close(self) {
         self.link.close();
         self.transport.close();
+    }
+}
+
+/// The secret that both ends read, for as long as they start.
+pub struct SecretFile {
+    pub path: std::path::PathBuf,
+}
+
+impl SecretFile {
+    pub fn new() -> anyhow::Result<Self> {
+        let name = format!("pdlink-bench-{}-{:08x}", std::process::id(), rand::random::<u32>());
+        let path = std::env::temp_dir().join(name);
+        Secret::generate()?.write_file(&path)?;
+        Ok(Self { path })
+    }
+}
+
+impl Drop for SecretFile {
+    fn drop(&mut self) {
+        // One that is gone already is as it should be.
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 

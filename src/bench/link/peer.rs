@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +18,8 @@ use crate::ffi::cuda::{Device, IpcHandle};
 use crate::memory::{Region, RegionOptions, to_usize};
 use crate::security::Secret;
 use crate::transport::{
-    CudaIpc, Export, GrantToken, Nccl, NcclSetup, Nixl, NixlSetup, Run, RunList, Segment, Shm, Tcp, TcpSetup, Transport,
+    CudaIpc, Export, Grant, GrantToken, Nccl, NcclSetup, Nixl, NixlSetup, Run, RunList, Segment, Shm, Tcp, TcpSetup,
+    Transport,
 };
 
 /// Name of the hidden subcommand of `pdlink bench` that calls [`serve`].
@@ -26,26 +28,22 @@ const SUBCOMMAND: &str = "link-peer";
 /// What its memory is filled with.
 pub(super) const SEED: u64 = 5;
 
-#[derive(Debug, Serialize, Deserialize)]
-struct Orders {
-    path: Path,
-    span: u64,
-    threads: usize,
-    gpu: Option<i32>,
-    secret_file: std::path::PathBuf,
+/// What one end of a link is to hold, and how it is reached.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Orders {
+    pub path: Path,
+    pub span: u64,
+    pub threads: usize,
+    /// Its GPU; none holds host memory.
+    pub gpu: Option<i32>,
+    pub secret_file: PathBuf,
+    pub nixl: NixlConfig,
+    pub nccl: NcclConfig,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct Ready {
-    export: Export,
-    grant: GrantToken,
-    plain_port: u16,
-    gpu_memory: Option<IpcHandle>,
-}
-
-/// The process, seen from the one that measures. Ended when dropped.
-pub(super) struct Peer {
-    child: Child,
+/// How that end is reached.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Ready {
     pub(super) export: Export,
     pub(super) grant: GrantToken,
     pub(super) plain_port: u16,
@@ -53,17 +51,21 @@ pub(super) struct Peer {
     pub(super) gpu_memory: Option<IpcHandle>,
 }
 
+/// An end that can be reached for as long as this lives.
+pub struct Holding {
+    pub ready: Ready,
+    _transport: Arc<dyn Transport>,
+    _grant: Grant,
+}
+
+/// The process, seen from the one that measures. Ended when dropped.
+pub(super) struct Peer {
+    child: Child,
+}
+
 impl Peer {
-    pub(super) fn start(
-        path: Path,
-        span: u64,
-        threads: usize,
-        gpu: Option<i32>,
-        secret: &Secret,
-    ) -> anyhow::Result<Self> {
-        let name = format!("pdlink-bench-{}-{:08x}", std::process::id(), rand::random::<u32>());
-        let secret_file = std::env::temp_dir().join(name);
-        secret.write_file(&secret_file)?;
+    /// Starts it, and hears how it is reached.
+    pub(super) fn start(orders: &Orders) -> anyhow::Result<(Self, Ready)> {
         let child = Command::new(std::env::current_exe()?)
             .args(["bench", SUBCOMMAND])
             .stdin(Stdio::piped())
@@ -71,13 +73,9 @@ impl Peer {
             .spawn()
             .context("starting the other process")?;
         // From here on dropping it ends the process.
-        let export = Export::from_bytes(Vec::new());
-        let mut peer = Self { child, export, grant: GrantToken([0; 16]), plain_port: 0, gpu_memory: None };
-        let answer = peer.order(&Orders { path, span, threads, gpu, secret_file: secret_file.clone() });
-        std::fs::remove_file(&secret_file)?;
-        let Ready { export, grant, plain_port, gpu_memory } = answer?;
-        (peer.export, peer.grant, peer.plain_port, peer.gpu_memory) = (export, grant, plain_port, gpu_memory);
-        Ok(peer)
+        let mut peer = Self { child };
+        let ready = peer.order(orders)?;
+        Ok((peer, ready))
     }
 
     fn order(&mut self, orders: &Orders) -> anyhow::Result<Ready> {
@@ -110,13 +108,9 @@ pub(in crate::bench) fn memory(span: u64, gpu: Option<i32>) -> anyhow::Result<Ar
     }
 }
 
-/// One path over one region.
-pub(super) fn open(
-    path: Path,
-    region: &Arc<Region>,
-    threads: usize,
-    secret: &Secret,
-) -> anyhow::Result<Arc<dyn Transport>> {
+/// The path of these orders over one region.
+pub(super) fn open(orders: &Orders, region: &Arc<Region>, secret: &Secret) -> anyhow::Result<Arc<dyn Transport>> {
+    let &Orders { path, threads, .. } = orders;
     let regions = std::slice::from_ref(region);
     Ok(match path {
         Path::Shm => Arc::new(Shm::new(regions, threads)?),
@@ -126,9 +120,9 @@ pub(super) fn open(
             Arc::new(Tcp::new(regions, secret, &TcpSetup { bind, advertise_host, streams: threads, stall_max })?)
         }
         Path::CudaIpc => Arc::new(CudaIpc::new(regions)?),
-        Path::Nixl => Arc::new(Nixl::new(regions, &NixlSetup::of(&NixlConfig::default()))?),
+        Path::Nixl => Arc::new(Nixl::new(regions, &NixlSetup::of(&orders.nixl))?),
         Path::Nccl => {
-            let setup = NcclSetup::of(&NcclConfig::default(), Ipv4Addr::LOCALHOST.into(), "127.0.0.1");
+            let setup = NcclSetup::of(&orders.nccl, Ipv4Addr::LOCALHOST.into(), "127.0.0.1");
             Arc::new(Nccl::new(regions, secret, &setup)?)
         }
     })
@@ -139,11 +133,20 @@ pub fn serve() -> anyhow::Result<()> {
     let mut line = String::new();
     std::io::stdin().lock().read_line(&mut line)?;
     let orders: Orders = serde_json::from_str(&line).context("this command is started by `pdlink bench link`")?;
+    let holding = hold(&orders)?;
+    println!("{}", serde_json::to_string(&holding.ready)?);
+    std::io::stdout().flush()?;
+    std::io::stdin().lock().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+/// Holds memory full of noise for the other process.
+pub fn hold(orders: &Orders) -> anyhow::Result<Holding> {
     let secret = Secret::read_file(&orders.secret_file)?;
     let region = memory(orders.span, orders.gpu)?;
     fill(&region, SEED)?;
     let gpu_memory = region.device().map(|device| device.share(region.address())).transpose()?;
-    let transport = open(orders.path, &region, orders.threads, &secret)?;
+    let transport = open(orders, &region, &secret)?;
     let whole = vec![Run { src: 0, dst: 0, len: orders.span }];
     let grant = transport.grant(&RunList { segments: vec![Segment { src_region: 0, dst_region: 0, runs: whole }] })?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
@@ -152,10 +155,7 @@ pub fn serve() -> anyhow::Result<()> {
         plain_senders(listener, orders.threads, to_usize(orders.span))?;
     }
     let ready = Ready { export: transport.export(), grant: grant.token(), plain_port, gpu_memory };
-    println!("{}", serde_json::to_string(&ready)?);
-    std::io::stdout().flush()?;
-    std::io::stdin().lock().read_to_end(&mut Vec::new())?;
-    Ok(())
+    Ok(Holding { ready, _transport: transport, _grant: grant })
 }
 
 /// Accepts `count` plain sockets, and sends on each as many bytes as it is asked for, in a plain loop over cold memory. The

@@ -1,11 +1,12 @@
 //! Checks of the machine, and of the container that we may be in.
 
+mod gpus;
 mod limits;
 mod memory;
 mod names;
 mod ports;
 mod process_memory;
-mod rdma;
+pub(super) mod rdma;
 mod shared_memory;
 
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub(super) fn checks(setting: &Shared) -> Vec<Check> {
         check("locked-memory", KERNEL, setting, limits::locked_memory),
         check("host-names", NAMES, setting, names::check),
         check("ports", KERNEL, setting, ports::check),
+        check("gpus", KERNEL, setting, gpus::check),
+        check("gpu-peers", KERNEL, setting, gpus::peers),
         check("rdma", KERNEL, setting, rdma::check),
     ]
 }

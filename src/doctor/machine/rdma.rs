@@ -17,7 +17,7 @@ pub(super) fn check(setting: &Setting) -> Answer {
 }
 
 /// Names of the devices.
-pub(super) fn devices() -> Vec<String> {
+pub(in crate::doctor) fn devices() -> Vec<String> {
     names(&Path::new("/").join(CLASS))
 }
 

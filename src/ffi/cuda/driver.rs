@@ -55,6 +55,11 @@ macro_rules! functions {
 
 functions! {
     init = b"cuInit\0" (c_uint);
+    driver_version = b"cuDriverGetVersion\0" (*mut c_int);
+    device_count = b"cuDeviceGetCount\0" (*mut c_int);
+    device_name = b"cuDeviceGetName\0" (*mut c_char, c_int, c_int);
+    device_memory = b"cuDeviceTotalMem_v2\0" (*mut usize, c_int);
+    peer_attribute = b"cuDeviceGetP2PAttribute\0" (*mut c_int, c_int, c_int, c_int);
     device_get = b"cuDeviceGet\0" (*mut c_int, c_int);
     device_attribute = b"cuDeviceGetAttribute\0" (*mut c_int, c_int, c_int);
     device_uuid = b"cuDeviceGetUuid_v2\0" (*mut [u8; 16], c_int);

@@ -7,9 +7,11 @@ mod digester;
 mod driver;
 mod list_kernel;
 mod ordered_stream;
+mod survey;
 
 pub use copier::{Copier, CopyPiece};
 pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped};
 pub use digester::{DigestTile, Digester};
 pub use driver::CudaError;
 pub use ordered_stream::{Mark, OrderedStream};
+pub use survey::{Gpu, Pair, Survey, survey};

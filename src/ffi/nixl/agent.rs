@@ -140,6 +140,11 @@ impl Agent {
         Ok(bytes)
     }
 
+    /// Names of the backends that the library has plugins for.
+    pub fn backends(&self) -> Result<Vec<String>, NixlError> {
+        self.shared.backends()
+    }
+
     /// Gets to know a peer by its metadata. Its name must not be that of a peer that is still known.
     pub fn load(&self, metadata: &[u8]) -> Result<Rc<Remote>, NixlError> {
         let mut name: *mut c_char = ptr::null_mut();

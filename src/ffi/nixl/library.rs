@@ -24,6 +24,17 @@ pub(super) struct AgentConfig {
     pub(super) capture_telemetry: bool,
 }
 
+/// The oldest version that has every function, and the newest that ours were held against (`tests/ffi_abi.rs`): major and minor.
+pub const TESTED: ((u32, u32), (u32, u32)) = ((0, 9), (1, 5));
+
+/// Whether a version is known to be outside of [`TESTED`].
+pub fn is_untested(version: &str) -> bool {
+    let mut numbers = version.split('.').map(|part| part.parse::<u32>().ok());
+    let (Some(Some(major)), Some(Some(minor))) = (numbers.next(), numbers.next()) else { return false };
+    let (from, to) = TESTED;
+    (major, minor) < from || (major, minor) > to
+}
+
 /// Why something could not be done with NIXL.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NixlError {
@@ -243,6 +254,13 @@ mod tests {
         assert_eq!(version_beside(&found[0]).as_deref(), Some("1.5.1"));
         assert_eq!(version_beside(&found[1]), None);
         assert_eq!(version_beside(Path::new(FILE)), None);
+    }
+
+    #[test]
+    fn versions_are_held_against_the_tested_range() {
+        let untested = ["0.8.1", "1.6.0", "2.0"].map(is_untested);
+        let tested = ["0.9.0", "1.5.1", "1.0.0", "of unknown version"].map(is_untested);
+        assert_eq!((untested, tested), ([true; 3], [false; 4]));
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! print there too. What it says on its error output is kept: libraries explain themselves there. It ends when its input
 //! closes, and is killed when nobody wants it any more.
 
+mod orders;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -13,6 +15,8 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+
+pub(super) use orders::{NcclFound, NixlFound, NixlWish, Order};
 
 /// Longest for what takes a moment.
 pub(super) const SHORT: Duration = Duration::from_secs(4);
@@ -25,15 +29,6 @@ const MARK: &str = "pdlink-probe ";
 const SAID_BYTES_MAX: usize = 16 << 10;
 /// What of it is shown with an error.
 const SHOWN_CHARS: usize = 300;
-
-/// What the other process is to do.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) enum Order {
-    /// Keeps a byte, tells where, and lets peers read it as a worker would.
-    HoldMemory,
-    /// Reads that byte.
-    ReadMemory { pid: u32, address: u64 },
-}
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Said<T> {
@@ -61,7 +56,10 @@ pub(super) fn ask<T: DeserializeOwned>(
 
 impl Probe {
     pub(super) fn start(order: &Order, env: &[(String, String)]) -> anyhow::Result<Self> {
-        let mut child = Command::new(std::env::current_exe()?)
+        let mut command = Command::new(std::env::current_exe()?);
+        // Each worker gets its own; GPU ids of a configuration count among all.
+        command.env_remove("CUDA_VISIBLE_DEVICES");
+        let mut child = command
             .arg(SUBCOMMAND)
             .envs(env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
@@ -75,9 +73,16 @@ impl Probe {
         let stderr = stderr.context("no way to hear the other process")?;
         let (lines, (stderr, stderr_ended)) = (answers(stdout)?, text(stderr)?);
         let mut probe = Self { child, stdin, lines, stderr, stderr_ended };
-        let stdin = probe.stdin.as_mut().context("no way to tell the other process anything")?;
-        writeln!(stdin, "{}", serde_json::to_string(order)?)?;
+        probe.send(order)?;
         Ok(probe)
+    }
+
+    /// Tells it something on a line of its own.
+    pub(super) fn send(&mut self, what: &impl Serialize) -> anyhow::Result<()> {
+        let stdin = self.stdin.as_mut().context("no way to tell the other process anything")?;
+        // One that has ended is found out when its answer is waited for.
+        let _ = writeln!(stdin, "{}", serde_json::to_string(what)?);
+        Ok(())
     }
 
     /// Its next answer.
@@ -165,29 +170,15 @@ fn text(mut stderr: ChildStderr) -> anyhow::Result<Text> {
 
 /// The other process: reads its order, and tells what came of it.
 pub fn serve() -> anyhow::Result<()> {
-    let mut line = String::new();
-    std::io::stdin().lock().read_line(&mut line)?;
-    let order: Order = serde_json::from_str(&line).context("this command is started by `pdlink doctor`")?;
-    match order {
-        Order::HoldMemory => {
-            let byte = Box::new(HELD);
-            crate::transport::allow_peers_to_read();
-            tell(Ok((&raw const *byte).addr()))?;
-            until_told_to_end()?;
-            drop(byte);
-            Ok(())
-        }
-        Order::ReadMemory { pid, address } => tell(read_memory(pid, address)),
-    }
+    let line = next_line()?.unwrap_or_default();
+    orders::obey(serde_json::from_str(&line).context("this command is started by `pdlink doctor`")?)
 }
 
-/// What the other process keeps for its peer.
-const HELD: u8 = 0xA5;
-
-fn read_memory(pid: u32, address: u64) -> anyhow::Result<()> {
-    let byte = crate::transport::read_peer_byte(i32::try_from(pid)?, address)?;
-    anyhow::ensure!(byte == HELD, "it was given another byte than the one that is there");
-    Ok(())
+/// What it is told next; `None`: to end.
+fn next_line() -> anyhow::Result<Option<String>> {
+    let mut line = String::new();
+    let read = std::io::stdin().lock().read_line(&mut line)?;
+    Ok((read > 0).then_some(line))
 }
 
 fn tell<T: Serialize>(answer: anyhow::Result<T>) -> anyhow::Result<()> {
