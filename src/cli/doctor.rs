@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use console::Term;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::{EXIT_FAILED, Sources, load_quietly, print};
-use crate::config::Path;
-use crate::doctor::{self, Progress, Setting};
+use super::{EXIT_FAILED, Sources, Usage, load_quietly, print};
+use crate::bench::serve::address_of;
+use crate::config::{LoadError, Loaded, Path};
+use crate::doctor::{self, Progress, Setting, Target};
 
 /// Columns where the output is no terminal.
 const COLUMNS: usize = 120;
@@ -17,6 +18,18 @@ pub(super) struct Args {
     /// Print for machines: one JSON object
     #[arg(long)]
     json: bool,
+    /// The proxy of a deployment that runs, to look at that too
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+    /// Where its admin routes are [default: `proxy.admin_listen`, else where requests go]
+    #[arg(long, value_name = "URL", requires = "url")]
+    admin_url: Option<String>,
+    /// The token that they ask for [default: `proxy.admin_token`]
+    #[arg(long, value_name = "TOKEN", env = "PDLINK_ADMIN_TOKEN", hide_env_values = true)]
+    admin_token: Option<String>,
+    /// The model that requests name [default: the first that it lists]
+    #[arg(long, requires = "url")]
+    model: Option<String>,
     /// Turn one run of this path's canary round on its way: the doctor must find it
     #[arg(long, hide = true, value_name = "PATH", value_parser = path_named)]
     corrupt: Option<Path>,
@@ -33,7 +46,9 @@ pub(super) struct ProbeArgs {}
 
 pub(super) fn run(args: &Args, sources: &Sources) -> anyhow::Result<ExitCode> {
     let given = !sources.files.is_empty() || !sources.overrides.is_empty();
-    let setting = Setting::new(given.then(|| load_quietly(sources)), false)?.corrupting(args.corrupt);
+    let loaded = given.then(|| load_quietly(sources));
+    let target = args.url.as_deref().map(|url| target(url, args, loaded.as_ref())).transpose()?;
+    let setting = Setting::new(loaded, target)?.corrupting(args.corrupt);
     let bar = bar();
     let report = doctor::run(setting, &|progress| show(&bar, progress));
     bar.finish_and_clear();
@@ -44,6 +59,19 @@ pub(super) fn run(args: &Args, sources: &Sources) -> anyhow::Result<ExitCode> {
         print(&report.in_words(columns))?;
     }
     Ok(ExitCode::from(if report.failed() { EXIT_FAILED } else { 0 }))
+}
+
+/// Where the deployment is; what is not said comes from its configuration.
+fn target(url: &str, args: &Args, loaded: Option<&Result<Loaded, LoadError>>) -> anyhow::Result<Target> {
+    let address = |url: &str| address_of(url).map_err(|error| Usage::new(error.to_string()));
+    let own = loaded.and_then(|loaded| loaded.as_ref().ok()).map(|loaded| &loaded.config.proxy);
+    let admin = args.admin_url.as_deref().or_else(|| own?.admin_listen.as_deref()).unwrap_or(url);
+    Ok(Target {
+        proxy: address(url)?,
+        admin: address(admin)?,
+        admin_token: args.admin_token.clone().or_else(|| own?.admin_token.clone()),
+        model: args.model.clone(),
+    })
 }
 
 pub(super) fn serve_probe() -> anyhow::Result<ExitCode> {

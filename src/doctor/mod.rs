@@ -2,13 +2,14 @@
 //! large run.
 //!
 //! A [`Check`] asks one question, within a time of its own, and gives one [`Answer`]: what was seen, and what to do. Checks are
-//! data, listed by their group ([`machine`], [`libraries`], [`configuration`], [`links`]); [`run`] asks them and [`Report`] shows the answers, to a person or as JSON.
+//! data, listed by their group ([`machine`], [`libraries`], [`configuration`], [`links`], [`deployment`]); [`run`] asks them and [`Report`] shows the answers, to a person or as JSON.
 //! What may harm the process that looks (a foreign library, another process's memory) is asked in a process of its own
 //! ([`probe`]). What is absent is skipped by name; absent and needed by the configuration is a failure.
 #![forbid(unsafe_code)]
 
 mod check;
 mod configuration;
+mod deployment;
 mod libraries;
 mod links;
 mod machine;
@@ -20,6 +21,7 @@ mod setting;
 use std::time::Instant;
 
 pub use check::{Answer, Check, Group, Verdict};
+pub use deployment::Target;
 pub use report::Report;
 pub use setting::Setting;
 
@@ -38,7 +40,9 @@ pub fn run(setting: Setting, tell: &dyn Fn(&runner::Progress<'_>)) -> Report {
     checks.extend(configuration::checks(&setting));
     let mut answered = runner::ask(checks, AT_ONCE, tell);
     // Speed is measured, so one after the other, and beside nothing else.
-    answered.extend(runner::ask(links::checks(&setting), 1, tell));
+    let mut alone = links::checks(&setting);
+    alone.extend(deployment::checks(&setting));
+    answered.extend(runner::ask(alone, 1, tell));
     Report::new(environment, answered, started.elapsed())
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::deployment::Target;
 use super::probe::{self, Order};
 use crate::config::{Config, ConnectorImpl, EngineKind, KvConnector, KvMemory, LoadError, Loaded, Path, Role};
 use crate::ffi::cuda::Survey;
@@ -30,8 +31,8 @@ pub struct Setting {
     pub(super) ports: Vec<Wish>,
     /// The path whose canary gets a wrong run on its way, to see that it is found.
     pub(super) corrupts: Option<Path>,
-    /// Whether a deployment of this configuration runs already.
-    pub(super) runs: bool,
+    /// A deployment of this configuration that runs.
+    pub(super) target: Option<Target>,
 }
 
 /// Some ports in a row.
@@ -45,8 +46,8 @@ pub(super) struct Wish {
 }
 
 impl Setting {
-    /// Looks at what was given (and whether it `runs` already), and makes the plan as `pdlink up` would, without taking a port.
-    pub fn new(loaded: Option<Result<Loaded, LoadError>>, runs: bool) -> anyhow::Result<Self> {
+    /// Looks at what was given, and makes the plan as `pdlink up` would, without taking a port.
+    pub fn new(loaded: Option<Result<Loaded, LoadError>>, target: Option<Target>) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let config = loaded.as_ref().and_then(|loaded| loaded.as_ref().ok()).map(|loaded| &loaded.config);
         let model = config.map_or("", |config| config.model_name());
@@ -62,7 +63,7 @@ impl Setting {
         let survey = probe::ask(&Order::Gpus, &[], LOOK_MAX).map_err(|error| format!("{error:#}"));
         let mut ports = Listed::default();
         let plan = config.map(|config| make_plan(config, vllm.as_ref(), &host, &mut ports)).transpose()?;
-        Ok(Self { loaded, vllm, host, survey, plan, ports: ports.0, corrupts: None, runs })
+        Ok(Self { loaded, vllm, host, survey, plan, ports: ports.0, corrupts: None, target })
     }
 
     /// The same, with a wrong run on the way of one path's canary.

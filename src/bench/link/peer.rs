@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 
 use super::PATIENCE;
-use super::ceiling::{PLAIN_BYTES, fill};
+use super::ceiling::{FILL_BYTES, PLAIN_BYTES, fill};
 use super::workload::noise;
 use crate::config::{NcclConfig, NixlConfig, Path};
 use crate::ffi::cuda::{Device, IpcHandle};
@@ -179,7 +179,8 @@ fn plain_senders(listener: TcpListener, count: usize, span: usize) -> anyhow::Re
 fn send_plainly(mut socket: TcpStream, share: usize) -> std::io::Result<()> {
     socket.set_nodelay(true)?;
     socket.set_write_timeout(Some(PATIENCE))?;
-    let memory = noise(share, 9);
+    let block = noise(to_usize(FILL_BYTES).min(share), 9);
+    let memory = block.repeat(share.div_ceil(block.len().max(1)));
     let mut at = 0;
     loop {
         let mut wanted = [0; 8];

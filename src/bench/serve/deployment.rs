@@ -98,7 +98,7 @@ async fn until_ready(lines: &mut Lines<BufReader<ChildStdout>>, tell: &mut dyn F
 }
 
 /// `host:port` of `http://host:port/v1`, or of `host:port` alone.
-pub(super) fn address_of(url: &str) -> anyhow::Result<String> {
+pub fn address_of(url: &str) -> anyhow::Result<String> {
     let bare = url.trim_end_matches('/').trim_end_matches("/v1");
     let address = bare.strip_prefix("http://").unwrap_or(bare);
     let port =

@@ -17,6 +17,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
+pub use deployment::address_of;
 pub use report::Report;
 
 use super::client;

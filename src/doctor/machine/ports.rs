@@ -14,7 +14,7 @@ const LISTEN: &str = "0A";
 
 pub(super) fn check(setting: &Setting) -> Answer {
     let Some(config) = setting.config() else { return Answer::skipped("no configuration names any") };
-    if setting.runs {
+    if setting.target.is_some() {
         return Answer::skipped("a deployment runs and has them");
     }
     let ip = match resolve(config.host()) {
