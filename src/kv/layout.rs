@@ -193,16 +193,7 @@ impl Layout {
 
     /// Whether KV that is laid out like this can be used in `decode`'s: KV-6.
     pub fn check_feeds(&self, decode: &Self) -> Result<(), LayoutError> {
-        let (a, b) = (&self.geometry, &decode.geometry);
-        differs("the model", &a.model, &b.model)?;
-        differs("the number of KV groups", &a.groups.len(), &b.groups.len())?;
-        for (number, (prefill, decode)) in a.groups.iter().zip(&b.groups).enumerate() {
-            check_groups_fit(prefill, decode, (a.tp_size, b.tp_size)).map_err(|error| match a.groups.len() {
-                1 => error,
-                _ => LayoutError::Group { group: number, source: Box::new(error) },
-            })?;
-        }
-        Ok(())
+        check_fit(&self.geometry, &decode.geometry)
     }
 
     /// Whether KV of a worker of `tp_size` ranks can be spread over the ranks of ours.
@@ -216,6 +207,28 @@ impl Layout {
         }
         Ok(())
     }
+}
+
+impl Geometry {
+    /// What two workers would find when they meet, told before either is there: whether each geometry holds together, and whether
+    /// KV of this one can be used in `decode`'s (KV-6).
+    pub fn check_feeds(&self, decode: &Self) -> Result<(), LayoutError> {
+        check_geometry(self)?;
+        check_geometry(decode)?;
+        check_fit(self, decode)
+    }
+}
+
+fn check_fit(a: &Geometry, b: &Geometry) -> Result<(), LayoutError> {
+    differs("the model", &a.model, &b.model)?;
+    differs("the number of KV groups", &a.groups.len(), &b.groups.len())?;
+    for (number, (prefill, decode)) in a.groups.iter().zip(&b.groups).enumerate() {
+        check_groups_fit(prefill, decode, (a.tp_size, b.tp_size)).map_err(|error| match a.groups.len() {
+            1 => error,
+            _ => LayoutError::Group { group: number, source: Box::new(error) },
+        })?;
+    }
+    Ok(())
 }
 
 /// The first token of `blocks` blocks that reach to the end of `tokens` tokens, which must not lie behind `needed`.

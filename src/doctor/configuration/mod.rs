@@ -1,5 +1,8 @@
 //! Checks of the configuration: whether it can be used at all, and with the vLLM that is here.
 
+mod connector;
+mod geometry;
+
 use std::time::Duration;
 
 use super::check::{Answer, Check, Group};
@@ -15,7 +18,9 @@ pub(super) fn checks(setting: &Shared) -> Vec<Check> {
         check("composes", THOUGHT, setting, composes),
         check("plan", THOUGHT, setting, plan),
         check("vllm", THOUGHT, setting, vllm),
+        check("connector", connector::WITHIN, setting, connector::check),
         check("paths", THOUGHT, setting, paths),
+        check("geometry", THOUGHT, setting, geometry::check),
     ]
 }
 
