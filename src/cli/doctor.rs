@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::{EXIT_FAILED, Sources, Usage, load_quietly, print};
 use crate::bench::serve::address_of;
 use crate::config::{LoadError, Loaded, Path};
-use crate::doctor::{self, Progress, Setting, Target};
+use crate::doctor::{self, Group, Progress, Setting, Target};
 
 /// Columns where the output is no terminal.
 const COLUMNS: usize = 120;
@@ -18,6 +18,9 @@ pub(super) struct Args {
     /// Print for machines: one JSON object
     #[arg(long)]
     json: bool,
+    /// Ask the checks of these groups alone
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "GROUP")]
+    only: Vec<Group>,
     /// The proxy of a deployment that runs, to look at that too
     #[arg(long, value_name = "URL")]
     url: Option<String>,
@@ -50,7 +53,8 @@ pub(super) fn run(args: &Args, sources: &Sources) -> anyhow::Result<ExitCode> {
     let target = args.url.as_deref().map(|url| target(url, args, loaded.as_ref())).transpose()?;
     let setting = Setting::new(loaded, target)?.corrupting(args.corrupt);
     let bar = bar();
-    let report = doctor::run(setting, &|progress| show(&bar, progress));
+    let groups = if args.only.is_empty() { &Group::ALL } else { args.only.as_slice() };
+    let report = doctor::run(setting, groups, &|progress| show(&bar, progress));
     bar.finish_and_clear();
     if args.json {
         print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;

@@ -30,18 +30,19 @@ use crate::bench::environment::Environment;
 /// Checks asked at the same time. They mostly wait: for a process, a library, a name server.
 const AT_ONCE: usize = 4;
 
-/// Asks everything there is to ask about `setting`; `tell` hears what is being asked.
-pub fn run(setting: Setting, tell: &dyn Fn(&runner::Progress<'_>)) -> Report {
+/// Asks what there is to ask about `setting` in these groups; `tell` hears what is being asked.
+pub fn run(setting: Setting, groups: &[Group], tell: &dyn Fn(&runner::Progress<'_>)) -> Report {
     let started = Instant::now();
     let environment = Environment::current();
     let setting = std::sync::Arc::new(setting);
-    let mut checks = machine::checks(&setting);
-    checks.extend(libraries::checks(&setting));
-    checks.extend(configuration::checks(&setting));
+    let wanted = |checks: Vec<Check>| checks.into_iter().filter(|check| groups.contains(&check.group));
+    let mut checks: Vec<Check> = wanted(machine::checks(&setting)).collect();
+    checks.extend(wanted(libraries::checks(&setting)));
+    checks.extend(wanted(configuration::checks(&setting)));
     let mut answered = runner::ask(checks, AT_ONCE, tell);
     // Speed is measured, so one after the other, and beside nothing else.
-    let mut alone = links::checks(&setting);
-    alone.extend(deployment::checks(&setting));
+    let mut alone: Vec<Check> = wanted(links::checks(&setting)).collect();
+    alone.extend(wanted(deployment::checks(&setting)));
     answered.extend(runner::ask(alone, 1, tell));
     Report::new(environment, answered, started.elapsed())
 }

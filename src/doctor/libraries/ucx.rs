@@ -68,6 +68,12 @@ pub(super) fn gpu_memory(libraries: &Libraries) -> Answer {
             Answer::skipped(format!("no GPU here; on one {seen}"))
         };
     }
+    if setting.gpus() > 0 && !found.ucx.modules.contains("cuda") {
+        let seen = "UCX takes GPU memory for host memory: its CUDA module (libuct_cuda) is there and was not loaded";
+        let mend =
+            "install the wheel that fits the driver's CUDA (nixl-cu13 or nixl-cu12), and leave UCX_MODULES unset";
+        return Answer::fault(needed, seen, mend);
+    }
     match &found.gpu {
         None => Answer::absent(
             needed,
