@@ -6,7 +6,7 @@ mod support;
 use std::net::TcpListener;
 use std::process::Command;
 
-use support::{command, diagnose, diagnose_with, read, vllm};
+use support::{command, diagnose, diagnose_with, python, read, vllm};
 
 const LOCAL: [&str; 2] = ["@", "configs/debug/local.toml"];
 
@@ -174,6 +174,19 @@ fn a_vllm_that_is_not_there_or_is_too_old_is_named() {
     with("/nowhere/vllm").assert("configuration", "vllm", "fail", &["/nowhere/vllm"]);
     let folder = tempfile::tempdir().expect("folder");
     with(&vllm(folder.path(), "0.19.0")).assert("configuration", "plan", "fail", &["0.19"]);
+}
+
+#[test]
+fn a_connector_that_vllm_cannot_use_is_named_with_what_python_says() {
+    let folder = tempfile::tempdir().expect("folder");
+    let with = |connector: &str| {
+        let program = python(folder.path(), "0.33.0+cpu", connector);
+        diagnose(&["--only", "configuration", "@", "configs/debug/vllm_cpu.toml", "--launcher.vllm_program", &program])
+    };
+    let found = with("echo 'ImportError: no such symbol' >&2; exit 1");
+    found.assert("configuration", "connector", "fail", &["ImportError: no such symbol", "--force-reinstall"]);
+    let found = with("echo pdlink-connector pdlink.vllm.NixlConnector");
+    found.assert("configuration", "connector", "ok", &["pdlink.vllm.NixlConnector"]);
 }
 
 #[test]

@@ -71,9 +71,21 @@ pub(crate) fn read(command: &mut Command) -> Diagnosis {
 
 /// A `vllm` of this version, as far as it is asked for it.
 pub(crate) fn vllm(folder: &Path, release: &str) -> String {
+    program(folder, "vllm", &format!("#!/bin/sh\necho {release}\n"))
+}
+
+/// A Python with vLLM and our wheel, which answers a question about the connector by these lines of shell.
+pub(crate) fn python(folder: &Path, release: &str, connector: &str) -> String {
+    let (asks, wheel) = ("pdlink-asks", env!("CARGO_PKG_VERSION"));
+    let answer = format!(r#"{{"vllm": "{release}", "wheel": "{wheel}", "why": null}}"#);
+    let text = format!("#!/bin/sh\ncase \"$2\" in *{asks}*) echo '{asks} {answer}';; *) {connector};; esac\n");
+    program(folder, "python3", &text)
+}
+
+fn program(folder: &Path, name: &str, text: &str) -> String {
     use std::os::unix::fs::PermissionsExt;
-    let program = folder.join("vllm");
-    std::fs::write(&program, format!("#!/bin/sh\necho {release}\n")).expect("write");
+    let program = folder.join(name);
+    std::fs::write(&program, text).expect("write");
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("make it executable");
     program.to_str().expect("UTF-8").to_owned()
 }

@@ -17,8 +17,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// What is shown of what Python said.
 const SAID_CHARS: usize = 400;
 
-/// Loads the class by vLLM's own factory, makes sure that it is one that vLLM can make, and reads its settings as its constructor
-/// does first. The constructor itself wants a model.
+/// Loads the class by vLLM's own factory, makes sure that it is one that vLLM can make, and makes one as a scheduler does, with the
+/// settings of the plan and a cache of one layer. A worker's would start a runtime.
 const QUESTION: &str = r#"
 import json, sys
 sys.path[:] = [entry for entry in sys.path if entry]
@@ -30,10 +30,18 @@ found = KVConnectorFactory.get_connector_class(transfer)
 lacks = sorted(getattr(found, "__abstractmethods__", ()))
 if lacks:
     raise TypeError(f"{found.__name__} lacks {', '.join(lacks)}, which this vLLM wants")
+import torch
 from types import SimpleNamespace
-from pdlink.vllm import config
-parallel = SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=int(sys.argv[2]), data_parallel_index=0)
-config.read(SimpleNamespace(kv_transfer_config=transfer, parallel_config=parallel), found.PATHS, 0)
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.bfloat16)
+vllm = SimpleNamespace(
+    kv_transfer_config=transfer,
+    parallel_config=SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=int(sys.argv[2]), data_parallel_index=0),
+    model_config=SimpleNamespace(model=sys.argv[3], revision=None, dtype=torch.bfloat16),
+)
+cache = SimpleNamespace(num_blocks=1, kv_cache_groups=[SimpleNamespace(layer_names=["layer"], kv_cache_spec=spec)])
+found(vllm, KVConnectorRole.SCHEDULER, cache)
 print("pdlink-connector", found.__module__ + "." + found.__name__)
 "#;
 const MARK: &str = "pdlink-connector ";
@@ -48,7 +56,7 @@ pub(super) fn check(setting: &Setting) -> Answer {
     let Some(python) = python else { return Answer::skipped("no Python of vLLM's can be asked; see vllm") };
     let Some(settings) = transfer_settings(setting) else { return Answer::skipped("there is no plan; see plan") };
     match ask(Path::new(&python), config, &settings) {
-        Ok(class) => Answer::ok(format!("vLLM finds {class} by {python}, and its settings are understood")),
+        Ok(class) => Answer::ok(format!("vLLM finds {class} by {python}, and makes one with the settings of the plan")),
         Err(Silent) => Answer::warn(
             format!("{python} did not import vLLM within {} s", IMPORT_MAX.as_secs()),
             "run it once by hand (`python -c 'import pdlink.vllm'`), and `pdlink doctor` again once the disk is warm",
@@ -80,7 +88,7 @@ fn ask(python: &Path, config: &Config, settings: &str) -> Result<String, Fault> 
     let refused = |error: std::io::Error| Refused(error.to_string());
     let tp = config.tp(Role::Prefill).to_string();
     let mut child = Command::new(python)
-        .args(["-c", QUESTION, settings, &tp])
+        .args(["-c", QUESTION, settings, &tp, config.model_name()])
         .envs(config.pd_disagg.env(Role::Prefill).into_iter().flatten())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
