@@ -6,6 +6,7 @@
 //! with the claim. Neither holds the time of an engine.
 
 mod peer;
+mod python;
 mod shape;
 
 use std::net::TcpListener;
@@ -89,6 +90,8 @@ pub struct Report {
     pub threads: usize,
     pub digest: bool,
     pub rows: Vec<Row>,
+    /// With `nixl` in host memory: the same runs by NIXL's own Python API, or why that was not measured.
+    pub nixl_api: Option<Result<Vec<python::Row>, String>>,
 }
 
 /// Measures, telling each part as it is known.
@@ -96,7 +99,8 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Repo
     let environment = Environment::current();
     tell(&format!("{environment}\n"));
     let Options { shape, block_size, threads, digest, .. } = *options;
-    let mut report = Report { environment, shape: shape.name(), block_size, threads, digest, rows: Vec::new() };
+    let mut report =
+        Report { environment, shape: shape.name(), block_size, threads, digest, rows: Vec::new(), nixl_api: None };
     for path in &options.paths {
         for send_type in &options.send_types {
             let mut rig = Rig::new(options, *path, *send_type)?;
@@ -107,6 +111,11 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Repo
             }
             rig.close();
         }
+    }
+    if options.paths.contains(&Path::Nixl) && options.gpus.is_none() {
+        let measure = |python: std::path::PathBuf| python::rows(&python, threads, options.seconds);
+        report.nixl_api =
+            Some(python::interpreter().map(measure).map_or_else(|why| Ok(Err(why)), |rows| rows.map(Ok))?);
     }
     tell(&report.to_string());
     Ok(report)
@@ -336,6 +345,13 @@ impl std::fmt::Display for Report {
                 row.fetch_us.count.to_string(),
             ]);
         }
-        write!(f, "{table}")
+        write!(f, "{table}")?;
+        match &self.nixl_api {
+            None => Ok(()),
+            Some(Ok(rows)) => {
+                write!(f, "\nthe same runs by NIXL's own Python API and by pdlink's path\n\n{}", python::table(rows))
+            }
+            Some(Err(why)) => writeln!(f, "\nNIXL's own Python API: skipped, {why}"),
+        }
     }
 }

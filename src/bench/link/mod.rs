@@ -22,7 +22,7 @@ pub(super) use self::ceiling::{Ceiling, FILL_BYTES, fill};
 use self::peer::Peer;
 pub(super) use self::peer::memory;
 use self::workload::Window;
-pub(super) use self::workload::{is_noise, noise};
+pub(super) use self::workload::{is_noise, noise, scattered};
 use super::environment::Environment;
 use super::stats::{Samples, Spread};
 use super::table::{Table, size};
@@ -109,6 +109,35 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Repo
     }
     tell(&report.to_string());
     Ok(report)
+}
+
+/// Seconds of each of many transfers over a path between two processes, once one has been compared byte for byte.
+pub(super) fn timings(
+    path: Path,
+    direction: Direction,
+    [bytes, run_bytes]: [u64; 2],
+    threads: usize,
+    seconds: f64,
+) -> anyhow::Result<Vec<f64>> {
+    let options = Options {
+        paths: vec![path],
+        bytes: vec![bytes],
+        run_bytes: vec![run_bytes],
+        threads,
+        seconds,
+        push: direction == Direction::Push,
+        gpus: None,
+    };
+    let rig = Rig::new(path, &options, direction, SPAN_BYTES_MIN.max(2 * bytes))?;
+    rig.check(bytes, run_bytes)?;
+    let (mut window, mut took) = (Window::new(rig.span, bytes), Vec::new());
+    let until = Instant::now() + Duration::from_secs_f64(seconds);
+    while took.len() < 6 || Instant::now() < until {
+        took.push(rig.transfer(workload::scattered(window.next(), bytes, run_bytes))?);
+    }
+    rig.close();
+    // The first only warms up.
+    Ok(took.split_off(1))
 }
 
 fn name(direction: Direction) -> &'static str {

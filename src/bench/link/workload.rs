@@ -32,7 +32,7 @@ impl Window {
 }
 
 /// `bytes` bytes from `at` on, as runs of `run_bytes` whose order differs at the two ends: no two can be coalesced.
-pub(super) fn scattered(at: u64, bytes: u64, run_bytes: u64) -> RunList {
+pub(in crate::bench) fn scattered(at: u64, bytes: u64, run_bytes: u64) -> RunList {
     let count = (bytes / run_bytes).max(1);
     let mut rng = StdRng::seed_from_u64(count);
     let mut order = |shift: u64| {
