@@ -314,6 +314,7 @@ conformance! {
     #[ignore = "needs two GPUs and NCCL"] nccl_gpus = Kind::NcclGpus;
     #[ignore = "needs NIXL's wheel"] nixl = Kind::Nixl;
     #[ignore = "needs NIXL's wheel"] nixl_sockets = Kind::NixlSockets;
+    #[ignore = "needs NIXL's wheel"] nixl_packed = Kind::NixlPacked;
     faultless = Kind::Faultless;
 }
 
@@ -336,7 +337,7 @@ const ALONE_ENV: &str = "PDLINK_TEST_ALONE";
 fn open_use_and_close_everything() {
     let kinds = match std::env::var(ALONE_ENV).as_deref() {
         Ok("nccl") => vec![Kind::NcclGpus],
-        Ok("nixl") => vec![Kind::Nixl, Kind::NixlSockets],
+        Ok("nixl") => vec![Kind::Nixl, Kind::NixlSockets, Kind::NixlPacked],
         Ok(_) => vec![Kind::Loopback, Kind::ShmFile, Kind::ShmBorrowed, Kind::Tcp, Kind::Nccl, Kind::Faultless],
         Err(_) => return,
     };

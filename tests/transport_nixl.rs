@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use links::*;
-use pdlink::transport::{Direction, Nixl, Transport};
+use pdlink::transport::{Direction, GrantToken, Nixl, NixlSetup, RunList, Transport, TransportError};
 
 const MIB: usize = 1024 * 1024;
 
@@ -51,7 +51,7 @@ fn at_rest_it_uses_no_processor() {
     if !is_alone("at_rest_it_uses_no_processor") {
         return;
     }
-    for kind in [Kind::Nixl, Kind::NixlSockets] {
+    for kind in [Kind::Nixl, Kind::NixlSockets, Kind::NixlPacked] {
         let pair = Pair::new(kind, &[MIB], &[MIB]);
         pair.transfer(Direction::Pull, whole(MIB)).unwrap();
         pair.transfer(Direction::Push, whole(MIB)).unwrap();
@@ -68,19 +68,84 @@ fn memory_does_not_grow_with_transfers() {
     if !is_alone("memory_does_not_grow_with_transfers") {
         return;
     }
-    let pair = Pair::new(Kind::Nixl, &[MIB], &[MIB]);
-    let runs = || list(vec![segment(0, 0, &[(4096, 8192, 4096), (0, 100_000, 1000)])]);
-    let transfers = |count: usize| {
-        for _ in 0..count / 2 {
-            pair.transfer(Direction::Pull, runs()).unwrap();
-            pair.transfer(Direction::Push, runs()).unwrap();
-        }
+    for kind in [Kind::Nixl, Kind::NixlPacked] {
+        let pair = Pair::new(kind, &[MIB], &[MIB]);
+        let runs = || list(vec![segment(0, 0, &[(4096, 8192, 4096), (0, 100_000, 1000)])]);
+        let transfers = |count: usize| {
+            for _ in 0..count / 2 {
+                pair.transfer(Direction::Pull, runs()).unwrap();
+                pair.transfer(Direction::Push, runs()).unwrap();
+            }
+        };
+        transfers(5_000);
+        let before = resident();
+        transfers(100_000);
+        let grown = resident().saturating_sub(before);
+        assert!(grown < 2 << 20, "{kind:?}: {grown} bytes more after 100,000 transfers");
+    }
+}
+
+/// What is packed passes through the hands of whoever has the memory, who writes only what is granted (KV-7).
+#[test]
+#[ignore = "needs NIXL's wheel"]
+fn kv_7_a_packed_push_lands_only_under_its_grant() {
+    let len = 8 * MIB;
+    let pair = Pair::new(Kind::NixlPacked, &[len], &[len]);
+    let push = |runs: RunList, grant: Option<GrantToken>| {
+        let (tell, told) = std::sync::mpsc::channel();
+        pair.link.submit(request(Direction::Push, runs, grant), Box::new(move |outcome| tell.send(outcome).unwrap()));
+        told
     };
-    transfers(5_000);
-    let before = resident();
-    transfers(100_000);
-    let grown = resident().saturating_sub(before);
-    assert!(grown < 2 << 20, "{grown} bytes more after 100,000 transfers");
+    let before = contents(&pair.their_regions);
+    let inside = || list(vec![segment(0, 0, &[(0, 4096, 4096)])]);
+    let narrow = pair.theirs.grant(&inside()).unwrap();
+    let token = Some(narrow.token());
+    for (grant, runs) in [
+        (None, inside()),
+        (Some(GrantToken([9; 16])), inside()),
+        (token, list(vec![segment(0, 0, &[(0, 4095, 2)])])),
+        (token, list(vec![segment(0, 0, &[(0, 4096, 4), (0, 8191, 2)])])),
+    ] {
+        let outcome = once(&push(runs, grant));
+        assert!(matches!(outcome, Err(TransportError::NotGranted { .. })), "{outcome:?}");
+    }
+    assert_same(&contents(&pair.their_regions), &before, "without a grant");
+    once(&push(inside(), token)).unwrap();
+    drop(narrow);
+    assert!(matches!(once(&push(inside(), token)), Err(TransportError::NotGranted { .. })));
+
+    for delay_us in [0, 100, 500, 2000, 5000] {
+        let grant = pair.theirs.grant(&whole(len)).unwrap();
+        let told = push(whole(len), Some(grant.token()));
+        std::thread::sleep(Duration::from_micros(delay_us));
+        drop(grant);
+        pair.their_regions[0].fill(0, len as u64, 0xA5).unwrap();
+        let outcome = once(&told);
+        assert!(matches!(outcome, Ok(_) | Err(TransportError::NotGranted { .. })), "{outcome:?}");
+        assert!(contents(&pair.their_regions)[0] == vec![0xA5; len], "revoked after {delay_us} us");
+    }
+}
+
+#[test]
+#[ignore = "needs NIXL's wheel"]
+fn many_short_runs_go_packed_and_all_others_one_by_one() {
+    const SLOT: u64 = 512 << 10;
+    let regions: Vec<_> = (0..2).map(|_| region(Kind::Nixl, 64 * MIB)).collect();
+    let setup = NixlSetup { staging_mb: None, ..nixl_setup(Kind::Nixl) };
+    let open = |region| Nixl::new(std::slice::from_ref(region), &setup).unwrap();
+    let (ours, theirs) = (open(&regions[0]), open(&regions[1]));
+    let link = ours.connect(&theirs.export(), soon()).unwrap();
+    let posts = |runs: u64, run_bytes: u64| {
+        let runs: Vec<_> = (0..runs).map(|index| (index * run_bytes, index * (run_bytes + 1), run_bytes)).collect();
+        let (tell, told) = std::sync::mpsc::channel();
+        let done = Box::new(move |outcome| tell.send(outcome).unwrap());
+        link.submit(request(Direction::Pull, list(vec![segment(0, 0, &runs)]), None), done);
+        once(&told).unwrap().posts
+    };
+    assert_eq!(posts(2048, 16 << 10), (32 << 20) / SLOT, "a request for each slot");
+    assert_eq!(posts(16, 4096), 1);
+    assert_eq!(posts(256, 128 << 10), 8, "a request for each 4 MiB");
+    assert_eq!(posts(1, 32 << 20), 8);
 }
 
 #[test]

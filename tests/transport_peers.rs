@@ -46,7 +46,9 @@ impl Apart {
         let ours: Arc<dyn Transport> = match kind {
             Kind::Tcp => Arc::new(Tcp::new(&regions, &secret, &tcp_setup()).unwrap()),
             Kind::Nccl => Arc::new(Nccl::new(&regions, &secret, &nccl_setup(Kind::Nccl)).unwrap()),
-            Kind::Nixl | Kind::NixlSockets => Arc::new(Nixl::new(&regions, &nixl_setup(kind)).unwrap()),
+            Kind::Nixl | Kind::NixlSockets | Kind::NixlPacked => {
+                Arc::new(Nixl::new(&regions, &nixl_setup(kind)).unwrap())
+            }
             _ => Arc::new(Shm::new(&regions, 2).unwrap()),
         };
         let peer = PeerProcess::start(kind, len, &secret_file);
@@ -134,14 +136,31 @@ fn a_killed_peer_over_nixl_sockets() {
     a_killed_peer_fails_its_transfers_and_its_successor_serves(Kind::NixlSockets);
 }
 
+#[test]
+#[ignore = "needs NIXL's wheel"]
+fn a_killed_peer_over_packing_nixl() {
+    a_killed_peer_fails_its_transfers_and_its_successor_serves(Kind::NixlPacked);
+}
+
 /// As over tcp, though NIXL cannot take back a read: the agent that reads goes, and links to other peers do not notice.
 #[test]
 #[ignore = "needs NIXL's wheel"]
 fn a_hung_peer_over_nixl_is_bounded_and_costs_no_other_link() {
+    a_hung_peer_is_bounded_and_costs_no_other_link(Kind::NixlSockets);
+}
+
+/// Here it is the peer's own packing that hangs.
+#[test]
+#[ignore = "needs NIXL's wheel"]
+fn a_hung_peer_over_packing_nixl_is_bounded_and_costs_no_other_link() {
+    a_hung_peer_is_bounded_and_costs_no_other_link(Kind::NixlPacked);
+}
+
+fn a_hung_peer_is_bounded_and_costs_no_other_link(kind: Kind) {
     let len = 32 * MIB;
     for direction in [Direction::Pull, Direction::Push] {
-        let mut apart = Apart::new(Kind::NixlSockets, len);
-        let bystander = PeerProcess::start(Kind::NixlSockets, len, &apart.secret_file);
+        let mut apart = Apart::new(kind, len);
+        let bystander = PeerProcess::start(kind, len, &apart.secret_file);
         let link = apart.ours.connect(&bystander.export, soon()).unwrap();
         apart.pull(10).unwrap();
         apart.peer.stop();

@@ -128,6 +128,7 @@ fn flown(setting: &Setting, path: Path, ends: &Ends) -> anyhow::Result<Flown> {
         backend: wish.backend,
         parameters,
         env: env.iter().cloned().collect(),
+        ..NixlConfig::default()
     };
     let nccl = NcclConfig { library: ends.library.clone(), ..NcclConfig::default() };
     let orders = |gpu: Option<i32>| Orders {

@@ -46,6 +46,12 @@ impl Grant {
         Self { token, fence: Fence::AskPeer, revoke: None }
     }
 
+    /// The same where some of a peer's writes pass this process by: taking it back ends those that do not.
+    pub(super) fn asking_the_peer(mut self) -> Self {
+        self.fence = Fence::AskPeer;
+        self
+    }
+
     /// What the pusher cites.
     pub fn token(&self) -> GrantToken {
         self.token

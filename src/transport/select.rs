@@ -91,7 +91,7 @@ fn open(path: Path, setup: &Setup) -> Result<Arc<dyn Transport>, TransportError>
         }
         Path::Nixl => {
             nixl_surroundings::tell_of_environment(&setup.config.nixl);
-            let nixl = Nixl::new(setup.regions, &NixlSetup::of(&setup.config.nixl))?;
+            let nixl = Nixl::new(setup.regions, &NixlSetup::of(&setup.config.nixl, copy_threads(setup.config)))?;
             nixl_surroundings::tell_of_copies();
             Ok(Arc::new(nixl))
         }

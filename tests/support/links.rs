@@ -42,6 +42,8 @@ pub enum Kind {
     Nixl,
     /// Where UCX has sockets alone: the peer's side takes part in every copy.
     NixlSockets,
+    /// Every transfer packed, a slot at a time.
+    NixlPacked,
     /// A faulty path with nothing to do wrong.
     Faultless,
 }
@@ -127,7 +129,22 @@ pub fn nixl_setup(kind: Kind) -> NixlSetup {
         _ => Vec::new(),
     };
     let environments = vec![nixl_library::environment()];
-    NixlSetup { library: None, environments, backend: "UCX".to_owned(), parameters }
+    let (staging_mb, pack_run_kb, pack_runs_min) = match kind {
+        // Every run, however long.
+        Kind::NixlPacked => (Some(8), Some(u64::MAX), Some(1)),
+        _ => (Some(0), None, None),
+    };
+    NixlSetup {
+        library: None,
+        environments,
+        backend: "UCX".to_owned(),
+        parameters,
+        // As many as make the path use them on any machine.
+        copy_threads: 64,
+        staging_mb,
+        pack_run_kb,
+        pack_runs_min,
+    }
 }
 
 pub fn soon() -> Instant {
@@ -149,7 +166,9 @@ impl Pair {
                 Kind::ShmFile | Kind::ShmBorrowed => Arc::new(Shm::new(regions, 2).unwrap()),
                 Kind::Tcp => Arc::new(Tcp::new(regions, &secret, &tcp_setup()).unwrap()),
                 Kind::Nccl | Kind::NcclGpus => Arc::new(Nccl::new(regions, &secret, &nccl_setup(kind)).unwrap()),
-                Kind::Nixl | Kind::NixlSockets => Arc::new(Nixl::new(regions, &nixl_setup(kind)).unwrap()),
+                Kind::Nixl | Kind::NixlSockets | Kind::NixlPacked => {
+                    Arc::new(Nixl::new(regions, &nixl_setup(kind)).unwrap())
+                }
             }
         };
         let (ours, theirs) = (open(&our_regions), open(&their_regions));
@@ -318,6 +337,7 @@ pub fn be_peer() {
         "Nccl" => Box::new(Nccl::new(&regions, &secret, &nccl_setup(Kind::Nccl)).unwrap()),
         "Nixl" => Box::new(Nixl::new(&regions, &nixl_setup(Kind::Nixl)).unwrap()),
         "NixlSockets" => Box::new(Nixl::new(&regions, &nixl_setup(Kind::NixlSockets)).unwrap()),
+        "NixlPacked" => Box::new(Nixl::new(&regions, &nixl_setup(Kind::NixlPacked)).unwrap()),
         _ => Box::new(Shm::new(&regions, 1).unwrap()),
     };
     println!("export={}", hex(transport.export().as_bytes()));

@@ -120,7 +120,7 @@ pub(super) fn open(orders: &Orders, region: &Arc<Region>, secret: &Secret) -> an
             Arc::new(Tcp::new(regions, secret, &TcpSetup { bind, advertise_host, streams: threads, stall_max })?)
         }
         Path::CudaIpc => Arc::new(CudaIpc::new(regions)?),
-        Path::Nixl => Arc::new(Nixl::new(regions, &NixlSetup::of(&orders.nixl))?),
+        Path::Nixl => Arc::new(Nixl::new(regions, &NixlSetup::of(&orders.nixl, threads))?),
         Path::Nccl => {
             let setup = NcclSetup::of(&orders.nccl, Ipv4Addr::LOCALHOST.into(), "127.0.0.1");
             Arc::new(Nccl::new(regions, secret, &setup)?)

@@ -124,7 +124,17 @@ impl NixlWish {
 
     fn setup(self) -> NixlSetup {
         let Self { library, environments, backend, parameters } = self;
-        NixlSetup { library, environments, backend, parameters }
+        // A few bytes: nothing to pack.
+        NixlSetup {
+            library,
+            environments,
+            backend,
+            parameters,
+            copy_threads: 1,
+            staging_mb: Some(0),
+            pack_run_kb: None,
+            pack_runs_min: None,
+        }
     }
 }
 

@@ -9,11 +9,15 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
-use super::peer::{Ours, Peer, PeerState};
-use super::{Description, GRACE_MAX, NixlSetup, RegionDescription, memory};
+use super::help::{Ask, Asker, Wire};
+use super::pack::Packer;
+use super::peer::{Asking, Ours, Peer, PeerState};
+use super::pool::{Copier, Pool};
+use super::staging::{Copies, Slots};
+use super::{Description, GRACE_MAX, HelpDescription, NixlSetup, RegionDescription, Staging, memory};
 use crate::config::Path;
 use crate::ffi::nixl::{Agent, AgentSetup, Library, MemoryType, NixlError, Progress, Registrable, Search, Transfer};
 use crate::memory::Region;
@@ -29,6 +33,10 @@ const WAKE_INTERVAL: Duration = Duration::from_millis(100);
 const BUSY_ROUNDS: u32 = 50;
 const SLEEP_MAX: Duration = Duration::from_micros(200);
 const SLEEP_MIN: Duration = Duration::from_micros(10);
+/// How long the thread stays awake for another command once everything is done: waking it takes longer than a small transfer.
+const AWAKE: Duration = Duration::from_micros(200);
+/// Fewer cores than this, and the thread also copies between memory and staging.
+const CORES_MIN: usize = 4;
 /// How often the peers with something in flight are looked at for having ended.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -37,9 +45,26 @@ pub(super) type Tell = SyncSender<Result<Arc<PeerState>, TransportError>>;
 
 /// What the driver is asked.
 pub(super) enum Command {
-    Connect { description: Description, deadline: Instant, tell: Tell },
-    Submit { flight: Arc<Flight>, peer: Arc<PeerState> },
-    Disconnect { peer: Arc<PeerState> },
+    Connect {
+        description: Description,
+        deadline: Instant,
+        tell: Tell,
+    },
+    /// `packed`: in slots of the size that the peer's state has.
+    Submit {
+        flight: Arc<Flight>,
+        peer: Arc<PeerState>,
+        packed: bool,
+    },
+    Disconnect {
+        peer: Arc<PeerState>,
+    },
+    /// A thread of ours has copied from or to a slot.
+    Copied {
+        peer: u64,
+        pack: u64,
+        copied: Result<(), String>,
+    },
     Close,
 }
 
@@ -49,6 +74,7 @@ pub(super) struct Driver {
     peers: HashMap<*const PeerState, Peer>,
     ours: Ours,
     scratch: Arc<Region>,
+    packing: Option<Packing>,
     library: &'static Library,
     setup: NixlSetup,
     /// For our transfers. Absent once it could not be replaced.
@@ -59,9 +85,27 @@ pub(super) struct Driver {
     looked_at: Instant,
 }
 
-/// A peer whose first byte is being read.
+/// How this process packs.
+struct Packing {
+    packer: Packer,
+    pool: Option<Pool>,
+    numbers: u64,
+}
+
+/// What the thread that owns the agents needs to start.
+pub(super) struct Opening {
+    pub(super) setup: NixlSetup,
+    pub(super) regions: Vec<Arc<Region>>,
+    pub(super) memory: MemoryType,
+    pub(super) owner: Identity,
+    pub(super) staging: Option<Staging>,
+    pub(super) commands: Sender<Command>,
+}
+
+/// A peer whose first byte is being read, and which may be asked for slots.
 struct Connecting {
-    transfer: Transfer,
+    /// `None`: the byte is here.
+    transfer: Option<Transfer>,
     peer: Peer,
     deadline: Instant,
     /// Whoever asked for it.
@@ -70,27 +114,34 @@ struct Connecting {
 
 impl Driver {
     /// Opens NIXL and registers everything.
-    pub(super) fn start(
-        setup: &NixlSetup,
-        regions: Vec<Arc<Region>>,
-        kind: MemoryType,
-        owner: Identity,
-    ) -> Result<(Self, Export), TransportError> {
+    pub(super) fn start(opening: Opening) -> Result<(Self, Export), TransportError> {
+        let Opening { setup, regions, memory: kind, owner, staging, commands } = opening;
         let failed = |error: NixlError| unusable(Path::Nixl, error.to_string());
         let search = Search { library: setup.library.as_deref(), environments: &setup.environments };
         let library = Library::open(&search).map_err(failed)?;
-        let (name, served) = agent(library, setup, &regions).map_err(failed)?;
+        let (name, served) = agent(library, &setup, &regions).map_err(failed)?;
+        if let Some(staging) = &staging {
+            served.register(staging.lent.region.clone()).map_err(failed)?;
+        }
         let description = Description {
             owner,
             agent: name,
             memory: kind,
             regions: regions.iter().map(|region| describe(region)).collect(),
+            help: staging.as_ref().map(|staging| HelpDescription {
+                name: staging.name.clone(),
+                word: staging.word,
+                lent: describe(&staging.lent.region),
+                slot_bytes: staging.lent.slot_bytes,
+            }),
             metadata: served.metadata().map_err(failed)?,
         };
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
         memory::check_backend(&setup.backend, kind, &maps).map_err(|reason| unusable(Path::Nixl, reason))?;
         let gpu = regions.first().and_then(|region| region.device());
         let scratch = memory::scratch(gpu).map_err(|reason| unusable(Path::Nixl, reason))?;
+        let packing = staging.map(|staging| Packing::start(&staging.own, setup.copy_threads, &regions, &commands));
+        let packing = packing.transpose().map_err(|reason| unusable(Path::Nixl, reason))?;
         let (path, version, backend) = (library.path().display(), library.version(), &setup.backend);
         tracing::info!(library = %path, version, backend, "NIXL is in use");
         let device = regions.first().map_or(0, |region| region.span().device);
@@ -99,8 +150,9 @@ impl Driver {
             peers: HashMap::new(),
             ours: Ours { regions, memory: kind, device },
             scratch,
+            packing,
             library,
-            setup: setup.clone(),
+            setup,
             agent: None,
             _served: served,
             closing: false,
@@ -113,6 +165,9 @@ impl Driver {
     fn new_agent(&self) -> Result<Agent, NixlError> {
         let (_, agent) = agent(self.library, &self.setup, &self.ours.regions)?;
         agent.register(self.scratch.clone())?;
+        if let Some(packing) = &self.packing {
+            agent.register(packing.packer.own.region.clone())?;
+        }
         Ok(agent)
     }
 
@@ -124,7 +179,7 @@ impl Driver {
                 if self.closing {
                     return;
                 }
-                let Ok(order) = orders.recv() else { return };
+                let Some(order) = next(orders) else { return };
                 self.obey(order);
                 quiet = 0;
             }
@@ -134,6 +189,14 @@ impl Driver {
             }
             quiet = if self.advance(Instant::now()) { 0 } else { quiet + 1 };
             if quiet == 0 {
+                continue;
+            }
+            // Where everything is with a thread that will tell, there is nothing to look at.
+            if !self.polls() {
+                match orders.recv_timeout(LOOK_INTERVAL) {
+                    Ok(order) => self.obey(order),
+                    Err(_) => quiet = 0,
+                }
                 continue;
             }
             if quiet < BUSY_ROUNDS {
@@ -152,11 +215,16 @@ impl Driver {
         }
     }
 
+    /// Whether NIXL or a peer's socket has to be looked at.
+    fn polls(&self) -> bool {
+        !self.connecting.is_empty() || self.peers.values().any(|peer| peer.has_requests() || peer.packs.may_hang())
+    }
+
     fn obey(&mut self, order: Command) {
         match order {
             Command::Connect { description, deadline, tell } => self.connect(description, deadline, tell),
-            Command::Submit { flight, peer } => match self.peers.get_mut(&Arc::as_ptr(&peer)) {
-                Some(found) => found.push(flight),
+            Command::Submit { flight, peer, packed } => match self.peers.get_mut(&Arc::as_ptr(&peer)) {
+                Some(found) => found.push(flight, packed),
                 None => flight.fail(TransportError::LinkClosed { peer: peer.name().to_owned() }),
             },
             Command::Disconnect { peer } => {
@@ -164,6 +232,12 @@ impl Driver {
                     found.links -= 1;
                 }
                 self.forget_unused();
+            }
+            Command::Copied { peer, pack, copied } => {
+                let Some(packing) = &mut self.packing else { return };
+                if let Some(peer) = self.peers.values_mut().find(|found| found.packs.is_numbered(peer)) {
+                    peer.packs.copied(pack, copied, &mut packing.packer);
+                }
             }
             Command::Close => {
                 self.closing = true;
@@ -184,18 +258,20 @@ impl Driver {
         }
         let begun = PeerState::of(&description).and_then(|state| self.begin(Peer::new(description, Arc::new(state))));
         match begun {
-            Ok((peer, Some(transfer))) => {
+            Ok((peer, transfer)) => {
                 self.connecting.push(Connecting { transfer, peer, deadline, waiting: vec![tell] });
             }
-            Ok((peer, None)) => self.connected(peer, &[tell]),
             Err(error) => drop(tell.send(Err(error))),
         }
     }
 
-    fn begin(&self, mut peer: Peer) -> Result<(Peer, Option<Transfer>), TransportError> {
+    fn begin(&mut self, mut peer: Peer) -> Result<(Peer, Option<Transfer>), TransportError> {
         let Some(agent) = &self.agent else { return Err(peer.state.unreachable("NIXL failed here".to_owned())) };
         peer.load(agent)?;
         let probe = peer.probe(&self.ours, &self.scratch).map_err(|error| peer.state.unreachable(error.to_string()))?;
+        if let Some(packing) = self.packing.as_mut().filter(|_| peer.state.is_near()) {
+            packing.ask_for_slots(&mut peer);
+        }
         Ok((peer, probe))
     }
 
@@ -219,11 +295,16 @@ impl Driver {
             if look && let Some(ended) = peer.state.ended() {
                 peer.die(ended, now + GRACE_MAX);
             }
-            news |= peer.post(&self.ours, now);
-            news |= peer.poll(now);
+            news |= peer.post(&self.ours, self.packing.as_mut().map(|packing| &mut packing.packer), now);
+            news |= peer.poll(self.packing.as_mut().map(|packing| &mut packing.packer), now);
         }
-        if self.peers.values().any(|peer| peer.is_stuck(now)) {
+        if self.peers.values().any(|peer| peer.is_stuck(now) && peer.has_requests()) {
             self.replace_agent();
+            news = true;
+        }
+        for peer in self.peers.values_mut().filter(|peer| peer.is_stuck(now)) {
+            let given = peer.abandon(self.packing.as_mut().map(|packing| &mut packing.packer));
+            peer.give_up(&given);
             news = true;
         }
         if news {
@@ -243,7 +324,7 @@ impl Driver {
                 break;
             }
             for peer in moving {
-                peer.poll(now);
+                peer.poll(self.packing.as_mut().map(|packing| &mut packing.packer), now);
             }
             std::thread::sleep(SLEEP_MIN);
         }
@@ -252,7 +333,8 @@ impl Driver {
             if peer.has_requests() {
                 peer.die(peer.state.unreachable("it does not answer".to_owned()), until);
                 tracing::warn!(peer = peer.state.name(), "it does not answer: what was begun with it is given up");
-                abandoned.push((Arc::as_ptr(&peer.state), peer.abandon()));
+                let given = peer.abandon(self.packing.as_mut().map(|packing| &mut packing.packer));
+                abandoned.push((Arc::as_ptr(&peer.state), given));
             }
             peer.unload();
         }
@@ -262,10 +344,7 @@ impl Driver {
         }
         // The last of what held it is gone: no write of its lands from here on.
         self.agent = None;
-        for (key, flights) in abandoned {
-            let peer = &self.peers[&key];
-            flights.iter().for_each(|flight| peer.failed(flight));
-        }
+        abandoned.iter().for_each(|(key, given)| self.peers[key].give_up(given));
         let agent = self.new_agent().map_err(|error| unusable(Path::Nixl, error.to_string()));
         for peer in self.peers.values_mut() {
             let loaded = agent.as_ref().map_err(Clone::clone).and_then(|agent| peer.load(agent));
@@ -280,14 +359,20 @@ impl Driver {
         let waiting = std::mem::take(&mut self.connecting);
         let before = waiting.len();
         for mut connecting in waiting {
-            let state = &connecting.peer.state;
+            let state = connecting.peer.state.clone();
             let late = || state.unreachable("it did not answer in time".to_owned());
-            let failed = match connecting.transfer.poll() {
-                Ok(Progress::Done) => {
+            let failed = match connecting.transfer.as_mut().map_or(Ok(Progress::Done), Transfer::poll) {
+                Ok(Progress::Done)
+                    if !connecting.peer.is_asking(self.packing.as_mut().map(|packing| &mut packing.packer)) =>
+                {
                     let Connecting { transfer, peer, waiting, .. } = connecting;
                     drop(transfer);
                     self.connected(peer, &waiting);
                     continue;
+                }
+                Ok(Progress::Done) => {
+                    connecting.transfer = None;
+                    state.ended().or_else(|| (now > connecting.deadline).then(late))
                 }
                 Ok(Progress::Moving) => state.ended().or_else(|| (now > connecting.deadline).then(late)),
                 Err(error) => Some(state.ended().unwrap_or_else(|| state.unreachable(error.to_string()))),
@@ -303,6 +388,74 @@ impl Driver {
     /// Forgets peers without a link, once nothing of theirs is in flight.
     fn forget_unused(&mut self) {
         self.peers.retain(|_, peer| !peer.is_dead() && (peer.links > 0 || !peer.is_idle()));
+    }
+}
+
+/// The next command. `None`: there will be none.
+fn next(orders: &Receiver<Command>) -> Option<Command> {
+    let until = Instant::now() + AWAKE;
+    while Instant::now() < until {
+        match orders.try_recv() {
+            Ok(order) => return Some(order),
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+            Err(TryRecvError::Disconnected) => return None,
+        }
+    }
+    orders.recv().ok()
+}
+
+impl Packing {
+    fn start(
+        own: &Arc<Slots>,
+        threads: usize,
+        regions: &[Arc<Region>],
+        commands: &Sender<Command>,
+    ) -> Result<Self, String> {
+        let gpu = regions.first().and_then(|region| region.device());
+        // Beside the driver there is the peer's thread, and an engine. Threads that wait for each other's core only cost.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let (copier, pool) = if gpu.is_some() || threads < 2 || (cores < CORES_MIN && threads <= cores) {
+            (Copier::Here { copies: Copies::on(gpu)?, regions: regions.to_vec() }, None)
+        } else {
+            let pool = Pool::start(threads, regions, own, commands)?;
+            (Copier::Pool(pool.jobs.clone()), Some(pool))
+        };
+        Ok(Self { packer: Packer::new(own.clone(), copier), pool, numbers: 0 })
+    }
+
+    /// Asks a peer for slots, if it has any.
+    fn ask_for_slots(&mut self, peer: &mut Peer) {
+        let Some(help) = &peer.help else { return };
+        self.numbers += 1;
+        let connected = Wire::connect(help.name.as_bytes()).map(Asker::over).and_then(|mut asker| {
+            asker.ask(&Ask::Hello { word: help.word })?;
+            Ok(asker)
+        });
+        match connected {
+            Ok(asker) => peer.asking = Some(Asking { id: self.numbers, asker }),
+            Err(error) => {
+                tracing::info!(peer = peer.state.name(), %error, "it cannot be asked to pack: short runs go one by one");
+            }
+        }
+    }
+
+    /// Ends the threads.
+    fn close(self) {
+        let Self { packer, pool, .. } = self;
+        drop(packer);
+        if let Some(pool) = pool {
+            pool.close();
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.connecting.clear();
+        self.peers.clear();
+        if let Some(packing) = self.packing.take() {
+            packing.close();
+        }
     }
 }
 

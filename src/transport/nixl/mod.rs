@@ -11,8 +11,14 @@
 #![forbid(unsafe_code)]
 
 mod driver;
+mod help;
+mod helper;
 mod memory;
+mod pack;
+mod packs;
 mod peer;
+mod pool;
+mod staging;
 
 use std::path::PathBuf;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -21,20 +27,24 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use self::driver::{Command, Driver};
+use self::driver::{Command, Driver, Opening};
+use self::helper::Helper;
+use self::pack::RUNS_PER_PIECE_MAX;
 use self::peer::PeerState;
+use self::staging::{Packing, Slots, piece_bytes_max};
 use super::flight::{Inflight, locked};
+use super::grant_table::GrantTable;
 use super::identity::Identity;
 use super::links::Links;
 use super::mapped::unusable;
 use super::threads::Threads;
 use super::{
-    CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, GrantToken, Link, RunList, TransferRequest, TransferTicket,
-    Transport, TransportError,
+    CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, Link, RunList, TransferRequest, TransferTicket, Transport,
+    TransportError,
 };
 use crate::config::{NixlConfig, Path};
 use crate::ffi::nixl::MemoryType;
-use crate::memory::Region;
+use crate::memory::{Device, Region};
 
 /// Most runs of one request to NIXL.
 const REQUEST_RUNS_MAX: usize = 1024;
@@ -49,17 +59,27 @@ pub struct NixlSetup {
     /// Which of NIXL's backends, and what it is told.
     pub backend: String,
     pub parameters: Vec<(String, String)>,
+    /// Threads that copy between memory and staging.
+    pub copy_threads: usize,
+    /// What differs from the rule by which short runs are packed.
+    pub staging_mb: Option<u64>,
+    pub pack_run_kb: Option<u64>,
+    pub pack_runs_min: Option<u64>,
 }
 
 impl NixlSetup {
     /// As configured. Where nothing is said, the Python environment that is active is looked into.
-    pub fn of(config: &NixlConfig) -> Self {
+    pub fn of(config: &NixlConfig, copy_threads: usize) -> Self {
         let active = || std::env::var_os("VIRTUAL_ENV").map(PathBuf::from);
         Self {
             library: config.library.clone(),
             environments: config.environment.clone().or_else(active).into_iter().collect(),
             backend: config.backend.clone(),
             parameters: config.parameters.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
+            copy_threads,
+            staging_mb: config.staging_mb,
+            pack_run_kb: config.pack_run_kb,
+            pack_runs_min: None,
         }
     }
 }
@@ -74,6 +94,35 @@ struct Description {
     regions: Vec<RegionDescription>,
     /// NIXL's own.
     metadata: Vec<u8>,
+    /// Absent where nothing is packed.
+    help: Option<HelpDescription>,
+}
+
+/// Where a process of the same host is asked to pack.
+#[derive(Debug, Serialize, Deserialize)]
+struct HelpDescription {
+    name: String,
+    word: [u8; 16],
+    lent: RegionDescription,
+    slot_bytes: u64,
+}
+
+/// Staging of this process, and how peers ask about what is lent of it.
+struct Staging {
+    name: String,
+    word: [u8; 16],
+    own: Arc<Slots>,
+    lent: Arc<Slots>,
+}
+
+impl Staging {
+    /// `None`: too little of it to be of use.
+    fn open(bytes: u64, memory: MemoryType, gpu: Option<&Arc<Device>>) -> Result<Option<Self>, String> {
+        let half = || Slots::new(bytes / 2, memory, gpu);
+        let (Some(own), Some(lent)) = (half()?, half()?) else { return Ok(None) };
+        let name = format!("pdlink/nixl/{:032x}", rand::random::<u128>());
+        Ok(Some(Self { name, word: rand::random(), own: Arc::new(own), lent: Arc::new(lent) }))
+    }
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -88,8 +137,12 @@ pub struct Nixl {
     export: Export,
     lens: Arc<[u64]>,
     memory: MemoryType,
+    packing: Packing,
     commands: Sender<Command>,
     threads: Threads,
+    /// Absent where nothing is packed, and once the path is closed.
+    helper: Mutex<Option<Helper>>,
+    grants: Arc<GrantTable>,
     links: Links<NixlLink>,
 }
 
@@ -101,10 +154,30 @@ impl Nixl {
         let owner = Identity::of_self().map_err(|error| failed(error.to_string()))?;
         let (commands, orders) = mpsc::channel();
         let (started, starting) = mpsc::sync_channel(1);
-        let (threads, setup, ours) = (Threads::default(), setup.clone(), regions.to_vec());
         let memory = if gpu.is_some() { MemoryType::Gpu } else { MemoryType::Host };
-        let refused = started.clone();
-        let run = move || match Driver::start(&setup, ours, memory, owner) {
+        let (packing, grants) = (Packing::of(setup, memory), Arc::<GrantTable>::default());
+        let opened = Staging::open(packing.staging_bytes, memory, gpu.as_ref()).and_then(|staging| {
+            let help = |staging: &Staging| {
+                let (name, lent) = (staging.name.as_bytes(), staging.lent.clone());
+                Helper::start(name, staging.word, regions, lent, grants.clone(), gpu.clone())
+            };
+            let helper = staging.as_ref().map(help).transpose().map_err(|error| error.to_string())?;
+            Ok((staging, helper))
+        });
+        let (staging, helper) = opened.unwrap_or_else(|reason| {
+            tracing::warn!(reason, "no staging for NIXL: short runs go one by one");
+            (None, None)
+        });
+        let opening = Opening {
+            setup: setup.clone(),
+            regions: regions.to_vec(),
+            memory,
+            owner,
+            staging,
+            commands: commands.clone(),
+        };
+        let (threads, refused) = (Threads::default(), started.clone());
+        let run = move || match Driver::start(opening) {
             Ok((mut driver, export)) => {
                 let _ = started.send(Ok(export));
                 driver.run(&orders);
@@ -125,8 +198,11 @@ impl Nixl {
             export,
             lens: regions.iter().map(|region| region.len()).collect(),
             memory,
+            packing,
             commands,
             threads,
+            helper: Mutex::new(helper),
+            grants,
             links: Links::default(),
         })
     }
@@ -169,6 +245,7 @@ impl Transport for Nixl {
             our_lens: self.lens.clone(),
             their_lens,
             request_bytes_max: memory::request_bytes_max(self.memory),
+            packing: self.packing,
             commands: Mutex::new(Some(self.commands.clone())),
         });
         self.links.keep(&link);
@@ -177,13 +254,14 @@ impl Transport for Nixl {
 
     fn grant(&self, runs: &RunList) -> Result<Grant, TransportError> {
         runs.validate_destinations(&self.lens)?;
-        Ok(Grant::unenforced(GrantToken::random()))
+        Ok(self.grants.grant(runs).asking_the_peer())
     }
 
     fn close(&self) {
         self.links.close();
         let _ = self.commands.send(Command::Close);
         self.threads.join();
+        drop(locked(&self.helper).take());
     }
 }
 
@@ -198,6 +276,7 @@ struct NixlLink {
     our_lens: Arc<[u64]>,
     their_lens: Vec<u64>,
     request_bytes_max: u64,
+    packing: Packing,
     inflight: Arc<Inflight>,
     /// Taken when the link closes: the driver then hears of its end, once.
     commands: Mutex<Option<Sender<Command>>>,
@@ -215,6 +294,7 @@ impl Link for NixlLink {
     }
 
     fn submit(&self, request: TransferRequest, done: Completion) -> TransferTicket {
+        let mut packed = None;
         let (ticket, flight) = self.inflight.admit(request, done, |request| {
             if self.peer.broken() {
                 return Err(self.peer.ended().unwrap_or_else(|| self.closed()));
@@ -223,10 +303,15 @@ impl Link for NixlLink {
                 Direction::Pull => request.runs.validate(&self.their_lens, &self.our_lens)?,
                 Direction::Push => request.runs.validate(&self.our_lens, &self.their_lens)?,
             };
-            Ok((totals, request.runs.pieces(self.request_bytes_max, REQUEST_RUNS_MAX)))
+            packed = self.peer.slot_bytes().filter(|_| self.packing.suits(totals));
+            let pieces = match packed {
+                Some(slot_bytes) => request.runs.pieces(piece_bytes_max(slot_bytes), RUNS_PER_PIECE_MAX),
+                None => request.runs.pieces(self.request_bytes_max, REQUEST_RUNS_MAX),
+            };
+            Ok((totals, pieces))
         });
         if let Some(flight) = flight {
-            let submit = Command::Submit { flight, peer: self.peer.clone() };
+            let submit = Command::Submit { flight, peer: self.peer.clone(), packed: packed.is_some() };
             let sent = match &*locked(&self.commands) {
                 Some(commands) => commands.send(submit).map_err(|refused| refused.0),
                 None => Err(submit),

@@ -4,10 +4,13 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::{Description, GRACE_MAX, RegionDescription};
+use super::help::{Answer, Asker, Heard};
+use super::pack::{Help, Packer};
+use super::packs::{Around, Given, Packs};
+use super::{Description, GRACE_MAX, HelpDescription, RegionDescription};
 use crate::ffi::nixl::{self, Agent, MemoryType, NixlError, Progress, Remote, Span, Transfer};
 use crate::memory::Region;
 use crate::transport::flight::Flight;
@@ -17,6 +20,8 @@ use crate::transport::{Direction, Piece, TransportError};
 
 /// Most requests in flight to one peer: enough that one is being carried while the next is prepared and the last is noticed.
 const REQUESTS_MAX: usize = 4;
+/// Fewer slots than this would be filled and emptied in turn, never at once.
+const SLOTS_MIN: usize = 2;
 
 /// What a peer's links share with the driver.
 pub(super) struct PeerState {
@@ -24,6 +29,8 @@ pub(super) struct PeerState {
     /// Known where the peer runs on this host: its end is then noticed at once.
     process: Option<Process>,
     broken: AtomicBool,
+    /// Bytes of a slot where runs go packed; 0 where they do not.
+    slot_bytes: AtomicU64,
 }
 
 impl PeerState {
@@ -38,7 +45,7 @@ impl PeerState {
         let name = process
             .as_ref()
             .map_or_else(|| format!("agent {}", description.agent), |process| process.name().to_owned());
-        Ok(Self { name, process, broken: AtomicBool::new(false) })
+        Ok(Self { name, process, broken: AtomicBool::new(false), slot_bytes: AtomicU64::new(0) })
     }
 
     pub(super) fn name(&self) -> &str {
@@ -48,6 +55,16 @@ impl PeerState {
     /// Whether its connection is beyond use.
     pub(super) fn broken(&self) -> bool {
         self.broken.load(Ordering::SeqCst)
+    }
+
+    /// Bytes of a slot, where short runs may go packed.
+    pub(super) fn slot_bytes(&self) -> Option<u64> {
+        Some(self.slot_bytes.load(Ordering::SeqCst)).filter(|bytes| *bytes > 0)
+    }
+
+    /// Whether it is a process of this host.
+    pub(super) fn is_near(&self) -> bool {
+        self.process.is_some()
     }
 
     pub(super) fn gone(&self) -> bool {
@@ -82,14 +99,24 @@ pub(super) struct Peer {
     /// How many links use it.
     pub(super) links: usize,
     requests: Vec<Request>,
+    pub(super) packs: Packs,
     queue: VecDeque<Arc<Flight>>,
     pairs: Vec<(Span, Span)>,
     memory: MemoryType,
     regions: Vec<RegionDescription>,
     metadata: Vec<u8>,
+    /// Where it may be asked to pack, and whether that is being found out.
+    pub(super) help: Option<HelpDescription>,
+    pub(super) asking: Option<Asking>,
     /// Absent only while our agent is being replaced.
     remote: Option<Rc<Remote>>,
     dying: Option<Dying>,
+}
+
+/// A peer that was asked for slots, and has not answered.
+pub(super) struct Asking {
+    pub(super) id: u64,
+    pub(super) asker: Asker,
 }
 
 /// A connection that failed. Nothing more is posted; what was posted is waited for, but not for ever.
@@ -102,23 +129,32 @@ struct Dying {
 struct Request {
     transfer: Transfer,
     flight: Arc<Flight>,
+    pace: Pace,
+}
+
+/// How long something stands still.
+#[derive(Default)]
+pub(super) struct Pace {
     /// When its transfer was first seen to have failed otherwise.
     failed_at: Option<Instant>,
 }
 
 impl Peer {
     pub(super) fn new(description: Description, state: Arc<PeerState>) -> Self {
-        let Description { agent, memory, regions, metadata, .. } = description;
+        let Description { agent, memory, regions, metadata, help, .. } = description;
         Self {
             agent,
             state,
             links: 0,
             requests: Vec::new(),
+            packs: Packs::default(),
             queue: VecDeque::new(),
             pairs: Vec::new(),
             memory,
             regions,
             metadata,
+            help,
+            asking: None,
             remote: None,
             dying: None,
         }
@@ -140,19 +176,32 @@ impl Peer {
         self.remote = None;
     }
 
-    pub(super) fn push(&mut self, flight: Arc<Flight>) {
+    /// The peer has lent slots, maybe none.
+    fn lent(&mut self, slots: Vec<u16>, packer: &mut Packer) {
+        let (Some(Asking { id, asker }), Some(help)) = (self.asking.take(), &self.help) else { return };
+        if slots.len() < SLOTS_MIN || slots.iter().any(|slot| u64::from(*slot) >= help.lent.len / help.slot_bytes) {
+            tracing::info!(peer = self.state.name(), "it has no room for packed runs: they go one by one");
+            return;
+        }
+        self.state.slot_bytes.store(help.slot_bytes.min(packer.own.slot_bytes), Ordering::SeqCst);
+        self.packs = Packs::with(id, Help::new(asker, slots, help.slot_bytes), help);
+    }
+
+    pub(super) fn push(&mut self, flight: Arc<Flight>, packed: bool) {
         match &self.dying {
+            None if packed => self.packs.push(flight),
             None => self.queue.push_back(flight),
             Some(dying) => flight.fail(dying.cause.clone()),
         }
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.requests.is_empty() && self.queue.is_empty()
+        self.requests.is_empty() && self.queue.is_empty() && self.packs.is_idle()
     }
 
+    /// Whether NIXL has something of it.
     pub(super) fn has_requests(&self) -> bool {
-        !self.requests.is_empty()
+        !self.requests.is_empty() || self.packs.is_moving()
     }
 
     /// Beyond use, with nothing of it left to wait for.
@@ -162,7 +211,7 @@ impl Peer {
 
     /// Beyond use, with requests that do not end.
     pub(super) fn is_stuck(&self, now: Instant) -> bool {
-        self.has_requests() && self.dying.as_ref().is_some_and(|dying| now >= dying.until)
+        (self.has_requests() || self.packs.may_hang()) && self.dying.as_ref().is_some_and(|dying| now >= dying.until)
     }
 
     /// Starts reading its first byte into `scratch`. `None` where there is none, or it is there already.
@@ -177,8 +226,13 @@ impl Peer {
 
     /// Posts the next piece of the next flight, so that a small transfer never waits for a long one to end, as long as there
     /// is room. Says whether anything happened.
-    pub(super) fn post(&mut self, ours: &Ours, now: Instant) -> bool {
+    pub(super) fn post(&mut self, ours: &Ours, packer: Option<&mut Packer>, now: Instant) -> bool {
         let mut happened = false;
+        if let Some(packer) = packer {
+            let mut around = Around { packer, remote: self.remote.as_ref(), ours, memory: self.memory };
+            let posted = self.packs.post(&mut around, now);
+            happened |= self.went(posted, now);
+        }
         while self.requests.len() < REQUESTS_MAX
             && let Some(remote) = self.remote.clone()
             && let Some(flight) = self.queue.pop_front()
@@ -198,7 +252,9 @@ impl Peer {
             };
             flight.posted(1);
             match remote.start(direction, ours.memory, self.memory, &self.pairs) {
-                Ok((transfer, Progress::Moving)) => self.requests.push(Request { transfer, flight, failed_at: None }),
+                Ok((transfer, Progress::Moving)) => {
+                    self.requests.push(Request { transfer, flight, pace: Pace::default() })
+                }
                 Ok((transfer, Progress::Done)) => {
                     drop(transfer);
                     flight.account(Ok(()));
@@ -213,13 +269,18 @@ impl Peer {
     }
 
     /// Looks at what was posted. Says whether anything happened.
-    pub(super) fn poll(&mut self, now: Instant) -> bool {
+    pub(super) fn poll(&mut self, packer: Option<&mut Packer>, now: Instant) -> bool {
         let mut happened = false;
+        if let Some(packer) = packer {
+            let (polled, given) = self.packs.poll(packer, now);
+            happened = self.went(polled, now);
+            self.give_up(&given);
+        }
         let mut index = 0;
         while let Some(request) = self.requests.get_mut(index) {
             let polled = request.transfer.poll();
             if polled == Ok(Progress::Moving) {
-                if request.stands_still(now) {
+                if request.pace.stands_still(&request.flight, now) {
                     self.die(self.state.unreachable("it does not answer".to_owned()), now);
                 }
                 index += 1;
@@ -266,21 +327,46 @@ impl Peer {
         let dying = self.dying.get_or_insert(Dying { cause, until });
         dying.until = dying.until.min(until);
         let waiting = std::mem::take(&mut self.queue);
-        waiting.iter().chain(self.requests.iter().map(|request| &request.flight)).for_each(|flight| {
-            flight.fail(dying.cause.clone());
-        });
+        let packed = self.packs.flights();
+        let requested = self.requests.iter().map(|request| &request.flight);
+        waiting.iter().chain(requested).chain(&packed).for_each(|flight| flight.fail(dying.cause.clone()));
+    }
+
+    /// Whether anything happened to what goes packed. The connection does not survive its failing.
+    fn went(&mut self, packs: Result<bool, String>, now: Instant) -> bool {
+        packs.unwrap_or_else(|reason| {
+            let cause = self.state.ended().unwrap_or_else(|| self.state.unreachable(reason));
+            self.die(cause, now + GRACE_MAX);
+            true
+        })
+    }
+
+    /// Whether it was asked for slots and has not answered yet.
+    pub(super) fn is_asking(&mut self, packer: Option<&mut Packer>) -> bool {
+        let (Some(asking), Some(packer)) = (&mut self.asking, packer) else { return false };
+        match asking.asker.hear() {
+            Ok(Heard::Nothing) => return true,
+            Ok(Heard::Message(Answer::Lent { slots })) => self.lent(slots, packer),
+            Ok(Heard::Message(_) | Heard::End) | Err(_) => self.lent(Vec::new(), packer),
+        }
+        false
+    }
+
+    /// Tells transfers that were given up.
+    pub(super) fn give_up(&self, given: &Given) {
+        given.iter().for_each(|(flight, pieces)| (0..*pieces).for_each(|_| self.failed(flight)));
     }
 
     /// Gives up every request. Their transfers are told by [`Peer::failed`], once the agent is gone.
-    pub(super) fn abandon(&mut self) -> Vec<Arc<Flight>> {
-        let begun = self.requests.drain(..).map(|request| request.flight).collect();
-        self.remote = None;
+    pub(super) fn abandon(&mut self, packer: Option<&mut Packer>) -> Given {
+        let mut begun: Given = self.requests.drain(..).map(|request| (request.flight, 1)).collect();
+        begun.extend(packer.map(|packer| self.packs.abandon(packer)).unwrap_or_default());
         begun
     }
 
     /// Accounts for a piece of a flight that was begun on a connection that failed. A push may have reached a peer that goes
     /// on, and land there at any time.
-    pub(super) fn failed(&self, flight: &Flight) {
+    fn failed(&self, flight: &Flight) {
         let cause = self.dying.as_ref().map_or(TransportError::Cancelled, |dying| dying.cause.clone());
         match flight.direction {
             Direction::Push if !self.state.gone() => flight.fail_unfenced(cause),
@@ -290,10 +376,10 @@ impl Peer {
     }
 }
 
-impl Request {
+impl Pace {
     /// Whether it has not moved for too long, over a transfer that has ended otherwise.
-    fn stands_still(&mut self, now: Instant) -> bool {
-        if !self.flight.fail_if_late(now) && !self.flight.failed() {
+    pub(super) fn stands_still(&mut self, flight: &Flight, now: Instant) -> bool {
+        if !flight.fail_if_late(now) && !flight.failed() {
             return false;
         }
         let failed_at = *self.failed_at.get_or_insert(now);
