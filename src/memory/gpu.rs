@@ -18,41 +18,80 @@ pub struct GpuRun<'a> {
     pub len: u64,
 }
 
-/// Copies scattered runs with one kernel launch, one list at a time.
+/// What the first launch of a copy takes, and the others: the GPU begins early, and is then kept busy while the next list is
+/// made.
+const FIRST_LAUNCH_BYTES: u64 = 4 << 20;
+const LAUNCH_BYTES: u64 = 32 << 20;
+/// Lists in the making and at work.
+const LAUNCHES: usize = 2;
+
+/// Copies scattered runs with a few kernel launches, one list of runs at a time.
 pub struct GpuCopies {
-    copier: Copier,
+    copiers: [Copier; LAUNCHES],
+    next: usize,
     pieces: Vec<CopyPiece>,
 }
 
 impl GpuCopies {
     /// Copies on `device` with at most `multiprocessors_max` of its multiprocessors.
     pub fn on(device: &Arc<Device>, multiprocessors_max: u32) -> Result<Self, CudaError> {
-        Ok(Self { copier: Copier::new(device, multiprocessors_max)?, pieces: Vec::new() })
-    }
-
-    /// Most runs of up to 256 KiB that go into one launch; more take several.
-    pub const fn runs_max() -> usize {
-        Copier::pieces_max()
+        let copier = || Copier::new(device, multiprocessors_max.div_ceil(2));
+        Ok(Self { copiers: [copier()?, copier()?], next: 0, pieces: Vec::new() })
     }
 
     /// Copies all runs and returns when the bytes are there. No destination may overlap another or a source; if one does, its
     /// bytes are a matter of chance.
     pub fn copy<'a>(&mut self, runs: impl IntoIterator<Item = GpuRun<'a>>) -> Result<(), AccessError> {
-        self.pieces.clear();
-        // Kept until the copy has ended: nothing that is borrowed here can be freed meanwhile.
-        let runs: Vec<GpuRun<'a>> = runs.into_iter().collect();
-        for run in &runs {
+        // Waits when dropped: whichever way this ends, nothing that is borrowed here is used afterwards.
+        let mut started = Started(self);
+        started.start(runs)?;
+        Ok(started.0.wait()?)
+    }
+
+    fn wait(&mut self) -> Result<(), CudaError> {
+        let [first, second] = &mut self.copiers;
+        first.wait().and(second.wait())
+    }
+}
+
+struct Started<'c>(&'c mut GpuCopies);
+
+impl Started<'_> {
+    fn start<'a>(&mut self, runs: impl IntoIterator<Item = GpuRun<'a>>) -> Result<(), AccessError> {
+        self.0.pieces.clear();
+        let (mut bytes, mut launch_bytes) = (0, FIRST_LAUNCH_BYTES);
+        for run in runs {
             let (src, dst) = (start(run.src, run.src_offset, run.len)?, start(run.dst, run.dst_offset, run.len)?);
             let mut done = 0;
             while done < run.len {
                 let len = (run.len - done).min(CUT_BYTES);
-                self.pieces.push(CopyPiece { src: src + done, dst: dst + done, len });
+                self.0.pieces.push(CopyPiece { src: src + done, dst: dst + done, len });
                 done += len;
+                bytes += len;
+                if bytes >= launch_bytes || self.0.pieces.len() == Copier::pieces_max() {
+                    self.launch()?;
+                    (bytes, launch_bytes) = (0, LAUNCH_BYTES);
+                }
             }
         }
-        // SAFETY: every piece was found to lie inside a region of a GPU's memory, which lives as long as `runs` borrows it.
-        // Overlaps race among plain bytes of the GPU and harm nothing else.
-        Ok(unsafe { self.copier.copy(&self.pieces) }?)
+        if self.0.pieces.is_empty() { Ok(()) } else { self.launch() }
+    }
+
+    fn launch(&mut self) -> Result<(), AccessError> {
+        let GpuCopies { copiers, next, pieces } = &mut *self.0;
+        // SAFETY: every piece was found to lie inside a region of a GPU's memory, which is borrowed for longer than `copy` takes;
+        // and when that ends, this has been waited for. Overlaps race among plain bytes of the GPU and harm nothing else.
+        unsafe { copiers[*next].start(pieces) }?;
+        *next = (*next + 1) % LAUNCHES;
+        pieces.clear();
+        Ok(())
+    }
+}
+
+impl Drop for Started<'_> {
+    fn drop(&mut self) {
+        // What failed has been told, or is about to be by a copier that is dropped.
+        let _ = self.0.wait();
     }
 }
 

@@ -26,17 +26,19 @@ pub struct CopyPiece {
     pub len: u64,
 }
 
-/// Our copy kernel on a stream of its own. One copy at a time: the caller is its only user.
+/// Our copy kernel on a stream of its own. One launch at a time: the caller is its only user.
 pub struct Copier {
     kernel: ListKernel<CopyPiece>,
     blocks: c_uint,
+    running: bool,
 }
 
 impl Copier {
     /// Copies with at most `blocks_max` multiprocessors at once.
     pub fn new(device: &Arc<Device>, blocks_max: u32) -> Result<Self, CudaError> {
         let blocks = device.multiprocessors()?.min(blocks_max).max(1);
-        Ok(Self { kernel: ListKernel::new(device, KERNEL, c"pdlink_copy_runs", PIECES_MAX)?, blocks })
+        let kernel = ListKernel::new(device, KERNEL, c"pdlink_copy_runs", PIECES_MAX)?;
+        Ok(Self { kernel, blocks, running: false })
     }
 
     /// Pieces that one launch takes at most.
@@ -44,23 +46,21 @@ impl Copier {
         PIECES_MAX
     }
 
-    /// Copies all pieces and returns when they are there.
+    /// Starts to copy all pieces, after waiting for those before. They are there once [`Copier::wait`] has returned.
     ///
     /// # Safety
-    /// Each piece must name `len` bytes that this GPU can read at `src` and write at `dst` until this returns; no
-    /// destination may overlap another, or a source.
-    pub unsafe fn copy(&mut self, pieces: &[CopyPiece]) -> Result<(), CudaError> {
+    /// Each piece must name `len` bytes that this GPU can read at `src` and write at `dst` until the wait has returned, or the
+    /// copier is dropped; no destination may overlap another, or a source.
+    pub unsafe fn start(&mut self, pieces: &[CopyPiece]) -> Result<(), CudaError> {
+        self.wait()?;
         let device = Arc::clone(self.kernel.device());
-        for part in pieces.chunks(PIECES_MAX) {
-            // SAFETY: as the caller promises, of this part.
-            device.current(|driver| unsafe { self.copy_part(driver, part) })?;
-        }
-        Ok(())
+        // SAFETY: as the caller promises.
+        device.current(|driver| unsafe { self.launch(driver, pieces) })
     }
 
     /// # Safety
-    /// As [`Copier::copy`], for at most `PIECES_MAX` pieces.
-    unsafe fn copy_part(&mut self, driver: &Driver, pieces: &[CopyPiece]) -> Result<(), CudaError> {
+    /// As [`Copier::start`].
+    unsafe fn launch(&mut self, driver: &Driver, pieces: &[CopyPiece]) -> Result<(), CudaError> {
         let longest = pieces.iter().map(|piece| piece.len).max().unwrap_or(0);
         let mut chunks = c_uint::try_from(longest.div_ceil(CHUNK_BYTES)).unwrap_or(c_uint::MAX).max(1);
         let (mut list, mut count) = self.kernel.stage(driver, pieces)?;
@@ -69,9 +69,26 @@ impl Copier {
         let mut arguments =
             [(&raw mut list).cast::<c_void>(), (&raw mut count).cast::<c_void>(), (&raw mut chunks).cast::<c_void>()];
         let blocks = self.blocks.min(items.div_ceil(WARPS)).max(1);
+        // Also if the launch fails: the list may be on its way.
+        self.running = true;
         // SAFETY: the kernel takes a pointer and two counts, as given, and reads `count` pieces, whose addresses the caller
-        // vouches for until the wait below has ended.
-        unsafe { self.kernel.launch(driver, (blocks, THREADS), &mut arguments) }?;
-        self.kernel.wait(driver)
+        // vouches for until they have been waited for.
+        unsafe { self.kernel.launch(driver, (blocks, THREADS), &mut arguments) }
+    }
+
+    /// Waits for what was started.
+    pub fn wait(&mut self) -> Result<(), CudaError> {
+        if !std::mem::take(&mut self.running) {
+            return Ok(());
+        }
+        let device = Arc::clone(self.kernel.device());
+        device.current(|driver| self.kernel.wait(driver))
+    }
+}
+
+impl Drop for Copier {
+    fn drop(&mut self) {
+        // The kernel's handles and lists go next: nothing may run on them. A GPU that cannot say has lost its context.
+        let _ = self.wait();
     }
 }

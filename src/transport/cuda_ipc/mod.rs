@@ -22,9 +22,14 @@ use crate::memory::{GpuCopies, GpuRun, Region};
 
 /// Most multiprocessors that a copy takes from the engine. Between two H200 over NVLink 8 pull 359 GB/s, 16 pull 371, all 132
 /// of them 372, of the 394 of a plain copy.
-const MULTIPROCESSORS_MAX: u32 = 16;
-/// Bounds of what one launch copies: a cancel, and what TR-3 waits for, take no longer than this.
-const LAUNCH_BYTES_MAX: u64 = 256 << 20;
+const MULTIPROCESSORS_MAX: u32 = 24;
+/// Within one GPU the memory itself is the link: half of its reads and writes each, and only all of them fill it.
+const MULTIPROCESSORS_WITHIN_MAX: u32 = 256;
+/// Bounds of what is copied in one go: a cancel, and what TR-3 waits for, take no longer than this.
+const COPY_BYTES_MAX: u64 = 256 << 20;
+
+/// Most runs of a piece.
+const RUNS_MAX: usize = 64 << 10;
 
 /// What a peer needs to reach our memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -73,7 +78,7 @@ impl CudaIpc {
             return Err(unusable("its regions lie on several GPUs; start one worker for each".to_owned()));
         }
         let description = describe(&device, regions)?;
-        let copies = GpuCopies::on(&device, MULTIPROCESSORS_MAX).map_err(|error| unusable(error.to_string()))?;
+        let copies = Copies::on(&device).map_err(|error| unusable(error.to_string()))?;
         let (queue, threads) = (Arc::new(FlightQueue::new()), Threads::default());
         let work = queue.clone();
         threads
@@ -114,8 +119,25 @@ fn describe(device: &Arc<Device>, regions: &[Arc<Region>]) -> Result<Description
     Ok(Description { owner, gpu: device.uuid().map_err(failed)?, allocations, regions: places })
 }
 
+/// What copies, by how far the peer's memory is.
+struct Copies {
+    between: GpuCopies,
+    within: GpuCopies,
+}
+
+impl Copies {
+    fn on(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let copies = |multiprocessors_max| GpuCopies::on(device, multiprocessors_max);
+        Ok(Self { between: copies(MULTIPROCESSORS_MAX)?, within: copies(MULTIPROCESSORS_WITHIN_MAX)? })
+    }
+
+    fn for_peer(&mut self, peer: &Peer) -> &mut GpuCopies {
+        if peer.on_our_gpu() { &mut self.within } else { &mut self.between }
+    }
+}
+
 /// Carries pieces until the queue is closed. One thread: one launch fills the link already.
-fn carry_all(queue: &FlightQueue<Arc<Peer>>, mut copies: GpuCopies) {
+fn carry_all(queue: &FlightQueue<Arc<Peer>>, mut copies: Copies) {
     let mut pieces = Vec::new();
     while let Some((flight, peer, piece)) = queue.take() {
         pieces.clear();
@@ -135,7 +157,7 @@ fn carry_all(queue: &FlightQueue<Arc<Peer>>, mut copies: GpuCopies) {
 /// Claims more pieces of a flight. Its segments go together: a launch for each would take longer than most of them.
 fn gather(flight: &Flight, pieces: &mut Vec<Piece>) {
     let mut bytes: u64 = pieces.iter().map(|piece| piece.bytes).sum();
-    while bytes < LAUNCH_BYTES_MAX
+    while bytes < COPY_BYTES_MAX
         && let Some(piece) = flight.claim()
     {
         bytes += piece.bytes;
@@ -143,7 +165,7 @@ fn gather(flight: &Flight, pieces: &mut Vec<Piece>) {
     }
 }
 
-fn carry(flight: &Flight, peer: &Peer, pieces: &[Piece], copies: &mut GpuCopies) -> Result<(), TransportError> {
+fn carry(flight: &Flight, peer: &Peer, pieces: &[Piece], copies: &mut Copies) -> Result<(), TransportError> {
     if peer.gone() {
         return Err(TransportError::PeerGone { peer: peer.name().to_owned() });
     }
@@ -158,7 +180,7 @@ fn carry(flight: &Flight, peer: &Peer, pieces: &[Piece], copies: &mut GpuCopies)
             len: run.len,
         })
     });
-    copies.copy(runs).map_err(|error| TransportError::Unreachable {
+    copies.for_peer(peer).copy(runs).map_err(|error| TransportError::Unreachable {
         path: "cuda-ipc",
         peer: peer.name().to_owned(),
         reason: error.to_string(),
@@ -175,7 +197,7 @@ impl Reach for GpuReach {
     }
 
     fn pieces(&self, runs: &RunList, _totals: Totals) -> Vec<Piece> {
-        runs.pieces(LAUNCH_BYTES_MAX, GpuCopies::runs_max())
+        runs.pieces(COPY_BYTES_MAX, RUNS_MAX)
     }
 
     fn carry(&self, flight: Arc<Flight>, peer: Arc<Peer>) {

@@ -19,6 +19,7 @@ pub struct Peer {
     their_lens: Vec<u64>,
     ours: Arc<[Arc<Region>]>,
     our_lens: Vec<u64>,
+    on_our_gpu: bool,
 }
 
 /// Where a region of ours or theirs starts.
@@ -54,7 +55,12 @@ impl Peer {
         let theirs = theirs.ok_or_else(|| unreachable("a region lies outside its allocation".to_owned()))?;
         let their_lens = description.regions.iter().map(|region| region.len).collect();
         let our_lens = ours.iter().map(|region| region.len()).collect();
-        Ok(Self { process, allocations, theirs, their_lens, ours, our_lens })
+        let on_our_gpu = device.uuid().is_ok_and(|uuid| uuid == description.gpu);
+        Ok(Self { process, allocations, theirs, their_lens, ours, our_lens, on_our_gpu })
+    }
+
+    pub(super) fn on_our_gpu(&self) -> bool {
+        self.on_our_gpu
     }
 
     /// Where source and destination of a copy start. Both were found to exist when it was admitted.

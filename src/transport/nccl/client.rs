@@ -31,7 +31,6 @@ pub(super) const PIECE_RUNS_MAX: usize = 1024;
 const POSTED_MAX: usize = 4;
 /// How long a request may stand still over a transfer that has ended already, before the connection is given up.
 const GRACE_MAX: Duration = Duration::from_millis(500);
-const BUFFER_WAIT: Duration = Duration::from_millis(1);
 
 /// What a link's thread works with.
 pub(super) struct Client {
@@ -168,7 +167,7 @@ impl Client {
     }
 
     fn slot(&self, half: Half) -> Result<Option<Slot>, TransportError> {
-        self.staging.take(half, BUFFER_WAIT).map_err(|reason| TransportError::Unreachable {
+        self.staging.take(half).map_err(|reason| TransportError::Unreachable {
             path: "nccl",
             peer: self.socket.peer().to_owned(),
             reason,

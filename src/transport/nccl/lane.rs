@@ -12,8 +12,9 @@ use crate::memory::{AccessError, GpuCopies, GpuRun};
 use crate::transport::TransportError;
 use crate::transport::wire::Patience;
 
-/// Multiprocessors that packing and unpacking may use: enough to be several times as fast as the link.
-const PACK_MULTIPROCESSORS_MAX: u32 = 16;
+/// Multiprocessors that packing and unpacking may use, in short bursts: enough to be several times as fast as the link, because a
+/// thread packs between two posts.
+const PACK_MULTIPROCESSORS_MAX: u32 = 64;
 /// Rounds without news before a thread begins to sleep between them, and the bounds of that sleep.
 const BUSY_ROUNDS: u32 = 400;
 const SLEEP_MIN: Duration = Duration::from_micros(10);

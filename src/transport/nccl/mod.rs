@@ -46,8 +46,8 @@ use crate::security::Secret;
 
 /// How long closing a link waits for a peer to answer for pushes, before it closes the connection under them.
 const FAREWELL_MAX: Duration = Duration::from_millis(250);
-/// Largest staging buffer: long enough that a send runs at the link's speed, short enough to overlap with packing.
-const BUFFER_BYTES_MAX: u64 = 32 << 20;
+/// Largest staging buffer: a send of so much takes longer over NVLink than posting it and packing the next one do.
+const BUFFER_BYTES_MAX: u64 = 64 << 20;
 
 /// What [`NcclSetup::stall_max`] is unless somebody knows better.
 const STALL_MAX: Duration = Duration::from_secs(20);

@@ -20,8 +20,6 @@ use crate::transport::{GrantToken, TransportError};
 
 /// Most requests of one peer that are posted at once.
 pub(super) const POSTED_MAX: usize = 8;
-/// How long a wait for a staging buffer lasts before what is posted is looked at again.
-const BUFFER_WAIT: Duration = Duration::from_millis(1);
 
 /// What every connection needs.
 pub(super) struct Server {
@@ -168,13 +166,17 @@ impl<'a> Connection<'a> {
 
     /// A staging buffer. What is posted is looked after meanwhile: it may hold the one that is waited for.
     fn slot(&mut self, half: Half) -> Result<Slot, TransportError> {
-        let began = Instant::now();
+        let (began, mut rounds) = (Instant::now(), Rounds::default());
         loop {
-            let taken = self.server.staging.take(half, BUFFER_WAIT).map_err(|reason| self.unreachable(reason))?;
+            let taken = self.server.staging.take(half).map_err(|reason| self.unreachable(reason))?;
             if let Some(slot) = taken {
                 return Ok(slot);
             }
-            self.settle()?;
+            if self.settle()? {
+                rounds.news()
+            } else {
+                rounds.quiet()
+            }
             stopped(self.socket, self.closing, began.elapsed(), self.server.stall_max)?;
         }
     }

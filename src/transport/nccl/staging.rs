@@ -5,8 +5,7 @@
 //! waits in a circle.
 #![forbid(unsafe_code)]
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
 
 use crate::ffi::cuda::{Device, Mark};
 use crate::ffi::nccl::Half;
@@ -24,7 +23,6 @@ struct Pool {
     buffer_bytes: u64,
     buffers_max: usize,
     state: Mutex<State>,
-    returned: Condvar,
 }
 
 #[derive(Default)]
@@ -49,15 +47,7 @@ impl Staging {
     /// Of `bytes` altogether at the most, on `device` or in host memory.
     pub(super) fn new(device: Option<&Arc<Device>>, bytes: u64, buffer_bytes: u64) -> Self {
         let buffers_max = usize::try_from(bytes / 2 / buffer_bytes).unwrap_or(1).max(1);
-        let pool = || {
-            Arc::new(Pool {
-                device: device.cloned(),
-                buffer_bytes,
-                buffers_max,
-                state: Mutex::default(),
-                returned: Condvar::new(),
-            })
-        };
+        let pool = || Arc::new(Pool { device: device.cloned(), buffer_bytes, buffers_max, state: Mutex::default() });
         Self { sending: pool(), receiving: pool() }
     }
 
@@ -65,17 +55,15 @@ impl Staging {
         self.sending.buffer_bytes
     }
 
-    /// A buffer for one half of a request; `None` if there is none within `wait`.
-    pub(super) fn take(&self, half: Half, wait: Duration) -> Result<Option<Slot>, String> {
+    /// A buffer for one half of a request; `None` if all are in use. Nobody waits in here: who asks may hold the one that comes
+    /// free next.
+    pub(super) fn take(&self, half: Half) -> Result<Option<Slot>, String> {
         let pool = if half == Half::Send { &self.sending } else { &self.receiving };
         let mut state = locked(&pool.state);
         if state.free.is_empty() && state.made < pool.buffers_max {
             let buffer = pool.make()?;
             state.made += 1;
             return Ok(Some(Slot { buffer: Some(buffer), pool: pool.clone() }));
-        }
-        if state.free.is_empty() && !wait.is_zero() {
-            state = pool.returned.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(state.free.pop().map(|buffer| Slot { buffer: Some(buffer), pool: pool.clone() }))
     }
@@ -111,7 +99,6 @@ impl Drop for Slot {
     fn drop(&mut self) {
         if let Some(buffer) = self.buffer.take() {
             locked(&self.pool.state).free.push(buffer);
-            self.pool.returned.notify_one();
         }
     }
 }
@@ -123,7 +110,7 @@ mod tests {
     #[test]
     fn buffers_are_bounded_reused_and_apart_for_each_half() {
         let staging = Staging::new(None, 4 << 20, 1 << 20);
-        let take = |half| staging.take(half, Duration::ZERO).unwrap();
+        let take = |half| staging.take(half).unwrap();
         let (first, second) = (take(Half::Send).unwrap(), take(Half::Send).unwrap());
         assert!(take(Half::Send).is_none());
         assert!(take(Half::Receive).is_some(), "senders never take from those who receive");
