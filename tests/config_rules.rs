@@ -334,9 +334,10 @@ fn arguments_that_the_plan_decides_or_everybody_could_read_are_refused_all_at_on
 #[test]
 fn nccl_alone_is_refused_where_both_roles_share_a_gpu() {
     let shared = |paths: &str| {
-        pd(&format!(
-            "prefill_gpu_ids = [0]\ndecode_gpu_ids = [0]\nshared_gpus = true\n[inference]\ngpu_memory_utilization = 0.4\n[kv]\npaths = {paths}\n"
-        ))
+        format!(
+            "[inference]\ngpu_memory_utilization = 0.4\n[pd_disagg]\nenabled = true\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [0]\n\
+             shared_gpus = true\n[kv]\npaths = {paths}\n"
+        )
     };
     assert_cases(&[(
         "alone",

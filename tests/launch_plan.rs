@@ -504,7 +504,7 @@ fn further_arguments_pass_through_per_role_and_win() {
 fn only_paths_that_exist_are_promised_and_python_prefers_the_same() {
     let mut config = pd(&[0], &[1]);
     let paths = |plan: &Plan| plan.link.as_ref().map(|link| link.paths.clone()).unwrap_or_default();
-    assert_eq!(paths(&planned(&config, 33)), [Path::CudaIpc]);
+    assert_eq!(paths(&planned(&config, 33)), [Path::CudaIpc, Path::Nccl]);
 
     // Run without the launcher, the connector's own list is what counts.
     let connector = include_str!("../python/pdlink/vllm/connector.py");
@@ -520,7 +520,7 @@ fn only_paths_that_exist_are_promised_and_python_prefers_the_same() {
     config.kv.paths = Some(vec![Path::Shm]);
     let error = made(&config, 33, &mut TablePorts::busy(&[])).expect_err("no such path for a GPU");
     let text = error.to_string();
-    for part in ["`kv.paths` asks for shm", "GPU memory", "set it to some of cuda-ipc, nixl", "= \"vllm\"`"] {
+    for part in ["`kv.paths` asks for shm", "GPU memory", "set it to some of cuda-ipc, nccl, nixl", "= \"vllm\"`"] {
         assert!(text.contains(part), "no {part:?} in {text}");
     }
 }

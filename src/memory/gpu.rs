@@ -50,7 +50,8 @@ impl GpuCopies {
 
     fn wait(&mut self) -> Result<(), CudaError> {
         let [first, second] = &mut self.copiers;
-        first.wait().and(second.wait())
+        let (first, second) = (first.wait(), second.wait());
+        first.and(second)
     }
 }
 

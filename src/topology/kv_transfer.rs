@@ -100,11 +100,12 @@ fn kv_settings(config: &Config, paths: &[Path]) -> Value {
         _ => Map::new(),
     };
     kv.insert("paths".to_owned(), json!(paths));
-    if !paths.contains(&Path::Nixl) {
-        kv.remove("nixl");
-    }
-    if let Some(Value::Object(nixl)) = kv.get_mut("nixl") {
-        nixl.retain(|_, value| !value.is_null());
+    for path in [Path::Nccl, Path::Nixl] {
+        if !paths.contains(&path) {
+            kv.remove(path.name());
+        } else if let Some(Value::Object(of_path)) = kv.get_mut(path.name()) {
+            of_path.retain(|_, value| !value.is_null());
+        }
     }
     kv.retain(|_, value| !value.is_null());
     Value::Object(kv)

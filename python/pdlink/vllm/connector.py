@@ -191,7 +191,7 @@ class PdlinkConnector(KVConnectorBase_V1, SupportsHMA):
 class P2pNcclConnector(PdlinkConnector):
     """Under the name of the connector that vLLM no longer ships: GPU to GPU."""
 
-    PATHS = ["cuda-ipc"]
+    PATHS = ["cuda-ipc", "nccl"]
 
 
 class NixlConnector(PdlinkConnector):

@@ -415,7 +415,7 @@ impl Packing {
         // Beside the driver there is the peer's thread, and an engine. Threads that wait for each other's core only cost.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let (copier, pool) = if gpu.is_some() || threads < 2 || (cores < CORES_MIN && threads <= cores) {
-            (Copier::Here { copies: Copies::on(gpu)?, regions: regions.to_vec() }, None)
+            (Copier::Here { copies: Box::new(Copies::on(gpu)?), regions: regions.to_vec() }, None)
         } else {
             let pool = Pool::start(threads, regions, own, commands)?;
             (Copier::Pool(pool.jobs.clone()), Some(pool))

@@ -27,7 +27,7 @@ pub(super) enum Copier {
     /// Threads beside the driver.
     Pool(Sender<Job>),
     /// The driver itself, where there are too few cores for both.
-    Here { copies: Copies, regions: Vec<Arc<Region>> },
+    Here { copies: Box<Copies>, regions: Vec<Arc<Region>> },
 }
 
 /// Threads that wait for jobs. They end when the last sender of jobs is gone.
