@@ -20,6 +20,7 @@ pub mod engine;
 pub mod kv;
 pub mod memory;
 pub mod transport;
+pub mod weights;
 
 // The control plane: what runs where, and the front door.
 pub mod launcher;

@@ -435,13 +435,27 @@ fn arguments_that_pdlink_writes_are_not_passed_on() {
 #[test]
 fn sections_of_later_versions_are_accepted_empty() {
     load_text("[weights]\n[hosts]\n").expect("nothing is asked of them");
+    assert_cases(&[(
+        "hosts",
+        "[hosts]\na = 1\n".to_owned(),
+        &["a.toml:2: hosts.a", "this version has no settings in [hosts]"],
+    )]);
+}
+
+#[test]
+fn an_update_of_the_weights_has_times_in_order_and_paths_of_host_memory() {
+    load_text("[weights]\nstaging = \"none\"\nin_flight = \"finish\"\npaths = [\"tcp\"]\n").expect("all of it can be");
     assert_cases(&[
         (
-            "weights",
-            "[weights]\nstaging = \"device\"\n".to_owned(),
-            &["a.toml:2: weights.staging", "this version has no settings in [weights]"],
+            "hold",
+            "[weights]\npause_timeout_s = 90.0\n".to_owned(),
+            &["a.toml:2: weights.pause_timeout_s", "gives an update up after 60 s", "others may take 90 s"],
         ),
-        ("hosts", "[hosts]\na = 1\n".to_owned(), &["a.toml:2: hosts.a", "this version has no settings in [hosts]"]),
+        (
+            "paths",
+            "[weights]\npaths = [\"cuda-ipc\"]\n".to_owned(),
+            &["a.toml:2: weights.paths", "weights are staged in host memory", "name \"shm\", \"tcp\" or both"],
+        ),
     ]);
 }
 

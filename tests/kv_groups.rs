@@ -212,6 +212,7 @@ fn start(role: Role, shapes: &[Shape], arrangement: Arrangement, send_type: KvSe
         listener: TcpListener::bind("127.0.0.1:0").unwrap(),
         advertise_host: "127.0.0.1".to_owned(),
         weight_version: 1,
+        weights: None,
         transports: None,
         metrics: KvMetrics::unregistered(),
     };

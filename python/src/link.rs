@@ -192,6 +192,7 @@ fn start(link: LinkSettings, regions: Vec<Arc<pdlink::memory::Region>>) -> PyRes
         listener,
         advertise_host: link.advertise_host,
         weight_version: link.weight_version,
+        weights: None,
         transports: None,
         // vLLM's page shows what the reports say: the runtime's own registry would have no reader.
         metrics: KvMetrics::unregistered(),

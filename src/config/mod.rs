@@ -46,4 +46,4 @@ pub use telemetry::{LogFormat, TelemetryConfig};
 pub use variables::is_secret_variable;
 pub use vllm::{SECRET_ARGUMENTS, VllmArgs, VllmConfig};
 pub use weight_broadcast::{TrainerConfig, WeightBroadcastConfig, WeightBroadcastType};
-pub use weights::WeightsConfig;
+pub use weights::{InFlight, Staging, WeightsConfig};

@@ -42,7 +42,7 @@ pub struct Config {
     pub kv: KvConfig,
     /// How `up` starts, watches and ends the workers.
     pub launcher: LauncherConfig,
-    /// Has no settings yet.
+    /// New weights into workers that serve.
     pub weights: WeightsConfig,
     /// Has no settings yet.
     pub hosts: HostsConfig,

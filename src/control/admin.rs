@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
 
 use super::connection::{Answerer, Connection, Inbound, Liveness, Sink, connection};
 use super::handshake::{Hello, Identity, VERSIONS, open};
 use super::messages::{AbortAnswer, AdminAnswer, AdminRequest, Paired, RankRecords, RuntimeStatus};
 use super::wire::{from_body, to_body};
-use super::{ControlError, Part, Role, TransferId};
+use super::{ControlError, Part, Role, TransferId, WeightsRequest, WeightsStatus};
 use crate::security::Secret;
 
 /// Proxy and launcher keep many idle connections: they ping more seldom than engines do, and notice a dead worker by
@@ -35,6 +35,8 @@ struct Shared {
 #[derive(Debug)]
 struct Current {
     connection: Connection,
+    /// Turns true when the connection ends.
+    ended: watch::Receiver<bool>,
     /// Runs the connection; ends with it.
     _driver: JoinSet<()>,
 }
@@ -114,6 +116,25 @@ impl AdminClient {
         }
     }
 
+    /// Asks the worker's weights runtime.
+    pub async fn weights(&self, request: WeightsRequest) -> Result<WeightsStatus, ControlError> {
+        match self.ask(AdminRequest::Weights(request)).await? {
+            AdminAnswer::Weights(status) => Ok(*status),
+            other => Err(self.unexpected(other)),
+        }
+    }
+
+    /// Returns when the connection to the worker ends: at once where its process died. An error: there is none to be had.
+    pub async fn lost(&self) -> Result<(), ControlError> {
+        self.connection().await?;
+        let ended = self.shared.current.lock().await.as_ref().map(|current| current.ended.clone());
+        if let Some(mut ended) = ended {
+            // An error means that the connection is gone with its sender.
+            let _ = ended.wait_for(|ended| *ended).await;
+        }
+        Ok(())
+    }
+
     /// Every question may be asked twice without harm, so one that met the end of an old connection is asked again over
     /// a new one, once.
     async fn ask(&self, request: AdminRequest) -> Result<AdminAnswer, ControlError> {
@@ -147,11 +168,18 @@ impl AdminClient {
         let Shared { addr, identity, timeout, .. } = &*self.shared;
         let mut stream = connect(addr, *timeout).await?;
         let (_hello, buffer) = open(&mut stream, identity, addr).await?;
-        let ignore = |_: &Connection| -> Sink { Box::new(|_| {}) };
-        let (connection, driver) = connection(stream, buffer, addr.clone(), LIVENESS, ignore);
+        let (over, ended) = watch::channel(false);
+        let sink = |_: &Connection| -> Sink {
+            Box::new(move |inbound| {
+                if let Inbound::Closed(_) = inbound {
+                    over.send_replace(true);
+                }
+            })
+        };
+        let (connection, driver) = connection(stream, buffer, addr.clone(), LIVENESS, sink);
         let mut drivers = JoinSet::new();
         drivers.spawn(driver);
-        Ok(Current { connection, _driver: drivers })
+        Ok(Current { connection, ended, _driver: drivers })
     }
 
     fn unexpected(&self, answer: AdminAnswer) -> ControlError {
@@ -231,6 +259,7 @@ mod tests {
                 AdminRequest::PeersOf(ranks) => AdminAnswer::PeersOf((0..ranks).collect()),
                 AdminRequest::Pair(peer) => AdminAnswer::Refused(format!("{peer} does not fit")),
                 AdminRequest::Status => AdminAnswer::Abort(AbortAnswer::Ended),
+                AdminRequest::Weights(_) => AdminAnswer::Refused("no weights".to_owned()),
             });
         }
     }
@@ -305,7 +334,9 @@ mod tests {
         let address = server(&mut tasks, &secret).await;
         let client = AdminClient::new(address.to_string(), secret.clone(), SOON);
         client.abort(TransferId::random()).await.unwrap();
-        tasks.shutdown().await;
+        let lost = tokio::time::timeout(SOON, client.lost());
+        let (lost, ()) = tokio::join!(lost, tasks.shutdown());
+        lost.expect("told in time").expect("it was connected");
         assert!(client.abort(TransferId::random()).await.is_err());
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.set_reuseaddr(true).unwrap();

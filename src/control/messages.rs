@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::TransferId;
+use super::{TransferId, WeightsRequest, WeightsStatus};
 use crate::config::{Path, Role};
 use crate::telemetry::TransferRecord;
 
@@ -13,6 +13,8 @@ pub enum Part {
     Engine,
     /// The proxy or the launcher.
     Admin,
+    /// A worker that fetches weights.
+    Weights,
 }
 
 /// What an abort found.
@@ -73,6 +75,7 @@ pub enum AdminRequest {
     AbortHere(TransferId),
     /// Of this runtime alone.
     RecordsHere(TransferId),
+    Weights(WeightsRequest),
 }
 
 /// Its answer.
@@ -85,4 +88,5 @@ pub enum AdminAnswer {
     Status(RuntimeStatus),
     /// The request was understood and refused; the text says why.
     Refused(String),
+    Weights(Box<WeightsStatus>),
 }

@@ -12,6 +12,7 @@ mod handshake;
 mod listener;
 mod messages;
 mod transfer_id;
+mod weights;
 mod wire;
 
 pub use crate::config::Role;
@@ -22,4 +23,7 @@ pub use handshake::{Hello, Identity, VERSIONS, Versions, accept, open};
 pub use listener::{CONNECTIONS_MAX, STRANGERS_MAX, Welcome, serve};
 pub use messages::{AbortAnswer, AdminAnswer, AdminRequest, Paired, Part, RankRecords, RuntimeStatus};
 pub use transfer_id::{BadTransferId, TransferId};
+pub use weights::{
+    WeightSource, WeightsDoor, WeightsFailure, WeightsOffer, WeightsPhase, WeightsRequest, WeightsStatus,
+};
 pub use wire::{FRAME_BYTES_MAX, Frame, FrameBuffer, WireError, from_body, to_body};

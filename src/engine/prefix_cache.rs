@@ -77,6 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
+    // WT-3: the version is part of every hash.
     fn a_hash_depends_on_tokens_salt_weights_and_everything_before() {
         let root = BlockHash::root(0, None);
         assert_eq!(root.then(&[1, 2]), BlockHash::root(0, None).then(&[1, 2]));

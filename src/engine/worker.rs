@@ -249,6 +249,7 @@ fn start_link(
         listener,
         advertise_host: setup.advertise_host.clone(),
         weight_version: setup.weight_version,
+        weights: None,
         transports: Some(paths.into_iter().map(wrap).collect()),
         metrics: KvMetrics::new(registry),
     };

@@ -33,6 +33,8 @@ use crate::transport::{Copied, Link, Transport, TransportError, export_all};
 const SHUTDOWN_MAX: Duration = Duration::from_secs(5);
 /// How long after that it waits until the last messages are with the kernel.
 const FLUSH_MAX: Duration = Duration::from_secs(1);
+/// What is answered where an engine takes no weights by this way.
+const NO_WEIGHTS: &str = "this engine takes no weights over the control connection";
 /// Events handled between two looks at the timers.
 const BATCH: usize = 256;
 
@@ -264,10 +266,19 @@ impl Core {
     fn welcome(&self) -> Welcome {
         let events = self.events.clone();
         let admin: Arc<dyn AdminHandler> = Arc::new(AdminEvents(events.clone()));
+        let weights = self.shared.weights.clone();
         let numbers = Arc::new(std::sync::atomic::AtomicU64::new(0));
         Arc::new(move |hello: Hello, connection: &Connection| -> Sink {
             match hello.part {
                 Part::Admin => admin_sink(connection, Arc::clone(&admin)),
+                Part::Weights => match &weights {
+                    Some(weights) => (weights.welcome)(hello, connection),
+                    None => {
+                        let (peer, why) = (connection.peer().to_owned(), NO_WEIGHTS.to_owned());
+                        connection.close(ControlError::Refused { peer, why });
+                        Box::new(|_| {})
+                    }
+                },
                 Part::Engine => {
                     let client = numbers.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     let events = events.clone();
@@ -337,6 +348,10 @@ impl Core {
             AdminRequest::PeersOf(ranks) => reply.send(&self.peers_of(ranks)),
             AdminRequest::Status => reply.send(&AdminAnswer::Status(self.shared.status())),
             AdminRequest::Pair(peer) => self.pair(&peer, reply),
+            AdminRequest::Weights(_) => match &self.shared.weights {
+                Some(weights) => weights.admin.ask(request, reply),
+                None => reply.send(&AdminAnswer::Refused(NO_WEIGHTS.to_owned())),
+            },
         }
     }
 

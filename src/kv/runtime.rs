@@ -25,7 +25,7 @@ use super::{
     TransferParams,
 };
 use crate::config::{KvConfig, KvSendType, Role};
-use crate::control::{RuntimeStatus, TransferId};
+use crate::control::{RuntimeStatus, TransferId, WeightsDoor};
 use crate::memory::{GpuDigests, Region};
 use crate::security::Secret;
 use crate::telemetry::{Side, TransferRecord};
@@ -50,6 +50,8 @@ pub struct RuntimeConfig<'a> {
     /// Under which name or address peers reach the listener.
     pub advertise_host: String,
     pub weight_version: u64,
+    /// Who answers what is asked about weights; nobody where the engine gets them in another way.
+    pub weights: Option<WeightsDoor>,
     /// The paths to offer, best first. `None`: what `kv.paths` allows and this memory can use.
     pub transports: Option<Vec<Arc<dyn Transport>>>,
     pub metrics: KvMetrics,
@@ -79,6 +81,7 @@ pub(super) struct Shared {
     pub(super) secret: Secret,
     pub(super) geometry_digest: u64,
     pub(super) weight_version: AtomicU64,
+    pub(super) weights: Option<WeightsDoor>,
     pub(super) records: Mutex<Records>,
     pub(super) metrics: KvMetrics,
     /// With `PUT`: what the engine's next step waits for.
@@ -168,6 +171,7 @@ impl KvRuntime {
             regions,
             secret: config.secret,
             weight_version: AtomicU64::new(config.weight_version),
+            weights: config.weights,
             records: Mutex::default(),
             metrics: config.metrics,
             pushes: (config.send_type == KvSendType::Put).then(PushGate::default),

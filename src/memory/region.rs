@@ -1,6 +1,7 @@
 //! [`Region`]: address, length, kind, and what keeps the memory alive.
 
 use std::any::Any;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
@@ -11,6 +12,9 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat,
 use super::mapping::Mapping;
 use super::{to_u64, to_usize};
 use crate::ffi::cuda::{CudaError, Device, IpcHandle};
+
+/// Most bytes that one read of a file is asked for: Linux gives no more than this at once anyway.
+const READ_BYTES_MAX: u64 = 1 << 30;
 
 /// Where memory lies, as far as paths care.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -255,6 +259,33 @@ impl Region {
         Ok(())
     }
 
+    /// Reads `len` bytes of a file into the region. A file that ends before is an error, also if it was cut short while it
+    /// was read: a mapping of it would be a SIGBUS. Host memory only.
+    pub fn read_file(&self, offset: u64, file: &File, file_offset: u64, len: u64) -> io::Result<()> {
+        let dst = self.at(offset, len).map_err(io::Error::other)?;
+        let mut done = 0;
+        while done < len {
+            let (at, from) = (dst.wrapping_add(to_usize(done)), i64::try_from(file_offset + done));
+            let (from, left) = (from.map_err(io::Error::other)?, to_usize((len - done).min(READ_BYTES_MAX)));
+            // SAFETY: `left` bytes from `at` on are this region's, as was checked above, and nothing refers to them.
+            let read = unsafe { libc::pread(file.as_raw_fd(), at.cast::<libc::c_void>(), left, from) };
+            match u64::try_from(read) {
+                Ok(0) => {
+                    let why = format!("the file ends {} bytes early", len - done);
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
+                }
+                Ok(read) => done += read,
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Copies bytes of the region out into `bytes`.
     pub fn copy_out(&self, offset: u64, bytes: &mut [u8]) -> Result<(), AccessError> {
         if let Some(device) = self.device() {
@@ -375,6 +406,19 @@ mod tests {
         assert!(!gone.load(Ordering::SeqCst));
         drop(region);
         assert!(gone.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn a_file_is_read_into_its_place_and_one_cut_short_is_an_error() {
+        let path = std::env::temp_dir().join(format!("pdlink-region-{}", std::process::id()));
+        std::fs::write(&path, b"0123456789").unwrap();
+        let (file, region) = (File::open(&path).unwrap(), Region::shared(16).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        region.read_file(4, &file, 2, 3).unwrap();
+        assert_eq!(region.to_vec(3, 5).unwrap(), b"\x00234\x00");
+        let short = region.read_file(0, &file, 8, 5).unwrap_err();
+        assert!(short.to_string().contains("ends 3 bytes early"), "{short}");
+        assert!(region.read_file(12, &file, 0, 5).is_err(), "beyond the region");
     }
 
     #[test]

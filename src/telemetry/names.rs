@@ -84,3 +84,11 @@ pub const KV_TRANSFERS_ACTIVE: &str = "pdlink_kv_transfers_active";
 pub const KV_PEERS: &str = "pdlink_kv_peers";
 /// Counter by `reason`: control connections between workers that were lost or could not be made.
 pub const KV_PEER_FAILURES: &str = "pdlink_kv_peer_failures";
+
+// Weights of one worker.
+/// Gauge: version of the weights that serve.
+pub const WEIGHTS_VERSION: &str = "pdlink_weights_version";
+/// Counter by `outcome` (`committed`, `aborted`): updates that ended here.
+pub const WEIGHTS_UPDATES: &str = "pdlink_weights_updates";
+/// Histogram: seconds from a pause to the resumption (WT-2).
+pub const WEIGHTS_PAUSE_SECONDS: &str = "pdlink_weights_pause_seconds";

@@ -81,6 +81,7 @@ impl Plan {
             listener,
             advertise_host: "127.0.0.1".to_owned(),
             weight_version: self.weight_version,
+            weights: None,
             transports: self.transports.map(|make| make(&cache)),
             metrics: KvMetrics::unregistered(),
         };

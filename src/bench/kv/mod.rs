@@ -149,6 +149,7 @@ impl Worker {
             listener,
             advertise_host: "127.0.0.1".to_owned(),
             weight_version: 0,
+            weights: None,
             transports: None,
             metrics: KvMetrics::unregistered(),
         };

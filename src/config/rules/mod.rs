@@ -9,6 +9,7 @@ mod kv;
 mod pd;
 mod ports;
 mod services;
+mod update;
 mod weights;
 
 use super::load::tree::Node;
@@ -39,6 +40,7 @@ pub(super) fn judge(config: &Config, given: &Node, origins: &Origins, tainted: &
     gpus::judge(&mut bench);
     ports::judge(&mut bench);
     weights::judge(&mut bench);
+    update::judge(&mut bench);
     kv::judge(&mut bench);
     services::judge(&mut bench);
     engine::judge(&mut bench);

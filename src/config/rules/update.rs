@@ -1,0 +1,34 @@
+//! `[weights]`: the times of an update against each other, and its paths.
+
+use crate::config::Path;
+
+use super::Bench;
+
+const PATHS: &str = "weights.paths";
+
+pub(super) fn judge(bench: &mut Bench<'_>) {
+    let weights = &bench.config.weights;
+    let waits = [
+        ("weights.drain_timeout_s", weights.drain_timeout_s),
+        ("weights.pause_timeout_s", weights.pause_timeout_s),
+        ("weights.commit_timeout_s", weights.commit_timeout_s),
+    ];
+    for (key, wait_s) in waits {
+        if wait_s >= weights.hold_timeout_s {
+            bench.refuse(
+                &["weights.hold_timeout_s", key],
+                format!(
+                    "is out of order: a worker gives an update up after {} s, and others may take {wait_s} s ({key})",
+                    weights.hold_timeout_s
+                ),
+                format!("set weights.hold_timeout_s above {key}"),
+            );
+        }
+    }
+    let host = |path: &Path| matches!(path, Path::Shm | Path::Tcp);
+    if weights.paths.is_empty() || !weights.paths.iter().all(host) {
+        let message =
+            format!("is [{}], but weights are staged in host memory", Path::list(weights.paths.iter().copied()));
+        bench.refuse(&[PATHS], message, "name \"shm\", \"tcp\" or both, best first");
+    }
+}

@@ -1,0 +1,39 @@
+//! Weights from a trainer, or from a checkpoint, into workers that serve.
+//!
+//! - *what is sent*: `manifest` (names, dtypes, shapes, and the stream that their bytes make), `digest`, `tensors` (where
+//!   bytes come from), `checkpoint` (one such place: safetensors on disk);
+//! - *how it comes*: `messages` over a control connection, `ring` and `source` on the sending side, `pull` and `stage` on the
+//!   receiving one, `staged` is what came of it;
+//! - *when it serves*: `session`, one worker's part in an update as a pure machine, and `receiver`, the thread that owns it.
+//!
+//! The fleet's transaction is the proxy's, which speaks `control::weights` with every worker. Bytes are pulled by the workers
+//! over the paths of `transport`, so that a path between GPUs would change `Paths` and nothing above it.
+//!
+//! Invariants WT-1 to WT-5 are stated in `docs/architecture.md`.
+#![forbid(unsafe_code)]
+
+mod checkpoint;
+mod digest;
+mod manifest;
+mod messages;
+mod metrics;
+mod pull;
+mod receiver;
+mod ring;
+mod session;
+mod source;
+mod stage;
+mod staged;
+mod tensors;
+#[cfg(test)]
+mod testing;
+
+pub use checkpoint::{Checkpoint, CheckpointError};
+pub use digest::{TensorDigest, WeightsDigest};
+pub use manifest::{Dtype, Manifest, ManifestError, Tensor};
+pub use metrics::WeightsMetrics;
+pub use receiver::{NewWeights, ReceiverSetup, WeightTarget, WeightsHandle, WeightsReceiver};
+pub use source::{Paths, Progress, Running, Source, SourceError, WrapPath};
+pub use stage::StageError;
+pub use staged::Staged;
+pub use tensors::{ReadError, TensorBytes};

@@ -1,0 +1,312 @@
+//! A worker's weights runtime: the thread that takes part in updates, and the door to it.
+//!
+//! One thread with a single-threaded tokio runtime owns the session, the staging in progress and what is kept. Requests of
+//! the coordinator come in by the worker's control listener ([`WeightsReceiver::door`]) or from the worker's own HTTP routes
+//! ([`WeightsHandle`]); the engine is driven through a [`WeightTarget`].
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+
+use super::metrics::WeightsMetrics;
+use super::session::{Act, Heard, Session};
+use super::source::{Paths, Source};
+use super::stage::{Stage, StageError, StageProgress};
+use super::staged::Staged;
+use crate::config::InFlight;
+use crate::control::{
+    AdminAnswer, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello, Sink, WeightsDoor,
+    WeightsOffer, WeightsPhase, WeightsRequest, WeightsStatus,
+};
+
+/// What an engine takes over at a commit.
+#[derive(Debug, Clone)]
+pub struct NewWeights {
+    pub version: u64,
+    /// `None`: what the worker was started with.
+    pub staged: Option<Arc<Staged>>,
+}
+
+/// An engine whose weights can be changed. Nothing here blocks: what takes time ends in `done`, on any thread.
+pub trait WeightTarget: Send + Sync {
+    /// Stop between two steps. `done` once nothing is computed any more. A resumption that comes before takes it back.
+    fn pause(&self, in_flight: InFlight, done: Box<dyn FnOnce() + Send>);
+
+    /// Serve these from now on; called only while paused. An error means that the old ones are still there, whole.
+    fn commit(&self, weights: NewWeights, done: Box<dyn FnOnce(Result<(), String>) + Send>);
+
+    /// Go on.
+    fn resume(&self);
+}
+
+/// What a worker's part in updates is started with.
+pub struct ReceiverSetup {
+    /// What the worker serves at its start.
+    pub version: u64,
+    pub paths: Paths,
+    pub target: Arc<dyn WeightTarget>,
+    pub metrics: WeightsMetrics,
+}
+
+type Answer = Box<dyn FnOnce(Result<WeightsStatus, String>) + Send>;
+
+enum Event {
+    Ask(WeightsRequest, Answer),
+    Staged { update: u64, result: Result<Option<Staged>, StageError> },
+    Heard(Heard),
+    Stop,
+}
+
+/// A running weights runtime. Dropping it ends it; an update under way is left to the coordinator's deadline.
+pub struct WeightsReceiver {
+    events: mpsc::UnboundedSender<Event>,
+    kept: Arc<Mutex<Option<Source>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl WeightsReceiver {
+    pub fn start(setup: ReceiverSetup) -> io::Result<Self> {
+        let (events, queue) = mpsc::unbounded_channel();
+        let kept: Arc<Mutex<Option<Source>>> = Arc::default();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
+        setup.metrics.version(setup.version);
+        let driver = Driver {
+            session: Session::new(setup.version),
+            setup,
+            events: events.clone(),
+            kept: Arc::clone(&kept),
+            serving: None,
+            staged: None,
+            progress: Arc::default(),
+            paused_at: None,
+            staging: JoinSet::new(),
+            sources: JoinSet::new(),
+        };
+        let run = move || {
+            runtime.block_on(driver.run(queue));
+            // A read of a disk that hangs must not hold the worker's end.
+            runtime.shutdown_background();
+        };
+        let thread = std::thread::Builder::new().name("pdlink-weights".to_owned()).spawn(run)?;
+        Ok(Self { events, kept, thread: Some(thread) })
+    }
+
+    /// What the worker's control listener is to do with requests and visitors that are about weights.
+    pub fn door(&self) -> WeightsDoor {
+        let kept = Arc::clone(&self.kept);
+        let welcome = move |_: Hello, connection: &Connection| -> Sink {
+            match &*locked(&kept) {
+                Some(source) => source.welcome(connection),
+                None => {
+                    let (peer, why) = (connection.peer().to_owned(), "no weights are kept here".to_owned());
+                    connection.close(ControlError::Refused { peer, why });
+                    Box::new(|_| {})
+                }
+            }
+        };
+        WeightsDoor { admin: Arc::new(self.handle()), welcome: Arc::new(welcome) }
+    }
+
+    /// For the worker's own HTTP routes.
+    pub fn handle(&self) -> WeightsHandle {
+        WeightsHandle(self.events.clone())
+    }
+}
+
+impl Drop for WeightsReceiver {
+    fn drop(&mut self) {
+        let _ = self.events.send(Event::Stop);
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the weights runtime's thread panicked");
+        }
+    }
+}
+
+/// A way to ask the weights runtime.
+#[derive(Clone)]
+pub struct WeightsHandle(mpsc::UnboundedSender<Event>);
+
+impl WeightsHandle {
+    pub async fn ask(&self, request: WeightsRequest) -> Result<WeightsStatus, String> {
+        let (sender, answer) = oneshot::channel();
+        let _ = self.0.send(Event::Ask(request, Box::new(move |status| drop(sender.send(status)))));
+        answer.await.unwrap_or_else(|_| Err("the weights runtime has ended".to_owned()))
+    }
+}
+
+impl AdminHandler for WeightsHandle {
+    fn ask(&self, request: AdminRequest, reply: AdminReply) {
+        let AdminRequest::Weights(request) = request else {
+            return reply.send(&AdminAnswer::Refused("this is not about weights".to_owned()));
+        };
+        let answer = move |status: Result<WeightsStatus, String>| {
+            reply.send(&status.map_or_else(AdminAnswer::Refused, |status| AdminAnswer::Weights(Box::new(status))));
+        };
+        let _ = self.0.send(Event::Ask(request, Box::new(answer)));
+    }
+}
+
+struct Driver {
+    session: Session,
+    setup: ReceiverSetup,
+    events: mpsc::UnboundedSender<Event>,
+    /// Serves what is kept to workers that were restarted.
+    kept: Arc<Mutex<Option<Source>>>,
+    serving: Option<Arc<Staged>>,
+    staged: Option<Arc<Staged>>,
+    progress: Arc<StageProgress>,
+    paused_at: Option<Instant>,
+    staging: JoinSet<()>,
+    sources: JoinSet<()>,
+}
+
+impl Driver {
+    async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Event>) {
+        loop {
+            let wake = self.session.wake();
+            tokio::select! {
+                biased;
+                event = queue.recv() => match event {
+                    None | Some(Event::Stop) => break,
+                    Some(event) => self.handle(event),
+                },
+                () = sleep_until(wake) => {
+                    let acts = self.session.tick(Instant::now());
+                    self.act(acts);
+                }
+            }
+        }
+        *locked(&self.kept) = None;
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Ask(request, answer) => {
+                let asked = self.session.ask(&request, Instant::now());
+                let answered =
+                    asked.inspect_err(|why| tracing::warn!(why, ?request, "refused")).map(|acts| self.act(acts));
+                answer(answered.map(|()| self.status()));
+            }
+            Event::Staged { update, result } => self.staged(update, result),
+            Event::Heard(heard) => {
+                let acts = self.session.hear(heard, Instant::now());
+                self.act(acts);
+                if self.session.phase() == WeightsPhase::Committed {
+                    self.serving = self.staged.take();
+                    self.setup.metrics.ended("committed");
+                    self.setup.metrics.version(self.session.version());
+                    tracing::info!(version = self.session.version(), digest = ?self.session.digest(), "new weights taken");
+                }
+            }
+            Event::Stop => {}
+        }
+    }
+
+    fn staged(&mut self, update: u64, result: Result<Option<Staged>, StageError>) {
+        let result = result.map(|staged| staged.map(Arc::new)).map_err(|error| error.to_string());
+        let heard = result.as_ref().map(|staged| staged.as_ref().map(|staged| staged.digest())).map_err(Clone::clone);
+        if let Err(why) = &heard {
+            tracing::warn!(why, "weights were not staged");
+        }
+        if self.session.update() == Some(update) && self.session.phase() == WeightsPhase::Staging {
+            self.staged = result.ok().flatten();
+        }
+        let acts = self.session.hear(Heard::Staged { update, result: heard }, Instant::now());
+        self.act(acts);
+    }
+
+    fn act(&mut self, acts: Vec<Act>) {
+        for act in acts {
+            match act {
+                Act::Stage(offer) => self.stage(offer),
+                Act::Drop => {
+                    self.staging = JoinSet::new();
+                    self.staged = None;
+                    self.setup.metrics.ended("aborted");
+                    let failure = self.session.failure();
+                    tracing::warn!(why = failure.map(|failure| &*failure.why), "an update of the weights was given up");
+                }
+                Act::Pause { update, in_flight } => {
+                    self.paused_at = Some(Instant::now());
+                    let events = self.events.clone();
+                    let done = move || drop(events.send(Event::Heard(Heard::Paused { update })));
+                    self.setup.target.pause(in_flight, Box::new(done));
+                }
+                Act::Commit { update, version } => {
+                    let weights = NewWeights { version, staged: self.staged.clone() };
+                    let events = self.events.clone();
+                    let done = move |result| drop(events.send(Event::Heard(Heard::Committed { update, result })));
+                    self.setup.target.commit(weights, Box::new(done));
+                }
+                Act::Resume => {
+                    self.setup.target.resume();
+                    if let Some(paused_at) = self.paused_at.take() {
+                        self.setup.metrics.paused(paused_at.elapsed());
+                    }
+                    self.keep();
+                }
+            }
+        }
+    }
+
+    fn stage(&mut self, offer: WeightsOffer) {
+        tracing::info!(version = offer.version, source = %offer.source, "staging new weights");
+        self.progress = Arc::default();
+        let deadline = Instant::now() + Duration::from_millis(offer.stage_ms);
+        let (update, paths, progress) = (offer.update, self.setup.paths.clone(), Arc::clone(&self.progress));
+        let stage = Stage { offer, paths, progress, deadline };
+        let events = self.events.clone();
+        self.staging.spawn(async move {
+            let result = stage.run().await;
+            let _ = events.send(Event::Staged { update, result });
+        });
+    }
+
+    /// What the engine took over can be had here by other workers, if it is kept.
+    fn keep(&mut self) {
+        while self.sources.try_join_next().is_some() {}
+        // The old version's first: it must not be given to anybody any more.
+        *locked(&self.kept) = None;
+        let region = self.serving.as_ref().and_then(|serving| Some((serving, serving.region()?)));
+        let Some((serving, region)) = region.filter(|_| self.setup.paths.weights.keep) else { return };
+        match Source::whole(self.session.version(), serving, region, &self.setup.paths) {
+            Ok((source, running)) => {
+                self.sources.spawn(running);
+                *locked(&self.kept) = Some(source);
+            }
+            Err(error) => tracing::warn!(%error, "other workers cannot have these weights here"),
+        }
+    }
+
+    fn status(&self) -> WeightsStatus {
+        use std::sync::atomic::Ordering::Relaxed;
+        let session = &self.session;
+        WeightsStatus {
+            version: session.version(),
+            digest: session.digest().map(|digest| digest.0),
+            phase: session.phase(),
+            update: session.update(),
+            staged_digest: session.staged().map(|digest| digest.0),
+            staged_bytes: self.progress.bytes.load(Relaxed),
+            total_bytes: self.progress.total_bytes.load(Relaxed),
+            path: self.progress.path().map(str::to_owned),
+            serves_peers: locked(&self.kept).is_some(),
+            failure: session.failure().cloned(),
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,183 @@
+//! Gets a whole set of weights to where it waits for its commit, and checks it: from another process or from a folder.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use super::checkpoint::{Checkpoint, CheckpointError};
+use super::digest::StreamDigests;
+use super::manifest::{Buckets, Manifest, ManifestError};
+use super::pull::Pull;
+use super::source::Paths;
+use super::staged::Staged;
+use super::tensors::{ReadError, TensorBytes, lay};
+use crate::config::Staging;
+use crate::control::{ControlError, WeightSource, WeightsOffer};
+use crate::memory::{AccessError, Region, to_usize};
+use crate::transport::TransportError;
+
+/// Why weights were not staged. Each names what it was about.
+#[derive(Debug, thiserror::Error)]
+pub enum StageError {
+    #[error("the sender cannot be reached or was lost: {0}")]
+    Sender(#[from] ControlError),
+    #[error("the sender {peer} refused: {why}")]
+    Refused { peer: String, why: String },
+    #[error("the sender {peer} said what cannot be: {why}")]
+    Malformed { peer: String, why: String },
+    #[error("the sender's manifest: {0}")]
+    Manifest(#[from] ManifestError),
+    #[error(
+        "the weights take {bytes} bytes of host memory, and {available} are available; free some, or set weights.staging = \"none\""
+    )]
+    TooLarge { bytes: u64, available: u64 },
+    #[error("no memory for {bytes} bytes of weights: {why}")]
+    Memory { bytes: u64, why: io::Error },
+    #[error("no path to the sender {peer}: {why}")]
+    Path { peer: String, why: TransportError },
+    #[error("bucket {bucket} of {buckets} did not come from {peer}: {why}")]
+    Copy { peer: String, bucket: u64, buckets: u64, why: TransportError },
+    #[error("tensor `{tensor}` is not what {peer} sent: its digest differs")]
+    Digest { peer: String, tensor: String },
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error("staged memory: {0}")]
+    Access(#[from] AccessError),
+    #[error("the task that did it ended: {0}")]
+    Task(#[from] tokio::task::JoinError),
+    #[error("it was given up")]
+    GivenUp,
+}
+
+/// How far a worker's staging is.
+#[derive(Debug, Default)]
+pub(super) struct StageProgress {
+    pub(super) bytes: AtomicU64,
+    pub(super) total_bytes: AtomicU64,
+    path: Mutex<Option<&'static str>>,
+}
+
+impl StageProgress {
+    pub(super) fn path(&self) -> Option<&'static str> {
+        *self.path.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn takes(&self, path: &'static str) {
+        *self.path.lock().unwrap_or_else(PoisonError::into_inner) = Some(path);
+    }
+}
+
+/// One staging, whatever the source.
+pub(super) struct Stage {
+    pub(super) offer: WeightsOffer,
+    pub(super) paths: Paths,
+    pub(super) progress: Arc<StageProgress>,
+    /// By when all of it must be there.
+    pub(super) deadline: Instant,
+}
+
+/// Where a stream is staged: whole, or bucket by bucket.
+pub(super) struct Room {
+    pub(super) region: Arc<Region>,
+    is_whole: bool,
+    buckets: Buckets,
+}
+
+impl Room {
+    fn of(staging: Staging, buckets: Buckets, stream_bytes: u64) -> Result<Self, StageError> {
+        let is_whole = staging == Staging::Host;
+        let bytes = if is_whole { stream_bytes.max(1) } else { buckets.bucket_bytes() * 2 };
+        let available = available_bytes();
+        if bytes > available {
+            return Err(StageError::TooLarge { bytes, available });
+        }
+        let region = Region::shared(to_usize(bytes)).map_err(|why| StageError::Memory { bytes, why })?;
+        Ok(Self { region, is_whole, buckets })
+    }
+
+    /// Where a bucket goes. The one after the next takes its place if the room is not for all.
+    pub(super) fn at(&self, bucket: u64) -> u64 {
+        if self.is_whole { self.buckets.range(bucket).start } else { bucket % 2 * self.buckets.bucket_bytes() }
+    }
+
+    fn staged(self, manifest: Arc<Manifest>, digests: &StreamDigests) -> Staged {
+        Staged::new(manifest, digests.done().to_vec(), self.is_whole.then_some(self.region))
+    }
+}
+
+impl Stage {
+    /// Runs to the end. `None`: the offer is of what the worker was started with, and there is nothing to stage.
+    pub(super) async fn run(self) -> Result<Option<Staged>, StageError> {
+        match self.offer.source.clone() {
+            WeightSource::Peer(address) => self.pulled(&address).await.map(Some),
+            WeightSource::Folder(folder) => self.read(folder).await.map(Some),
+            WeightSource::Base => Ok(None),
+        }
+    }
+
+    async fn pulled(self, address: &str) -> Result<Staged, StageError> {
+        let (pull, manifest, bucket_bytes) = Pull::open(&self, address).await?;
+        let manifest = Arc::new(manifest);
+        let buckets = Buckets::new(manifest.stream_bytes(), bucket_bytes);
+        let room = self.room(&manifest, buckets)?;
+        let digests = pull.run(&self, &manifest, buckets, &room).await?;
+        Ok(room.staged(manifest, &digests))
+    }
+
+    fn room(&self, manifest: &Manifest, buckets: Buckets) -> Result<Room, StageError> {
+        self.progress.total_bytes.store(manifest.stream_bytes(), Relaxed);
+        Room::of(self.paths.weights.staging, buckets, manifest.stream_bytes())
+    }
+
+    async fn read(self, folder: String) -> Result<Staged, StageError> {
+        // Reading does not stop by itself when nobody waits for it any more.
+        let given_up = GiveUp::default();
+        let flag = Arc::clone(&given_up.0);
+        self.progress.takes("file");
+        let staged = tokio::task::spawn_blocking(move || self.read_now(Path::new(&folder), &flag)).await?;
+        drop(given_up);
+        staged
+    }
+
+    fn read_now(self, folder: &Path, given_up: &AtomicBool) -> Result<Staged, StageError> {
+        let checkpoint = Checkpoint::open(folder)?;
+        let manifest = Arc::clone(checkpoint.manifest());
+        let buckets =
+            Buckets::new(manifest.stream_bytes(), self.paths.weights.bucket_bytes.min(manifest.stream_bytes()));
+        let room = self.room(&manifest, buckets)?;
+        let mut digests = StreamDigests::default();
+        for bucket in 0..buckets.count() {
+            if given_up.load(Relaxed) {
+                return Err(StageError::GivenUp);
+            }
+            let (range, at) = (buckets.range(bucket), room.at(bucket));
+            lay(&checkpoint, &range, &room.region, at)?;
+            self.progress.bytes.fetch_add(range.end - range.start, Relaxed);
+            digests.pass(&manifest, range, &room.region, at)?;
+        }
+        Ok(room.staged(manifest, &digests))
+    }
+}
+
+/// Tells a blocking task that nobody waits for it, when it is dropped.
+#[derive(Default)]
+struct GiveUp(Arc<AtomicBool>);
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+/// What the kernel could give without swapping. Where it does not say, nothing is refused.
+fn available_bytes() -> u64 {
+    let kib = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    });
+    kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024))
+}

@@ -1,0 +1,342 @@
+//! Weights from a sender, a folder or another worker into workers: every byte checked, every failure named.
+
+#[path = "support/checkpoints.rs"]
+mod checkpoints;
+
+use std::path::Path as File;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pdlink::config::{InFlight, KvConfig, Path, Staging, WeightsConfig};
+use pdlink::control::{
+    self, AdminClient, Hello, Identity, Liveness, Part, Role, VERSIONS, WeightSource, WeightsOffer, WeightsPhase,
+    WeightsRequest, WeightsStatus,
+};
+use pdlink::security::Secret;
+use pdlink::transport::{Fault, FaultPlan, Faulty, Transport, When};
+use pdlink::weights::{
+    Checkpoint, Manifest, NewWeights, Paths, ReadError, ReceiverSetup, Source, TensorBytes, WeightTarget,
+    WeightsMetrics, WeightsReceiver,
+};
+use tokio::task::JoinSet;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An engine that does at once what it is told, and writes it down.
+#[derive(Default)]
+struct Notes {
+    said: Mutex<Vec<String>>,
+    weights: Mutex<Option<NewWeights>>,
+}
+
+impl WeightTarget for Notes {
+    fn pause(&self, _: InFlight, done: Box<dyn FnOnce() + Send>) {
+        self.said.lock().unwrap().push("pause".to_owned());
+        done();
+    }
+
+    fn commit(&self, weights: NewWeights, done: Box<dyn FnOnce(Result<(), String>) + Send>) {
+        self.said.lock().unwrap().push(format!("commit {}", weights.version));
+        *self.weights.lock().unwrap() = Some(weights);
+        done(Ok(()));
+    }
+
+    fn resume(&self) {
+        self.said.lock().unwrap().push("resume".to_owned());
+    }
+}
+
+fn paths(weights: WeightsConfig) -> Paths {
+    Paths {
+        weights,
+        kv: KvConfig::default(),
+        secret: Secret::loopback(),
+        bind: std::net::Ipv4Addr::LOCALHOST.into(),
+        advertise_host: "127.0.0.1".to_owned(),
+        wrap_path: None,
+    }
+}
+
+fn small_buckets() -> WeightsConfig {
+    WeightsConfig { bucket_bytes: 4096, ..WeightsConfig::default() }
+}
+
+/// Serves control connections; what is welcome is up to the caller.
+async fn listen(tasks: &mut JoinSet<()>, welcome: control::Welcome) -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let hello =
+        Hello { part: Part::Engine, engine_id: "w".to_owned(), incarnation: 1, role: Role::Both, payload: Vec::new() };
+    let identity = Identity { secret: Secret::loopback(), versions: VERSIONS, hello, timeout: PATIENCE };
+    let liveness = Liveness { ping_interval: Duration::from_millis(200), peer_timeout: PATIENCE };
+    tasks.spawn(control::serve(listener, Arc::new(identity), liveness, welcome));
+    address
+}
+
+/// A worker without an engine.
+struct Worker {
+    address: String,
+    notes: Arc<Notes>,
+    admin: AdminClient,
+    _receiver: WeightsReceiver,
+    _tasks: JoinSet<()>,
+}
+
+impl Worker {
+    async fn start(paths: Paths) -> Self {
+        let notes = Arc::new(Notes::default());
+        let metrics = WeightsMetrics::new(&mut prometheus_client::registry::Registry::default());
+        let target: Arc<dyn WeightTarget> = Arc::clone(&notes) as _;
+        let receiver = WeightsReceiver::start(ReceiverSetup { version: 0, paths, target, metrics }).unwrap();
+        let door = receiver.door();
+        let mut tasks = JoinSet::new();
+        let welcome = move |hello: Hello, connection: &control::Connection| match hello.part {
+            Part::Weights => (door.welcome)(hello, connection),
+            _ => control::admin_sink(connection, Arc::clone(&door.admin)),
+        };
+        let address = listen(&mut tasks, Arc::new(welcome)).await;
+        let admin = AdminClient::new(address.clone(), Secret::loopback(), PATIENCE);
+        Self { address, notes, admin, _receiver: receiver, _tasks: tasks }
+    }
+
+    async fn ask(&self, request: WeightsRequest) -> WeightsStatus {
+        self.admin.weights(request).await.expect("an answer")
+    }
+
+    async fn offer(&self, version: u64, source: WeightSource, receiver: u32, receivers: u32) {
+        let offer =
+            WeightsOffer { update: version, version, source, receivers, receiver, stage_ms: 10_000, hold_ms: 10_000 };
+        self.ask(WeightsRequest::Offer(offer)).await;
+    }
+
+    /// Waits until staging has ended.
+    async fn staged(&self) -> WeightsStatus {
+        self.until(|status| status.phase != WeightsPhase::Staging).await
+    }
+
+    async fn until(&self, what: impl Fn(&WeightsStatus) -> bool) -> WeightsStatus {
+        let waiting = async {
+            loop {
+                let status = self.ask(WeightsRequest::Status).await;
+                if what(&status) {
+                    return status;
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, waiting).await.expect("in time")
+    }
+
+    async fn commit(&self, update: u64) {
+        self.ask(WeightsRequest::Pause { update, in_flight: InFlight::Restart }).await;
+        self.until(|status| status.phase == WeightsPhase::Paused).await;
+        self.ask(WeightsRequest::Commit { update }).await;
+        self.until(|status| status.phase == WeightsPhase::Committed).await;
+        self.ask(WeightsRequest::Resume { update }).await;
+    }
+
+    /// The bytes of every tensor that the engine was handed.
+    fn tensors(&self) -> Vec<(String, Vec<u8>)> {
+        let weights = self.notes.weights.lock().unwrap();
+        let staged = weights.as_ref().unwrap().staged.as_ref().unwrap();
+        let (manifest, region) = (staged.manifest(), staged.region().expect("staged in host memory"));
+        let bytes = |at: usize| {
+            let place = manifest.place(at);
+            region.to_vec(place.start, place.end - place.start).unwrap()
+        };
+        manifest.tensors().iter().enumerate().map(|(at, tensor)| (tensor.name.clone(), bytes(at))).collect()
+    }
+}
+
+/// A sender of one version; its address.
+async fn send(tasks: &mut JoinSet<()>, version: u64, bytes: Arc<dyn TensorBytes>, paths: &Paths) -> (Source, String) {
+    let (source, running) = Source::packing(version, bytes, paths).unwrap();
+    tasks.spawn(running);
+    let door = source.clone();
+    let welcome = move |_: Hello, connection: &control::Connection| door.welcome(connection);
+    (source, listen(tasks, Arc::new(welcome)).await)
+}
+
+fn checkpoint(folder: &File, seed: u64) -> Arc<Checkpoint> {
+    checkpoints::write(folder, &checkpoints::tensors(seed, 20, 1500), 3);
+    Arc::new(Checkpoint::open(folder).unwrap())
+}
+
+#[tokio::test]
+async fn wt_5_two_workers_get_every_byte_of_a_sender_over_each_path() {
+    for path in [Path::Shm, Path::Tcp] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tasks = JoinSet::new();
+        let paths = paths(WeightsConfig { paths: vec![path], ..small_buckets() });
+        let workers = [Worker::start(paths.clone()).await, Worker::start(paths.clone()).await];
+        let (source, address) = send(&mut tasks, 3, checkpoint(folder.path(), 1), &paths).await;
+        for (number, worker) in workers.iter().enumerate() {
+            worker.offer(3, WeightSource::Peer(address.clone()), u32::try_from(number).unwrap(), 2).await;
+        }
+        let mut digests = Vec::new();
+        for worker in &workers {
+            let status = worker.staged().await;
+            assert_eq!((status.phase, status.path.as_deref()), (WeightsPhase::Staged, Some(path.name())), "{status:?}");
+            assert_eq!((status.version, status.staged_bytes), (0, status.total_bytes));
+            digests.push(status.staged_digest.expect("a digest"));
+            assert!(worker.notes.said.lock().unwrap().is_empty(), "WT-2: nothing is paused while bytes move");
+        }
+        assert_eq!(digests[0], digests[1]);
+        let progress = source.progress().borrow().clone();
+        assert_eq!((progress.sent_bytes, progress.receivers), (progress.total_bytes, Some(2)));
+        for worker in &workers {
+            worker.commit(3).await;
+            assert_eq!(*worker.notes.said.lock().unwrap(), ["pause", "commit 3", "resume"]);
+            let mut want = checkpoints::tensors(1, 20, 1500);
+            want.sort();
+            assert_eq!(worker.tensors(), want);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_folder_and_a_sender_of_it_give_the_same_weights_and_a_worker_gives_them_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tasks = JoinSet::new();
+    let paths = paths(small_buckets());
+    let (first, second, third) =
+        (Worker::start(paths.clone()).await, Worker::start(paths.clone()).await, Worker::start(paths.clone()).await);
+    let (_source, address) = send(&mut tasks, 1, checkpoint(folder.path(), 2), &paths).await;
+    first.offer(1, WeightSource::Peer(address), 0, 1).await;
+    second.offer(1, WeightSource::Folder(folder.path().to_str().unwrap().to_owned()), 0, 1).await;
+    let digests = [first.staged().await.staged_digest, second.staged().await.staged_digest];
+    assert!(digests[0].is_some() && digests[0] == digests[1]);
+    assert!(!first.ask(WeightsRequest::Status).await.serves_peers, "not before it is committed");
+    first.commit(1).await;
+    // A worker that was restarted gets the committed version from one that has it, twice if need be.
+    for update in [1, 2] {
+        let source = WeightSource::Peer(first.address.clone());
+        let offer =
+            WeightsOffer { update, version: 1, source, receivers: 1, receiver: 0, stage_ms: 10_000, hold_ms: 10_000 };
+        third.ask(WeightsRequest::Offer(offer)).await;
+        assert_eq!(third.staged().await.staged_digest, digests[0]);
+        third.ask(WeightsRequest::Abort { update, why: "again".to_owned() }).await;
+    }
+    let wrong = WeightSource::Peer(first.address.clone());
+    third.offer(7, wrong, 0, 1).await;
+    let why = third.staged().await.failure.unwrap().why;
+    assert!(why.contains("version 7 is wanted, and version 1 is here"), "{why}");
+}
+
+#[tokio::test]
+async fn wt_5_bytes_that_changed_on_the_way_are_refused_with_the_tensor_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tasks = JoinSet::new();
+    let plan = FaultPlan { seed: 1, faults: vec![(When::Nth(2), Fault::Corrupt)] };
+    let wrap = move |path: Arc<dyn Transport>| -> Arc<dyn Transport> { Faulty::around(path, plan.clone()) };
+    let sound = paths(small_buckets());
+    let worker = Worker::start(Paths { wrap_path: Some(Arc::new(wrap)), ..sound.clone() }).await;
+    let (_source, address) = send(&mut tasks, 1, checkpoint(folder.path(), 1), &sound).await;
+    worker.offer(1, WeightSource::Peer(address), 0, 1).await;
+    let status = worker.staged().await;
+    let failure = status.failure.expect("it failed");
+    assert_eq!((status.version, status.phase, failure.phase), (0, WeightsPhase::Serving, WeightsPhase::Staging));
+    assert!(failure.why.contains("layers.") && failure.why.contains("its digest differs"), "{}", failure.why);
+    assert!(worker.notes.said.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn wt_4_a_sender_that_dies_or_never_was_is_named_and_the_old_version_serves() {
+    let folder = tempfile::tempdir().unwrap();
+    let paths = paths(small_buckets());
+    let worker = Worker::start(paths.clone()).await;
+    let mut tasks = JoinSet::new();
+    // Two receivers were announced and one comes: the sender waits for the other, and dies waiting.
+    let (source, address) = send(&mut tasks, 1, checkpoint(folder.path(), 1), &paths).await;
+    worker.offer(1, WeightSource::Peer(address.clone()), 0, 2).await;
+    let mut progress = source.progress();
+    tokio::time::timeout(PATIENCE, progress.wait_for(|now| now.joined == 1)).await.unwrap().unwrap();
+    tasks.shutdown().await;
+    let why = worker.staged().await.failure.unwrap().why;
+    assert!(why.contains(&address) && why.contains("lost"), "{why}");
+    worker.offer(2, WeightSource::Peer(address.clone()), 0, 1).await;
+    let why = worker.staged().await.failure.unwrap().why;
+    assert!(why.contains(&format!("cannot connect to {address}")), "{why}");
+    assert!(worker.notes.said.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn wt_4_an_extra_receiver_is_refused_and_a_missing_one_ends_in_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tasks = JoinSet::new();
+    let paths = paths(small_buckets());
+    let workers = [Worker::start(paths.clone()).await, Worker::start(paths.clone()).await];
+    let (_source, address) = send(&mut tasks, 1, checkpoint(folder.path(), 1), &paths).await;
+    workers[0].offer(1, WeightSource::Peer(address.clone()), 0, 1).await;
+    assert_eq!(workers[0].staged().await.phase, WeightsPhase::Staged);
+    workers[1].offer(1, WeightSource::Peer(address), 0, 1).await;
+    let why = workers[1].staged().await.failure.unwrap().why;
+    assert!(why.contains("receiver 0 has joined already"), "{why}");
+
+    let (_source, address) = send(&mut tasks, 2, checkpoint(folder.path(), 1), &paths).await;
+    let source = WeightSource::Peer(address);
+    let offer = WeightsOffer { update: 9, version: 2, source, receivers: 2, receiver: 0, stage_ms: 300, hold_ms: 1000 };
+    workers[1].ask(WeightsRequest::Offer(offer)).await;
+    let why = workers[1].staged().await.failure.unwrap().why;
+    assert!(why.contains("did not"), "{why}");
+}
+
+/// A checkpoint whose disk fails half-way.
+struct BadDisk(Arc<Checkpoint>);
+
+impl TensorBytes for BadDisk {
+    fn manifest(&self) -> &Arc<Manifest> {
+        self.0.manifest()
+    }
+
+    fn read(
+        &self,
+        tensor: usize,
+        skip: u64,
+        len: u64,
+        region: &pdlink::memory::Region,
+        at: u64,
+    ) -> Result<(), ReadError> {
+        if tensor > 8 {
+            let tensor = self.manifest().tensors()[tensor].name.clone();
+            return Err(ReadError { tensor, from: "a disk".to_owned(), why: "input/output error".to_owned() });
+        }
+        self.0.read(tensor, skip, len, region, at)
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_fails_is_told_to_every_receiver() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tasks = JoinSet::new();
+    let paths = paths(small_buckets());
+    let worker = Worker::start(paths.clone()).await;
+    let bad = Arc::new(BadDisk(checkpoint(folder.path(), 1)));
+    let (source, address) = send(&mut tasks, 1, bad, &paths).await;
+    worker.offer(1, WeightSource::Peer(address), 0, 1).await;
+    let why = worker.staged().await.failure.unwrap().why;
+    assert!(why.contains("cannot read tensor") && why.contains("input/output error"), "{why}");
+    assert!(source.progress().borrow().failed.as_ref().is_some_and(|why| why.contains("a disk")));
+
+    worker.offer(2, WeightSource::Folder("/nowhere/at/all".to_owned()), 0, 1).await;
+    let why = worker.staged().await.failure.unwrap().why;
+    assert!(why.contains("cannot read /nowhere/at/all"), "{why}");
+}
+
+#[tokio::test]
+async fn without_staging_the_bytes_are_checked_all_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tasks = JoinSet::new();
+    let paths = paths(WeightsConfig { staging: Staging::None, ..small_buckets() });
+    let worker = Worker::start(paths.clone()).await;
+    let (_source, address) = send(&mut tasks, 1, checkpoint(folder.path(), 1), &paths).await;
+    worker.offer(1, WeightSource::Peer(address), 0, 1).await;
+    let pulled = worker.staged().await;
+    worker.ask(WeightsRequest::Abort { update: 1, why: "again".to_owned() }).await;
+    worker.offer(2, WeightSource::Folder(folder.path().to_str().unwrap().to_owned()), 0, 1).await;
+    let read = worker.staged().await;
+    assert!(pulled.staged_digest.is_some() && pulled.staged_digest == read.staged_digest);
+    worker.commit(2).await;
+    assert!(worker.notes.weights.lock().unwrap().as_ref().unwrap().staged.as_ref().unwrap().region().is_none());
+    assert!(!worker.ask(WeightsRequest::Status).await.serves_peers);
+}
