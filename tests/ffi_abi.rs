@@ -19,7 +19,7 @@ fn library() -> &'static Library {
 }
 
 fn setup(name: &str) -> AgentSetup<'_> {
-    AgentSetup { name, backend: "UCX", parameters: &[], wake_interval: Duration::from_millis(100) }
+    AgentSetup { name, backend: "UCX", parameters: &[], wake_interval: Some(Duration::from_millis(100)) }
 }
 
 fn agent(name: &str, region: &Arc<Region>) -> Agent {

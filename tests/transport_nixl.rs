@@ -128,10 +128,10 @@ fn kv_7_a_packed_push_lands_only_under_its_grant() {
 
 #[test]
 #[ignore = "needs NIXL's wheel"]
-fn many_short_runs_go_packed_and_all_others_one_by_one() {
+fn many_short_runs_go_packed_where_there_is_staging_and_all_others_one_by_one() {
     const SLOT: u64 = 512 << 10;
     let regions: Vec<_> = (0..2).map(|_| region(Kind::Nixl, 64 * MIB)).collect();
-    let setup = NixlSetup { staging_mb: None, ..nixl_setup(Kind::Nixl) };
+    let setup = NixlSetup { staging_mb: Some(32), ..nixl_setup(Kind::Nixl) };
     let open = |region| Nixl::new(std::slice::from_ref(region), &setup).unwrap();
     let (ours, theirs) = (open(&regions[0]), open(&regions[1]));
     let link = ours.connect(&theirs.export(), soon()).unwrap();

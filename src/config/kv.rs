@@ -216,7 +216,8 @@ pub struct NixlConfig {
     /// in, over which UCX makes its connections, and something faster beside it.
     pub env: BTreeMap<String, String>,
     /// Memory for packing short runs, per worker process and of the same kind as its KV, in MiB: half for what it submits, half
-    /// lent to peers of its host, 4 MiB (64 on a GPU) to each. Default 32, on a GPU 256. 0: runs go one by one.
+    /// lent to peers of its host, 4 MiB (64 on a GPU) to each. Default 256 on a GPU, else 0: runs go one by one. Host memory is
+    /// shared among `kv.copy_threads` threads of UCX instead, which is faster wherever there is more than one core.
     pub staging_mb: Option<u64>,
     /// Transfers whose runs have at most this length on average, in KiB, go packed. Default 32, on a GPU 512; and only where
     /// there are at least 16 runs, on a GPU 8. Longer ones are faster one by one.

@@ -139,8 +139,7 @@ pub fn nixl_setup(kind: Kind) -> NixlSetup {
         environments,
         backend: "UCX".to_owned(),
         parameters,
-        // As many as make the path use them on any machine.
-        copy_threads: 64,
+        threads: 4,
         staging_mb,
         pack_run_kb,
         pack_runs_min,

@@ -130,7 +130,7 @@ impl NixlWish {
             environments,
             backend,
             parameters,
-            copy_threads: 1,
+            threads: 1,
             staging_mb: Some(0),
             pack_run_kb: None,
             pack_runs_min: None,
@@ -141,8 +141,12 @@ impl NixlWish {
 fn look_at_nixl(wish: &NixlWish, gpu: Option<i32>) -> anyhow::Result<NixlFound> {
     let library = wish.open()?;
     let name = format!("pdlink-doctor-{}", std::process::id());
-    let setup =
-        AgentSetup { name: &name, backend: &wish.backend, parameters: &wish.parameters, wake_interval: WAKE_INTERVAL };
+    let setup = AgentSetup {
+        name: &name,
+        backend: &wish.backend,
+        parameters: &wish.parameters,
+        wake_interval: Some(WAKE_INTERVAL),
+    };
     let agent = Agent::new(library, &setup);
     let gpu = agent.as_ref().ok().zip(gpu).map(|(agent, gpu)| {
         let registered = || -> anyhow::Result<()> {

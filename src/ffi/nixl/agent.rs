@@ -57,8 +57,9 @@ pub struct AgentSetup<'a> {
     pub backend: &'a str,
     /// What the backend is told, over its own defaults.
     pub parameters: &'a [(String, String)],
-    /// The library's own thread, which answers peers. It sleeps until something arrives, and this long at the most.
-    pub wake_interval: Duration,
+    /// The library's own thread, which answers peers. It sleeps until something arrives, and this long at the most. `None`:
+    /// there is none, and things move only while transfers are polled.
+    pub wake_interval: Option<Duration>,
 }
 
 /// One agent with one backend. Dropping it ends its threads, then lets go of the memory.
@@ -82,12 +83,14 @@ impl Agent {
         let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let name = c_string(setup.name)?;
         let config = AgentConfig {
-            progress_thread: true,
+            progress_thread: setup.wake_interval.is_some(),
             listen_thread: false,
             listen_port: NO_PORT,
             thread_sync: NO_SYNC,
             workers: 1,
-            progress_delay_us: u64::try_from(setup.wake_interval.as_micros()).unwrap_or(u64::MAX),
+            progress_delay_us: setup
+                .wake_interval
+                .map_or(0, |interval| u64::try_from(interval.as_micros()).unwrap_or(u64::MAX)),
             listen_delay_us: 0,
             capture_telemetry: false,
         };

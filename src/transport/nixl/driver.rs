@@ -9,15 +9,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use super::help::{Ask, Asker, Wire};
 use super::pack::Packer;
-use super::peer::{Asking, Ours, Peer, PeerState};
-use super::pool::{Copier, Pool};
-use super::staging::{Copies, Slots};
-use super::{Description, GRACE_MAX, HelpDescription, NixlSetup, RegionDescription, Staging, memory};
+use super::peer::{Ours, Peer, PeerState};
+use super::{Description, GRACE_MAX, HelpDescription, NixlSetup, RegionDescription, Staging, memory, spread};
 use crate::config::Path;
 use crate::ffi::nixl::{Agent, AgentSetup, Library, MemoryType, NixlError, Progress, Registrable, Search, Transfer};
 use crate::memory::Region;
@@ -35,8 +33,6 @@ const SLEEP_MAX: Duration = Duration::from_micros(200);
 const SLEEP_MIN: Duration = Duration::from_micros(10);
 /// How long the thread stays awake for another command once everything is done: waking it takes longer than a small transfer.
 const AWAKE: Duration = Duration::from_micros(200);
-/// Fewer cores than this, and the thread also copies between memory and staging.
-const CORES_MIN: usize = 4;
 /// How often the peers with something in flight are looked at for having ended.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -46,7 +42,7 @@ pub(super) type Tell = SyncSender<Result<Arc<PeerState>, TransportError>>;
 /// What the driver is asked.
 pub(super) enum Command {
     Connect {
-        description: Description,
+        description: Box<Description>,
         deadline: Instant,
         tell: Tell,
     },
@@ -59,12 +55,6 @@ pub(super) enum Command {
     Disconnect {
         peer: Arc<PeerState>,
     },
-    /// A thread of ours has copied from or to a slot.
-    Copied {
-        peer: u64,
-        pack: u64,
-        copied: Result<(), String>,
-    },
     Close,
 }
 
@@ -74,7 +64,7 @@ pub(super) struct Driver {
     peers: HashMap<*const PeerState, Peer>,
     ours: Ours,
     scratch: Arc<Region>,
-    packing: Option<Packing>,
+    packer: Option<Packer>,
     library: &'static Library,
     setup: NixlSetup,
     /// For our transfers. Absent once it could not be replaced.
@@ -85,13 +75,6 @@ pub(super) struct Driver {
     looked_at: Instant,
 }
 
-/// How this process packs.
-struct Packing {
-    packer: Packer,
-    pool: Option<Pool>,
-    numbers: u64,
-}
-
 /// What the thread that owns the agents needs to start.
 pub(super) struct Opening {
     pub(super) setup: NixlSetup,
@@ -99,7 +82,6 @@ pub(super) struct Opening {
     pub(super) memory: MemoryType,
     pub(super) owner: Identity,
     pub(super) staging: Option<Staging>,
-    pub(super) commands: Sender<Command>,
 }
 
 /// A peer whose first byte is being read, and which may be asked for slots.
@@ -115,11 +97,11 @@ struct Connecting {
 impl Driver {
     /// Opens NIXL and registers everything.
     pub(super) fn start(opening: Opening) -> Result<(Self, Export), TransportError> {
-        let Opening { setup, regions, memory: kind, owner, staging, commands } = opening;
+        let Opening { setup, regions, memory: kind, owner, staging } = opening;
         let failed = |error: NixlError| unusable(Path::Nixl, error.to_string());
         let search = Search { library: setup.library.as_deref(), environments: &setup.environments };
         let library = Library::open(&search).map_err(failed)?;
-        let (name, served) = agent(library, &setup, &regions).map_err(failed)?;
+        let (name, served) = agent(library, &setup, &regions, For::Peers).map_err(failed)?;
         if let Some(staging) = &staging {
             served.register(staging.lent.region.clone()).map_err(failed)?;
         }
@@ -140,17 +122,19 @@ impl Driver {
         memory::check_backend(&setup.backend, kind, &maps).map_err(|reason| unusable(Path::Nixl, reason))?;
         let gpu = regions.first().and_then(|region| region.device());
         let scratch = memory::scratch(gpu).map_err(|reason| unusable(Path::Nixl, reason))?;
-        let packing = staging.map(|staging| Packing::start(&staging.own, setup.copy_threads, &regions, &commands));
-        let packing = packing.transpose().map_err(|reason| unusable(Path::Nixl, reason))?;
+        let packer = staging
+            .map(|staging| Packer::new(staging.own, &regions))
+            .transpose()
+            .map_err(|reason| unusable(Path::Nixl, reason))?;
         let (path, version, backend) = (library.path().display(), library.version(), &setup.backend);
         tracing::info!(library = %path, version, backend, "NIXL is in use");
         let device = regions.first().map_or(0, |region| region.span().device);
         let mut driver = Self {
             connecting: Vec::new(),
             peers: HashMap::new(),
-            ours: Ours { regions, memory: kind, device },
+            ours: Ours { regions, memory: kind, device, span_bytes_max: spread::span_bytes_max(&setup, kind) },
             scratch,
-            packing,
+            packer,
             library,
             setup,
             agent: None,
@@ -163,10 +147,10 @@ impl Driver {
     }
 
     fn new_agent(&self) -> Result<Agent, NixlError> {
-        let (_, agent) = agent(self.library, &self.setup, &self.ours.regions)?;
+        let (_, agent) = agent(self.library, &self.setup, &self.ours.regions, For::Us(self.ours.memory))?;
         agent.register(self.scratch.clone())?;
-        if let Some(packing) = &self.packing {
-            agent.register(packing.packer.own.region.clone())?;
+        if let Some(packer) = &self.packer {
+            agent.register(packer.own.region.clone())?;
         }
         Ok(agent)
     }
@@ -222,7 +206,7 @@ impl Driver {
 
     fn obey(&mut self, order: Command) {
         match order {
-            Command::Connect { description, deadline, tell } => self.connect(description, deadline, tell),
+            Command::Connect { description, deadline, tell } => self.connect(*description, deadline, tell),
             Command::Submit { flight, peer, packed } => match self.peers.get_mut(&Arc::as_ptr(&peer)) {
                 Some(found) => found.push(flight, packed),
                 None => flight.fail(TransportError::LinkClosed { peer: peer.name().to_owned() }),
@@ -232,12 +216,6 @@ impl Driver {
                     found.links -= 1;
                 }
                 self.forget_unused();
-            }
-            Command::Copied { peer, pack, copied } => {
-                let Some(packing) = &mut self.packing else { return };
-                if let Some(peer) = self.peers.values_mut().find(|found| found.packs.is_numbered(peer)) {
-                    peer.packs.copied(pack, copied, &mut packing.packer);
-                }
             }
             Command::Close => {
                 self.closing = true;
@@ -269,8 +247,8 @@ impl Driver {
         let Some(agent) = &self.agent else { return Err(peer.state.unreachable("NIXL failed here".to_owned())) };
         peer.load(agent)?;
         let probe = peer.probe(&self.ours, &self.scratch).map_err(|error| peer.state.unreachable(error.to_string()))?;
-        if let Some(packing) = self.packing.as_mut().filter(|_| peer.state.is_near()) {
-            packing.ask_for_slots(&mut peer);
+        if self.packer.is_some() && peer.state.is_near() {
+            ask_for_slots(&mut peer);
         }
         Ok((peer, probe))
     }
@@ -295,15 +273,15 @@ impl Driver {
             if look && let Some(ended) = peer.state.ended() {
                 peer.die(ended, now + GRACE_MAX);
             }
-            news |= peer.post(&self.ours, self.packing.as_mut().map(|packing| &mut packing.packer), now);
-            news |= peer.poll(self.packing.as_mut().map(|packing| &mut packing.packer), now);
+            news |= peer.post(&self.ours, self.packer.as_mut(), now);
+            news |= peer.poll(self.packer.as_mut(), now);
         }
         if self.peers.values().any(|peer| peer.is_stuck(now) && peer.has_requests()) {
             self.replace_agent();
             news = true;
         }
         for peer in self.peers.values_mut().filter(|peer| peer.is_stuck(now)) {
-            let given = peer.abandon(self.packing.as_mut().map(|packing| &mut packing.packer));
+            let given = peer.abandon(self.packer.as_mut());
             peer.give_up(&given);
             news = true;
         }
@@ -324,7 +302,7 @@ impl Driver {
                 break;
             }
             for peer in moving {
-                peer.poll(self.packing.as_mut().map(|packing| &mut packing.packer), now);
+                peer.poll(self.packer.as_mut(), now);
             }
             std::thread::sleep(SLEEP_MIN);
         }
@@ -333,7 +311,7 @@ impl Driver {
             if peer.has_requests() {
                 peer.die(peer.state.unreachable("it does not answer".to_owned()), until);
                 tracing::warn!(peer = peer.state.name(), "it does not answer: what was begun with it is given up");
-                let given = peer.abandon(self.packing.as_mut().map(|packing| &mut packing.packer));
+                let given = peer.abandon(self.packer.as_mut());
                 abandoned.push((Arc::as_ptr(&peer.state), given));
             }
             peer.unload();
@@ -362,9 +340,7 @@ impl Driver {
             let state = connecting.peer.state.clone();
             let late = || state.unreachable("it did not answer in time".to_owned());
             let failed = match connecting.transfer.as_mut().map_or(Ok(Progress::Done), Transfer::poll) {
-                Ok(Progress::Done)
-                    if !connecting.peer.is_asking(self.packing.as_mut().map(|packing| &mut packing.packer)) =>
-                {
+                Ok(Progress::Done) if !connecting.peer.is_asking(self.packer.as_mut()) => {
                     let Connecting { transfer, peer, waiting, .. } = connecting;
                     drop(transfer);
                     self.connected(peer, &waiting);
@@ -404,47 +380,17 @@ fn next(orders: &Receiver<Command>) -> Option<Command> {
     orders.recv().ok()
 }
 
-impl Packing {
-    fn start(
-        own: &Arc<Slots>,
-        threads: usize,
-        regions: &[Arc<Region>],
-        commands: &Sender<Command>,
-    ) -> Result<Self, String> {
-        let gpu = regions.first().and_then(|region| region.device());
-        // Beside the driver there is the peer's thread, and an engine. Threads that wait for each other's core only cost.
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let (copier, pool) = if gpu.is_some() || threads < 2 || (cores < CORES_MIN && threads <= cores) {
-            (Copier::Here { copies: Box::new(Copies::on(gpu)?), regions: regions.to_vec() }, None)
-        } else {
-            let pool = Pool::start(threads, regions, own, commands)?;
-            (Copier::Pool(pool.jobs.clone()), Some(pool))
-        };
-        Ok(Self { packer: Packer::new(own.clone(), copier), pool, numbers: 0 })
-    }
-
-    /// Asks a peer for slots, if it has any.
-    fn ask_for_slots(&mut self, peer: &mut Peer) {
-        let Some(help) = &peer.help else { return };
-        self.numbers += 1;
-        let connected = Wire::connect(help.name.as_bytes()).map(Asker::over).and_then(|mut asker| {
-            asker.ask(&Ask::Hello { word: help.word })?;
-            Ok(asker)
-        });
-        match connected {
-            Ok(asker) => peer.asking = Some(Asking { id: self.numbers, asker }),
-            Err(error) => {
-                tracing::info!(peer = peer.state.name(), %error, "it cannot be asked to pack: short runs go one by one");
-            }
-        }
-    }
-
-    /// Ends the threads.
-    fn close(self) {
-        let Self { packer, pool, .. } = self;
-        drop(packer);
-        if let Some(pool) = pool {
-            pool.close();
+/// Asks a peer for slots, if it has any.
+fn ask_for_slots(peer: &mut Peer) {
+    let Some(help) = &peer.help else { return };
+    let connected = Wire::connect(help.name.as_bytes()).map(Asker::over).and_then(|mut asker| {
+        asker.ask(&Ask::Hello { word: help.word })?;
+        Ok(asker)
+    });
+    match connected {
+        Ok(asker) => peer.asking = Some(asker),
+        Err(error) => {
+            tracing::info!(peer = peer.state.name(), %error, "it cannot be asked to pack: short runs go one by one");
         }
     }
 }
@@ -453,17 +399,33 @@ impl Drop for Driver {
     fn drop(&mut self) {
         self.connecting.clear();
         self.peers.clear();
-        if let Some(packing) = self.packing.take() {
-            packing.close();
-        }
     }
 }
 
+/// Whose transfers go over an agent.
+enum For {
+    /// They find its thread awake when something arrives.
+    Peers,
+    /// The driver looks after them.
+    Us(MemoryType),
+}
+
 /// An agent of a name of its own that has everything registered.
-fn agent(library: &'static Library, setup: &NixlSetup, regions: &[Arc<Region>]) -> Result<(String, Agent), NixlError> {
+fn agent(
+    library: &'static Library,
+    setup: &NixlSetup,
+    regions: &[Arc<Region>],
+    whose: For,
+) -> Result<(String, Agent), NixlError> {
     let name = format!("pdlink-{:032x}", rand::random::<u128>());
-    let (backend, parameters) = (setup.backend.as_str(), setup.parameters.as_slice());
-    let agent = Agent::new(library, &AgentSetup { name: &name, backend, parameters, wake_interval: WAKE_INTERVAL })?;
+    let (wake_interval, parameters) = match whose {
+        For::Peers => (Some(WAKE_INTERVAL), setup.parameters.clone()),
+        For::Us(memory) => (None, spread::parameters(setup, memory)),
+    };
+    let agent = Agent::new(
+        library,
+        &AgentSetup { name: &name, backend: &setup.backend, parameters: &parameters, wake_interval },
+    )?;
     for region in regions.iter().filter(|region| region.len() > 0) {
         agent.register(region.clone())?;
     }

@@ -17,7 +17,7 @@ mod memory;
 mod pack;
 mod packs;
 mod peer;
-mod pool;
+mod spread;
 mod staging;
 
 use std::path::PathBuf;
@@ -59,8 +59,8 @@ pub struct NixlSetup {
     /// Which of NIXL's backends, and what it is told.
     pub backend: String,
     pub parameters: Vec<(String, String)>,
-    /// Threads that copy between memory and staging.
-    pub copy_threads: usize,
+    /// Threads among which UCX shares a request over host memory.
+    pub threads: usize,
     /// What differs from the rule by which short runs are packed.
     pub staging_mb: Option<u64>,
     pub pack_run_kb: Option<u64>,
@@ -69,14 +69,14 @@ pub struct NixlSetup {
 
 impl NixlSetup {
     /// As configured. Where nothing is said, the Python environment that is active is looked into.
-    pub fn of(config: &NixlConfig, copy_threads: usize) -> Self {
+    pub fn of(config: &NixlConfig, threads: usize) -> Self {
         let active = || std::env::var_os("VIRTUAL_ENV").map(PathBuf::from);
         Self {
             library: config.library.clone(),
             environments: config.environment.clone().or_else(active).into_iter().collect(),
             backend: config.backend.clone(),
             parameters: config.parameters.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
-            copy_threads,
+            threads,
             staging_mb: config.staging_mb,
             pack_run_kb: config.pack_run_kb,
             pack_runs_min: None,
@@ -168,14 +168,7 @@ impl Nixl {
             tracing::warn!(reason, "no staging for NIXL: short runs go one by one");
             (None, None)
         });
-        let opening = Opening {
-            setup: setup.clone(),
-            regions: regions.to_vec(),
-            memory,
-            owner,
-            staging,
-            commands: commands.clone(),
-        };
+        let opening = Opening { setup: setup.clone(), regions: regions.to_vec(), memory, owner, staging };
         let (threads, refused) = (Threads::default(), started.clone());
         let run = move || match Driver::start(opening) {
             Ok((mut driver, export)) => {
@@ -229,7 +222,9 @@ impl Transport for Nixl {
         }
         let closed = || TransportError::LinkClosed { peer: "this process".to_owned() };
         let (tell, told) = mpsc::sync_channel(1);
-        self.commands.send(Command::Connect { description, deadline, tell }).map_err(|_| closed())?;
+        self.commands
+            .send(Command::Connect { description: Box::new(description), deadline, tell })
+            .map_err(|_| closed())?;
         let patience = deadline.saturating_duration_since(Instant::now());
         let peer = told.recv_timeout(patience).map_err(|error| match error {
             RecvTimeoutError::Timeout => TransportError::Unreachable {

@@ -10,9 +10,9 @@ use std::time::Instant;
 
 use super::help::{Answer, Ask, Asker, Heard};
 use super::peer::Pace;
-use super::pool::{Copier, Job};
-use super::staging::{Copying, Part, SLOT_RUNS_MAX, Slots, piece_bytes_max};
+use super::staging::{Copies, Copying, Part, SLOT_RUNS_MAX, Slots, piece_bytes_max};
 use crate::ffi::nixl::{NixlError, Progress, Transfer};
+use crate::memory::Region;
 use crate::transport::flight::Flight;
 use crate::transport::{Direction, TransportError};
 
@@ -44,23 +44,23 @@ impl Help {
 /// What packs need of this process.
 pub(super) struct Packer {
     pub(super) own: Arc<Slots>,
-    copier: Copier,
-    numbers: u64,
+    copies: Copies,
+    regions: Vec<Arc<Region>>,
 }
 
 impl Packer {
-    pub(super) fn new(own: Arc<Slots>, copier: Copier) -> Self {
-        Self { own, copier, numbers: 0 }
+    pub(super) fn new(own: Arc<Slots>, regions: &[Arc<Region>]) -> Result<Self, String> {
+        let gpu = regions.first().and_then(|region| region.device());
+        Ok(Self { own, copies: Copies::on(gpu)?, regions: regions.to_vec() })
     }
 }
 
 /// Runs that go in one slot.
 pub(super) struct Pack {
-    number: u64,
     pub(super) flight: Arc<Flight>,
     /// Pieces of the flight that it holds, each to be accounted for.
     pieces: usize,
-    ours: Arc<[Part]>,
+    ours: Vec<Part>,
     theirs: Vec<Part>,
     pub(super) bytes: u64,
     pub(super) own_slot: u16,
@@ -72,8 +72,6 @@ pub(super) struct Pack {
 enum Stage {
     /// The peer was asked, and has not answered.
     Asked,
-    /// A thread of ours copies.
-    Copying,
     /// The slot is ready to go.
     Ready,
     /// The slot is on its way.
@@ -114,18 +112,19 @@ impl Pack {
             help.free.push(lent_slot);
             return Loaded::Nothing;
         }
-        packer.numbers += 1;
-        let (number, flight) = (packer.numbers, flight.clone());
-        let (ours, stage, pace) = (ours.into(), Stage::Ready, Pace::default());
-        Loaded::Pack(Self { number, flight, pieces, ours, theirs, bytes, own_slot, lent_slot, stage, pace })
+        let (flight, stage, pace) = (flight.clone(), Stage::Ready, Pace::default());
+        Loaded::Pack(Self { flight, pieces, ours, theirs, bytes, own_slot, lent_slot, stage, pace })
     }
 
     /// Sets out: a pull with a question, a push with a copy.
-    pub(super) fn begin(&mut self, packer: &mut Packer, help: &mut Help, peer: u64) -> io::Result<()> {
+    pub(super) fn begin(&mut self, packer: &mut Packer, help: &mut Help) -> io::Result<()> {
         self.flight.posted(1);
         match self.flight.direction {
             Direction::Pull => self.ask(help),
-            Direction::Push => self.copy(packer, peer),
+            Direction::Push => {
+                self.copy(packer, Copying::IntoSlot);
+                Ok(())
+            }
         }
     }
 
@@ -138,24 +137,16 @@ impl Pack {
         })
     }
 
-    fn copy(&mut self, packer: &mut Packer, peer: u64) -> io::Result<()> {
-        self.stage = Stage::Copying;
-        let copying = match self.flight.direction {
-            Direction::Pull => Copying::OutOfSlot,
-            Direction::Push => Copying::IntoSlot,
-        };
-        match &mut packer.copier {
-            Copier::Pool(jobs) => {
-                let job = Job { copying, parts: self.ours.clone(), slot: self.own_slot, peer, pack: self.number };
-                jobs.send(job).map_err(|_| io::Error::other("the threads that pack have ended"))
-            }
-            Copier::Here { copies, regions } => {
-                let at = (&*packer.own.region, packer.own.offset(self.own_slot));
-                let copied = copies.copy(copying, regions, &self.ours, at);
-                self.copied(copied.map_err(|error| error.to_string()));
-                Ok(())
-            }
+    fn copy(&mut self, packer: &mut Packer, copying: Copying) {
+        let Packer { own, copies, regions } = packer;
+        if let Err(error) = copies.copy(copying, regions, &self.ours, (&own.region, own.offset(self.own_slot))) {
+            let (peer, reason) = ("this process".to_owned(), error.to_string());
+            self.flight.fail(TransportError::Unreachable { path: "nixl", peer, reason });
         }
+        self.stage = match copying {
+            Copying::IntoSlot if !self.flight.failed() => Stage::Ready,
+            Copying::IntoSlot | Copying::OutOfSlot => Stage::Done,
+        };
     }
 
     pub(super) fn is_ready(&self) -> bool {
@@ -170,11 +161,6 @@ impl Pack {
         matches!(self.stage, Stage::Done)
     }
 
-    /// Whether only threads of ours have it in hand, which come to an end by themselves.
-    pub(super) fn is_copying(&self) -> bool {
-        matches!(self.stage, Stage::Copying)
-    }
-
     pub(super) fn is_asked(&self) -> bool {
         matches!(self.stage, Stage::Asked)
     }
@@ -182,10 +168,6 @@ impl Pack {
     /// Ends it: its transfer has failed.
     pub(super) fn drop_what_is_left(&mut self) {
         self.stage = Stage::Done;
-    }
-
-    pub(super) fn is_numbered(&self, number: u64) -> bool {
-        self.number == number
     }
 
     pub(super) fn waits_for(&self, slot: u16) -> bool {
@@ -211,12 +193,15 @@ impl Pack {
     }
 
     /// The slot has arrived: what comes next.
-    pub(super) fn arrived(&mut self, packer: &mut Packer, help: &mut Help, peer: u64) -> io::Result<()> {
+    pub(super) fn arrived(&mut self, packer: &mut Packer, help: &mut Help) -> io::Result<()> {
         let ended = self.flight.failed();
         self.stage = Stage::Done;
         match self.flight.direction {
             _ if ended => Ok(()),
-            Direction::Pull => self.copy(packer, peer),
+            Direction::Pull => {
+                self.copy(packer, Copying::OutOfSlot);
+                Ok(())
+            }
             Direction::Push => self.ask(help),
         }
     }
@@ -228,18 +213,6 @@ impl Pack {
         }
         self.stage = match self.flight.direction {
             Direction::Pull if !self.flight.failed() => Stage::Ready,
-            Direction::Pull | Direction::Push => Stage::Done,
-        };
-    }
-
-    /// A thread of ours has copied.
-    pub(super) fn copied(&mut self, copied: Result<(), String>) {
-        if let Err(reason) = copied {
-            let peer = "this process".to_owned();
-            self.flight.fail(TransportError::Unreachable { path: "nixl", peer, reason });
-        }
-        self.stage = match self.flight.direction {
-            Direction::Push if !self.flight.failed() => Stage::Ready,
             Direction::Pull | Direction::Push => Stage::Done,
         };
     }

@@ -20,8 +20,6 @@ pub(super) type Given = Vec<(Arc<Flight>, usize)>;
 /// The peer's flights that go packed, and the slots that are under way.
 #[derive(Default)]
 pub(super) struct Packs {
-    /// Names the peer to whoever tells about it.
-    peer: u64,
     help: Option<Help>,
     lent: Option<RegionDescription>,
     waiting: VecDeque<Arc<Flight>>,
@@ -40,18 +38,14 @@ pub(super) struct Around<'a> {
 
 impl Packs {
     /// Packs with the help that the peer has promised.
-    pub(super) fn with(peer: u64, help: Help, description: &HelpDescription) -> Self {
+    pub(super) fn with(help: Help, description: &HelpDescription) -> Self {
         let mut packs = Self::default();
-        (packs.peer, packs.help, packs.lent) = (peer, Some(help), Some(description.lent));
+        (packs.help, packs.lent) = (Some(help), Some(description.lent));
         packs
     }
 
     pub(super) fn push(&mut self, flight: Arc<Flight>) {
         self.waiting.push_back(flight);
-    }
-
-    pub(super) fn is_numbered(&self, peer: u64) -> bool {
-        self.peer == peer
     }
 
     pub(super) fn is_idle(&self) -> bool {
@@ -60,7 +54,7 @@ impl Packs {
 
     /// Whether something is under way that the peer or NIXL could hold up for ever.
     pub(super) fn may_hang(&self) -> bool {
-        self.under_way.iter().any(|pack| !pack.is_copying())
+        !self.under_way.is_empty()
     }
 
     /// Whether NIXL has something of it.
@@ -95,7 +89,7 @@ impl Packs {
                 Ok((transfer, Progress::Moving)) => pack.started(transfer),
                 Ok((transfer, Progress::Done)) => {
                     drop(transfer);
-                    pack.arrived(around.packer, help, self.peer).map_err(text)?;
+                    pack.arrived(around.packer, help).map_err(text)?;
                 }
                 Err(error) => {
                     pack.drop_what_is_left();
@@ -118,7 +112,7 @@ impl Packs {
                     if self.waiting.len() > 1 {
                         self.waiting.rotate_left(1);
                     }
-                    let begun = pack.begin(around.packer, help, self.peer);
+                    let begun = pack.begin(around.packer, help);
                     self.under_way.push(pack);
                     begun.map_err(text)?;
                 }
@@ -163,7 +157,7 @@ impl Packs {
                     happened = true;
                     match &mut self.help {
                         Some(help) => {
-                            pack.arrived(packer, help, self.peer).map_err(|error| error.to_string())?;
+                            pack.arrived(packer, help).map_err(|error| error.to_string())?;
                         }
                         None => pack.drop_what_is_left(),
                     }
@@ -188,14 +182,6 @@ impl Packs {
         Ok(())
     }
 
-    /// A thread of ours has copied.
-    pub(super) fn copied(&mut self, number: u64, copied: Result<(), String>, packer: &mut Packer) {
-        if let Some(pack) = self.under_way.iter_mut().find(|pack| pack.is_numbered(number)) {
-            pack.copied(copied);
-        }
-        self.sweep(packer);
-    }
-
     /// Accounts for what is done and gives its slots back.
     fn sweep(&mut self, packer: &mut Packer) {
         let mut index = 0;
@@ -209,13 +195,10 @@ impl Packs {
         }
     }
 
-    /// Gives up all but what our own threads are copying. For the caller to account for.
+    /// Gives up what is under way. For the caller to account for.
     pub(super) fn abandon(&mut self, packer: &mut Packer) -> Given {
         self.unclear |= self.may_hang();
-        let (copying, given) = std::mem::take(&mut self.under_way).into_iter().partition(Pack::is_copying);
-        self.under_way = copying;
-        let given: Vec<Pack> = given;
-        given.into_iter().map(|pack| pack.unload(packer, None)).collect()
+        self.under_way.drain(..).map(|pack| pack.unload(packer, None)).collect()
     }
 
     /// The peer helps no more: gives up what it was asked.

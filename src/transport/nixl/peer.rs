@@ -12,7 +12,7 @@ use super::pack::{Help, Packer};
 use super::packs::{Around, Given, Packs};
 use super::{Description, GRACE_MAX, HelpDescription, RegionDescription};
 use crate::ffi::nixl::{self, Agent, MemoryType, NixlError, Progress, Remote, Span, Transfer};
-use crate::memory::Region;
+use crate::memory::{Region, to_usize};
 use crate::transport::flight::Flight;
 use crate::transport::identity::Reach;
 use crate::transport::process::Process;
@@ -90,6 +90,8 @@ pub(super) struct Ours {
     pub(super) regions: Vec<Arc<Region>>,
     pub(super) memory: MemoryType,
     pub(super) device: u64,
+    /// Longer runs go as several.
+    pub(super) span_bytes_max: u64,
 }
 
 /// A peer as the driver holds it. Field order is drop order: requests, then what they go over.
@@ -107,16 +109,10 @@ pub(super) struct Peer {
     metadata: Vec<u8>,
     /// Where it may be asked to pack, and whether that is being found out.
     pub(super) help: Option<HelpDescription>,
-    pub(super) asking: Option<Asking>,
+    pub(super) asking: Option<Asker>,
     /// Absent only while our agent is being replaced.
     remote: Option<Rc<Remote>>,
     dying: Option<Dying>,
-}
-
-/// A peer that was asked for slots, and has not answered.
-pub(super) struct Asking {
-    pub(super) id: u64,
-    pub(super) asker: Asker,
 }
 
 /// A connection that failed. Nothing more is posted; what was posted is waited for, but not for ever.
@@ -178,13 +174,13 @@ impl Peer {
 
     /// The peer has lent slots, maybe none.
     fn lent(&mut self, slots: Vec<u16>, packer: &mut Packer) {
-        let (Some(Asking { id, asker }), Some(help)) = (self.asking.take(), &self.help) else { return };
+        let (Some(asker), Some(help)) = (self.asking.take(), &self.help) else { return };
         if slots.len() < SLOTS_MIN || slots.iter().any(|slot| u64::from(*slot) >= help.lent.len / help.slot_bytes) {
             tracing::info!(peer = self.state.name(), "it has no room for packed runs: they go one by one");
             return;
         }
         self.state.slot_bytes.store(help.slot_bytes.min(packer.own.slot_bytes), Ordering::SeqCst);
-        self.packs = Packs::with(id, Help::new(asker, slots, help.slot_bytes), help);
+        self.packs = Packs::with(Help::new(asker, slots, help.slot_bytes), help);
     }
 
     pub(super) fn push(&mut self, flight: Arc<Flight>, packed: bool) {
@@ -309,16 +305,19 @@ impl Peer {
         };
         let (here, there) = (&ours.regions[usize::from(here)], self.regions[usize::from(there)]);
         self.pairs.clear();
-        self.pairs.extend(flight.runs.walk(piece).map(|run| {
+        for run in flight.runs.walk(piece) {
             let (local, remote) = match flight.direction {
                 Direction::Pull => (run.dst, run.src),
                 Direction::Push => (run.src, run.dst),
             };
-            let local = Span { address: here.address() + local, len: run.len, device: ours.device };
-            // Within what the peer announced, and NIXL knows where that is: an address that wraps round is none of it.
-            let remote = Span { address: there.address.wrapping_add(remote), len: run.len, device: there.device };
-            (local, remote)
-        }));
+            self.pairs.extend((0..run.len).step_by(to_usize(ours.span_bytes_max)).map(|skip| {
+                let len = (run.len - skip).min(ours.span_bytes_max);
+                let local = Span { address: here.address() + local + skip, len, device: ours.device };
+                // Within what the peer announced, and NIXL knows where that is: an address that wraps round is none of it.
+                let remote = Span { address: there.address.wrapping_add(remote + skip), len, device: there.device };
+                (local, remote)
+            }));
+        }
     }
 
     /// The connection is beyond use. What waits ends now; what was begun when it is seen to have ended, by `until`.
@@ -343,8 +342,8 @@ impl Peer {
 
     /// Whether it was asked for slots and has not answered yet.
     pub(super) fn is_asking(&mut self, packer: Option<&mut Packer>) -> bool {
-        let (Some(asking), Some(packer)) = (&mut self.asking, packer) else { return false };
-        match asking.asker.hear() {
+        let (Some(asker), Some(packer)) = (&mut self.asking, packer) else { return false };
+        match asker.hear() {
             Ok(Heard::Nothing) => return true,
             Ok(Heard::Message(Answer::Lent { slots })) => self.lent(slots, packer),
             Ok(Heard::Message(_) | Heard::End) | Err(_) => self.lent(Vec::new(), packer),

@@ -36,11 +36,11 @@ pub(super) struct Packing {
 }
 
 impl Packing {
-    /// As configured, else what suits the memory. One NIXL request for a run of host memory costs about as much as copying
-    /// 16 KiB; of GPU memory, as much as copying some hundred KiB.
+    /// As configured, else what suits the memory. One request for a run of GPU memory costs as much as copying some hundred KiB;
+    /// of host memory as much as copying 16 KiB, and there UCX's threads share them ([`super::spread`]).
     pub(super) fn of(setup: &NixlSetup, memory: MemoryType) -> Self {
         let (staging_mb, run_kb, runs_min) = match memory {
-            MemoryType::Host => (32, 32, 16),
+            MemoryType::Host => (0, 32, 16),
             MemoryType::Gpu => (256, 512, 8),
         };
         Self {
