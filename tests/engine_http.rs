@@ -115,7 +115,7 @@ async fn bad_input_is_refused_in_openais_form() {
             Some("tokens"),
         ),
         ("unknown route", "POST", "/v1/nothing", "{}".into(), 404, None),
-        ("weights are not served here", "POST", "/update_weights", "{}".into(), 404, None),
+        ("weights come from a folder", "POST", "/update_weights", "{}".into(), 400, Some("weight_dir")),
         ("wrong method", "GET", c, String::new(), 405, None),
         ("nothing to tokenize", "POST", "/tokenize", "{}".into(), 400, Some("prompt")),
         ("nothing to detokenize", "POST", "/detokenize", "{}".into(), 400, Some("tokens")),

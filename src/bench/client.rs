@@ -59,6 +59,22 @@ pub async fn send(
     exchange(addr, request, body, patience).await
 }
 
+/// As [`send`], with this token if there is one.
+pub async fn send_as(
+    addr: &str,
+    method: Method,
+    path: &str,
+    body: Bytes,
+    token: Option<&str>,
+    patience: Duration,
+) -> anyhow::Result<Answer> {
+    let mut request = Request::builder().method(method).uri(path).header(header::CONTENT_TYPE, "application/json");
+    if let Some(token) = token {
+        request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+    }
+    exchange(addr, request, Some(body), patience).await
+}
+
 /// Sends a `GET`, with this token if there is one.
 pub async fn get(addr: &str, path: &str, token: Option<&str>, patience: Duration) -> anyhow::Result<Answer> {
     let mut request = Request::builder().method(Method::GET).uri(path);

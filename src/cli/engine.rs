@@ -101,6 +101,7 @@ fn setup(args: &Args, config: &Config, host: &str, kv_listener: TcpListener) -> 
         tp: args.tp.unwrap_or(config.inference.parallel.tp),
         reference,
         kv: KvConfig { paths: Some(config.kv_paths(true)), ..config.kv.clone() },
+        weights: config.weights.clone(),
         prefix_caching: config.inference.enable_prefix_caching.unwrap_or(true),
         weight_version: 0,
         advertise_host: advertised(host, &kv_listener)?,

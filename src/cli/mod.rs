@@ -16,6 +16,7 @@ mod listen;
 mod proxy;
 mod report;
 mod up;
+mod weights;
 
 use std::ffi::OsString;
 use std::io::Write as _;
@@ -65,6 +66,9 @@ enum Command {
     /// Run the front alone, before workers that something else started.
     #[command(after_help = SOURCES_HELP, override_usage = "pdlink proxy --decode URL... [OPTIONS] [@ FILE]... [--section.key VALUE]...")]
     Proxy(proxy::Args),
+    /// New weights for a fleet that serves: send a checkpoint, see who has what.
+    #[command(after_help = SOURCES_HELP)]
+    Weights(weights::Args),
 }
 
 fn dispatch(command: Command, sources: Sources) -> anyhow::Result<ExitCode> {
@@ -77,6 +81,7 @@ fn dispatch(command: Command, sources: Sources) -> anyhow::Result<ExitCode> {
         Command::Up(args) => up::run(args, sources),
         Command::Guard(args) => guard::run(args, sources),
         Command::Proxy(args) => proxy::run(args, sources),
+        Command::Weights(args) => weights::run(args, sources),
     }
 }
 

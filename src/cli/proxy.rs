@@ -119,6 +119,7 @@ fn setup(args: &Args, config: &Config) -> anyhow::Result<ProxySetup> {
     let admin_listener = config.proxy.admin_listen.as_deref().map(listen_at).transpose()?;
     let secret = secret(args, config, &listener, connector)?;
     Ok(ProxySetup {
+        weights: config.weights.clone(),
         prefill: workers(&args.prefill, &args.prefill_kv_addrs, Role::Prefill, config)?,
         decode: workers(&args.decode, &args.decode_kv_addrs, Role::Decode, config)?,
         listener,

@@ -75,11 +75,16 @@ impl Blocks {
         if self.used() > 0 {
             return false;
         }
+        self.forget_idle();
+        true
+    }
+
+    /// Forgets cached KV that nobody uses: it is of weights that have been replaced (WT-3).
+    pub(super) fn forget_idle(&mut self) {
         for block in self.pool.evict_idle() {
             self.prefix.forget(block);
             self.cache.poison(block);
         }
-        true
     }
 
     pub(super) fn total(&self) -> usize {

@@ -95,6 +95,16 @@ impl Front {
     }
 }
 
+/// What comes of a request's answers.
+#[derive(Debug)]
+pub(super) enum Told {
+    Token(TokenEvent),
+    /// What was told of this answer before is void. Never of an answer that streams and has begun.
+    Restarted {
+        index: usize,
+    },
+}
+
 /// The answers of one request as they come. Dropping it ends what is not finished (KV-9).
 #[derive(Debug)]
 pub(super) struct Answers {
@@ -105,16 +115,17 @@ pub(super) struct Answers {
 }
 
 impl Answers {
-    /// The next token of any answer; `None` when all have ended. After an error nothing more comes.
-    pub(super) async fn next(&mut self) -> Option<Result<TokenEvent, ApiError>> {
+    /// What comes next of any answer; `None` when all have ended. After an error nothing more comes.
+    pub(super) async fn next(&mut self) -> Option<Result<Told, ApiError>> {
         if self.left == 0 {
             return None;
         }
         match self.events.recv().await {
             Some(Event::Token(event)) => {
                 self.left -= usize::from(event.finish.is_some());
-                Some(Ok(event))
+                Some(Ok(Told::Token(event)))
             }
+            Some(Event::Restarted { index }) => Some(Ok(Told::Restarted { index })),
             Some(Event::Failed(error)) => {
                 self.left -= 1;
                 Some(Err(error))

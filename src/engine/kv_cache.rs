@@ -122,6 +122,7 @@ impl KvCache {
 
 #[cfg(test)]
 mod tests {
+    use super::super::model::Weights;
     use super::*;
     use crate::config::ReferenceLayout;
 
@@ -144,7 +145,7 @@ mod tests {
         let cache = KvCache::new("m", config, tp).expect("a cache");
         let blocks: Vec<_> =
             (0..TOKENS.div_ceil(cache.block_size())).map(|i| BlockId(u32::try_from(15 - i).unwrap())).collect();
-        let mut context = Context::start(0);
+        let mut context = Context::start(Weights::base(0));
         for position in 0..TOKENS {
             context = context.then(u32::try_from(position).unwrap());
             cache.write(&blocks, position, context);

@@ -21,6 +21,7 @@ mod scheduler;
 mod sequence;
 mod server;
 mod tokenizer;
+mod weights;
 mod worker;
 
 pub use layout::CacheError;

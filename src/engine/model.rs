@@ -23,14 +23,40 @@ pub(super) fn mix(a: u64, b: u64) -> u64 {
     x ^ (x >> 31)
 }
 
+/// The weights that an answer is made with: their version, and a word that stands for what they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Weights {
+    pub version: u64,
+    word: u64,
+}
+
+impl Weights {
+    /// What a worker is started with: there are no bytes, so the version stands for them.
+    pub(super) fn base(version: u64) -> Self {
+        Self { version, word: version }
+    }
+
+    /// Weights of this digest. Equal weights make equal answers, whatever their version.
+    pub(super) fn of(version: u64, digest: [u8; 16]) -> Self {
+        let (low, high) = digest.split_at(8);
+        let word = |half: &[u8]| half.iter().fold(0, |word, &byte| word << 8 | u64::from(byte));
+        Self { version, word: mix(word(low), word(high)) }
+    }
+
+    /// The same weights, as another version.
+    pub(super) fn as_version(self, version: u64) -> Self {
+        Self { version, ..self }
+    }
+}
+
 /// A hash of all tokens up to a position, and of the weights that read them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Context(u64);
 
 impl Context {
     /// Before the first token.
-    pub(super) fn start(weight_version: u64) -> Self {
-        Self(mix(0x7064_6c69_6e6b, weight_version))
+    pub(super) fn start(weights: Weights) -> Self {
+        Self(mix(0x7064_6c69_6e6b, weights.word))
     }
 
     /// As one word.
@@ -167,7 +193,9 @@ mod tests {
 
     #[test]
     fn a_row_depends_on_all_tokens_before_it_and_on_nothing_after() {
-        let of = |tokens: &[Token]| tokens.iter().fold(Context::start(0), |context, &token| context.then(token));
+        let of = |tokens: &[Token]| {
+            tokens.iter().fold(Context::start(Weights::base(0)), |context, &token| context.then(token))
+        };
         assert_eq!(of(&[1, 2, 3]), of(&[1, 2]).then(3));
         assert_ne!(row(of(&[1, 2, 3]), ROW), row(of(&[9, 2, 3]), ROW));
         assert_ne!(row(of(&[1, 2, 3]), ROW), row(of(&[2, 1, 3]), ROW));
@@ -176,12 +204,22 @@ mod tests {
 
     #[test]
     fn a_row_depends_on_its_place_and_on_the_weight_version() {
-        let context = Context::start(0).then(7);
+        let context = Context::start(Weights::base(0)).then(7);
         let here = row(context, ROW);
         for other in [Row { layer: 2, ..ROW }, Row { half: 1, ..ROW }, Row { head: 3, ..ROW }] {
             assert_ne!(here, row(context, other), "{other:?}");
         }
-        assert_ne!(here, row(Context::start(1).then(7), ROW), "KV-5");
+        assert_ne!(here, row(Context::start(Weights::base(1)).then(7), ROW), "KV-5");
+    }
+
+    #[test]
+    fn a_row_depends_on_what_the_weights_are_and_not_on_their_number() {
+        let of = |weights| row(Context::start(weights).then(7), ROW);
+        let (here, mut other) = ([9; 16], [9; 16]);
+        other[15] = 8;
+        assert_eq!(of(Weights::of(1, here)), of(Weights::of(2, here)));
+        assert_ne!(of(Weights::of(1, here)), of(Weights::of(1, other)));
+        assert_eq!(of(Weights::base(0).as_version(3)), of(Weights::base(0)));
     }
 
     #[test]

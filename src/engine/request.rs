@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::model::{Candidate, Sampling};
+use super::model::{Candidate, Sampling, Weights};
 use super::tokenizer::Token;
 use crate::kv::{TransferId, TransferParams};
 use crate::openai::ApiError;
@@ -34,6 +34,8 @@ pub(super) struct NewSequence {
     pub sampling: Sampling,
     pub source: Source,
     pub hand_over: Option<TransferId>,
+    /// Its tokens are told as they come: what was said cannot be taken back.
+    pub streams: bool,
     pub slot: Slot,
 }
 
@@ -64,6 +66,10 @@ pub(super) struct Params {
 #[derive(Debug)]
 pub(super) enum Event {
     Token(TokenEvent),
+    /// What was told of this answer is void: it is made anew, with other weights.
+    Restarted {
+        index: usize,
+    },
     Failed(ApiError),
 }
 
@@ -73,6 +79,8 @@ pub(super) struct TokenEvent {
     pub index: usize,
     /// `None` if the answer ends without another token: it was aborted.
     pub token: Option<TokenOut>,
+    /// The weights that the answer began with.
+    pub weights: Weights,
     /// Text that may be shown now. Not always the token's: text that may begin a stop string waits.
     pub text: String,
     pub finish: Option<Finish>,

@@ -1,6 +1,6 @@
 //! One answer in the making: its tokens, the blocks that hold their KV, its text.
 
-use super::model::{Candidate, Context, Logits, Sampling};
+use super::model::{Candidate, Context, Logits, Sampling, Weights};
 use super::output::OutputText;
 use super::prefix_cache::BlockHash;
 use super::request::{
@@ -35,6 +35,12 @@ pub(super) struct Sequence {
     pub computed: usize,
     /// Prompt tokens that did not have to be computed when it first ran.
     pub cached_tokens: Option<usize>,
+    /// Its KV is on the way here, and is of weights that have been replaced: it must not be used (WT-3).
+    pub outdated: bool,
+    weights: Weights,
+    /// The weights when its first token was told.
+    began_with: Option<Weights>,
+    streams: bool,
     sampling: Sampling,
     tokens: Vec<Token>,
     prompt_len: usize,
@@ -56,13 +62,8 @@ impl Sequence {
         group: u64,
         external_id: Arc<str>,
         events: UnboundedSender<Event>,
-        weight_version: u64,
+        weights: Weights,
     ) -> Self {
-        let mut context = Context::start(weight_version);
-        let contexts = new.prompt.iter().map(|&token| {
-            context = context.then(token);
-            context
-        });
         Self {
             group,
             external_id,
@@ -73,12 +74,16 @@ impl Sequence {
             blocks: Vec::new(),
             computed: 0,
             cached_tokens: None,
+            outdated: false,
+            weights,
+            began_with: None,
+            streams: new.streams,
             sampling: new.sampling,
             tokens: new.prompt.to_vec(),
             prompt_len: new.prompt.len(),
-            contexts: contexts.collect(),
+            contexts: contexts(weights, &new.prompt),
             hashes: Vec::new(),
-            root: BlockHash::root(weight_version, new.params.cache_salt.as_deref()),
+            root: BlockHash::root(weights.version, new.params.cache_salt.as_deref()),
             published: 0,
             text: OutputText::new(&new.params.stop, new.params.include_stop),
             params: new.params,
@@ -133,6 +138,31 @@ impl Sequence {
         self.published = 0;
         self.load = Load::Local;
         std::mem::take(&mut self.blocks)
+    }
+
+    /// From here on it is made with other weights: what was computed with the old ones is worth nothing (WT-3). What was
+    /// said stays.
+    pub(super) fn go_on_with(&mut self, weights: Weights) {
+        self.weights = weights;
+        self.contexts = contexts(weights, &self.tokens);
+        self.root = BlockHash::root(weights.version, self.params.cache_salt.as_deref());
+        self.hashes.clear();
+        self.cached_tokens = None;
+    }
+
+    /// As [`Sequence::go_on_with`], from the first token on. False: a client has read some of it, so that it cannot be.
+    #[must_use]
+    pub(super) fn restart_with(&mut self, weights: Weights) -> bool {
+        if self.streams && self.began_with.is_some() {
+            return false;
+        }
+        self.tokens.truncate(self.prompt_len);
+        self.text = OutputText::new(&self.params.stop, self.params.include_stop);
+        if self.began_with.take().is_some() {
+            let _ = self.events.send(Event::Restarted { index: self.index });
+        }
+        self.go_on_with(weights);
+        true
     }
 
     fn hash_up_to(&mut self, blocks: usize, block_size: usize) -> &[BlockHash] {
@@ -191,8 +221,9 @@ impl Sequence {
     }
 
     /// Tells the client of one more token. A client that has gone is noticed elsewhere.
-    pub(super) fn tell(&self, token: TokenOut, text: String) {
-        let event = TokenEvent { index: self.index, token: Some(token), text, finish: None };
+    pub(super) fn tell(&mut self, token: TokenOut, text: String) {
+        let weights = *self.began_with.get_or_insert(self.weights);
+        let event = TokenEvent { index: self.index, token: Some(token), weights, text, finish: None };
         let _ = self.events.send(Event::Token(event));
     }
 
@@ -207,7 +238,8 @@ impl Sequence {
         let text = text + &self.text.finish();
         let cached_tokens = self.cached_tokens.unwrap_or(0);
         let finish = Finish { reason: end.0, stop_reason: end.1, transfer, cached_tokens };
-        let event = TokenEvent { index: self.index, token, text, finish: Some(finish) };
+        let weights = self.began_with.unwrap_or(self.weights);
+        let event = TokenEvent { index: self.index, token, weights, text, finish: Some(finish) };
         // The place is free before the client can ask whether it is.
         let events = self.events.clone();
         drop(self);
@@ -220,6 +252,16 @@ impl Sequence {
         drop(self);
         let _ = events.send(Event::Failed(error));
     }
+}
+
+/// The context after each token.
+fn contexts(weights: Weights, tokens: &[Token]) -> Vec<Context> {
+    let mut context = Context::start(weights);
+    let after = |&token: &Token| {
+        context = context.then(token);
+        context
+    };
+    tokens.iter().map(after).collect()
 }
 
 /// The transfer that a source names.

@@ -19,13 +19,17 @@ use super::front::Front;
 use super::kv_cache::KvCache;
 use super::layout::CacheError;
 use super::metrics::EngineMetrics;
+use super::model::Weights;
 use super::scheduler::{Command, Pace, Scheduler, SchedulerParts, SchedulerThread};
 use super::server::{self, ServerState};
-use crate::config::{KvConfig, KvSendType, ReferenceConfig};
+use super::weights::Target;
+use crate::config::{KvConfig, KvSendType, ReferenceConfig, WeightsConfig};
+use crate::control::WeightsDoor;
 use crate::kv::{KvError, KvMetrics, KvRuntime, Role, RuntimeConfig};
 use crate::openai::RefusalIo;
 use crate::security::Secret;
 use crate::transport::{self, Transport, TransportError};
+use crate::weights::{Paths, ReceiverSetup, WeightsMetrics, WeightsReceiver};
 
 /// How often a draining worker looks whether it is at rest.
 const REST_POLL: Duration = Duration::from_millis(5);
@@ -38,6 +42,8 @@ pub struct EngineSetup {
     pub tp: u32,
     pub reference: ReferenceConfig,
     pub kv: KvConfig,
+    /// How new weights come, while it serves.
+    pub weights: WeightsConfig,
     pub prefix_caching: bool,
     /// KV of one version is never used with another (KV-5).
     pub weight_version: u64,
@@ -70,6 +76,8 @@ pub enum EngineError {
     Address(io::Error),
     #[error("cannot start the scheduler's thread: {0}")]
     Thread(io::Error),
+    #[error("cannot start the weights runtime: {0}")]
+    Weights(io::Error),
 }
 
 /// A running worker. Dropping it stops it.
@@ -79,6 +87,7 @@ pub struct Engine {
     metrics: Arc<EngineMetrics>,
     memory: String,
     thread: SchedulerThread,
+    receiver: Option<WeightsReceiver>,
     link: Option<Arc<KvRuntime>>,
 }
 
@@ -87,19 +96,22 @@ impl Engine {
     pub fn start(setup: EngineSetup) -> Result<Self, EngineError> {
         let cache = KvCache::new(&setup.model, &setup.reference, setup.tp)?;
         let memory = memory_line(&cache, &setup);
+        let weights = Weights::base(setup.weight_version);
         let model_len_max = setup.reference.max_model_len.min(setup.reference.num_blocks * setup.reference.block_size);
         let mut registry = Registry::default();
         let metrics = Arc::new(EngineMetrics::new(&mut registry));
         let (sender, commands) = channel();
         let front = Front::new(sender, setup.reference.requests_max);
-        let link = Arc::new(start_link(&setup, &cache, &mut registry, &front)?);
+        let receiver = start_receiver(&setup, &mut registry, &front, weights)?;
+        let weights_runtime = receiver.handle();
+        let link = Arc::new(start_link(&setup, &cache, &mut registry, &front, receiver.door())?);
         let scheduler = Scheduler::new(SchedulerParts {
             blocks: Blocks::new(cache, setup.prefix_caching),
             link: link.clone(),
             metrics: metrics.clone(),
             policy: setup.kv.load_failure_policy,
             model_len_max,
-            weight_version: setup.weight_version,
+            weights,
         });
         let alive = Arc::new(AtomicBool::new(true));
         let pace = Pace {
@@ -113,12 +125,14 @@ impl Engine {
             model: setup.model,
             model_len_max,
             role: setup.role,
-            weight_version: setup.weight_version,
+            weights,
+            weights_runtime,
+            weights_config: setup.weights,
             registry,
             started_s: server::unix_time_s(),
             alive,
         });
-        Ok(Self { front, state, metrics, memory, thread, link: Some(link) })
+        Ok(Self { front, state, metrics, memory, thread, receiver: Some(receiver), link: Some(link) })
     }
 
     /// How much memory the KV takes, and why, in one line.
@@ -186,6 +200,8 @@ impl Engine {
     fn end(&mut self) -> bool {
         let was_alive = self.state.alive.load(Ordering::Acquire);
         self.front.drain();
+        // First: what it began with the scheduler must not wait for a scheduler that has ended.
+        drop(self.receiver.take());
         self.front.send(Command::Stop);
         let ended_well = self.thread.join();
         // Last, and after the scheduler's own handle is gone: peers are told of what the scheduler aborted.
@@ -226,6 +242,7 @@ fn start_link(
     cache: &KvCache,
     registry: &mut Registry,
     front: &Front,
+    weights: WeightsDoor,
 ) -> Result<KvRuntime, EngineError> {
     let listener = setup.kv_listener.try_clone().map_err(EngineError::Address)?;
     let bind = listener.local_addr().map_err(EngineError::Address)?.ip();
@@ -249,12 +266,32 @@ fn start_link(
         listener,
         advertise_host: setup.advertise_host.clone(),
         weight_version: setup.weight_version,
-        weights: None,
+        weights: Some(weights),
         transports: Some(paths.into_iter().map(wrap).collect()),
         metrics: KvMetrics::new(registry),
     };
     let reports = front.clone();
     Ok(KvRuntime::start(config, Box::new(move |report| reports.send(Command::Report(report))))?)
+}
+
+fn start_receiver(
+    setup: &EngineSetup,
+    registry: &mut Registry,
+    front: &Front,
+    base: Weights,
+) -> Result<WeightsReceiver, EngineError> {
+    let paths = Paths {
+        weights: setup.weights.clone(),
+        kv: setup.kv.clone(),
+        secret: setup.secret.clone(),
+        bind: setup.kv_listener.local_addr().map_err(EngineError::Address)?.ip(),
+        advertise_host: setup.advertise_host.clone(),
+        wrap_path: None,
+    };
+    let target = Arc::new(Target { front: front.clone(), base });
+    let metrics = WeightsMetrics::new(registry);
+    let receiver = ReceiverSetup { version: setup.weight_version, paths, target, metrics };
+    WeightsReceiver::start(receiver).map_err(EngineError::Weights)
 }
 
 fn memory_line(cache: &KvCache, setup: &EngineSetup) -> String {
@@ -291,6 +328,7 @@ mod tests {
             tp: 1,
             reference: ReferenceConfig { num_blocks: 16, ..ReferenceConfig::default() },
             kv: KvConfig::default(),
+            weights: WeightsConfig::default(),
             prefix_caching: true,
             weight_version: 0,
             kv_listener: std::net::TcpListener::bind("127.0.0.1:0").expect("a port"),

@@ -6,6 +6,8 @@ use http::HeaderName;
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Names one transfer: 32 hex digits. Put on the client's response by the proxy; `GET /admin/transfers/{id}` takes it.
 pub const X_PDLINK_TRANSFER_ID: HeaderName = HeaderName::from_static("x-pdlink-transfer-id");
+/// Which version of the weights made the answer: the one that it began with.
+pub const X_PDLINK_WEIGHT_VERSION: HeaderName = HeaderName::from_static("x-pdlink-weight-version");
 /// Requests of one session keep their worker.
 pub const X_SESSION_ID: HeaderName = HeaderName::from_static("x-session-id");
 

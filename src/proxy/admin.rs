@@ -18,6 +18,7 @@ use super::ask::{Question, Reply, ask};
 use super::routes::{Peer, Unread, describe};
 use super::shared::Lane;
 use super::upstream::{Deadline, UpstreamError, write_headers};
+use super::weights;
 use super::worker::Worker;
 use crate::control::TransferId;
 use crate::openai::ApiError;
@@ -25,8 +26,6 @@ use crate::security::tokens_equal;
 
 /// Calls that every worker gets as they are.
 const TO_ALL: &[&str] = &[
-    "/update_weights",
-    "/reload_weights",
     "/load_lora_adapter",
     "/unload_lora_adapter",
     "/v1/load_lora_adapter",
@@ -34,16 +33,31 @@ const TO_ALL: &[&str] = &[
     "/reset_prefix_cache",
     "/pause",
     "/resume",
+    "/is_paused",
+    "/abort_requests",
+    "/shutdown_weight_transfer_engine",
+    "/start_weight_update",
+    "/start_draft_weight_update",
+    "/finish_weight_update",
+    "/update_weight_version",
+    "/weight_info",
+    "/weight_checker",
+    "/get_world_size",
 ];
 
 /// All admin routes, behind their gate.
 pub(crate) fn routes(lane: &Arc<Lane>) -> Router<Arc<Lane>> {
     let mut router = Router::new()
         .route("/init_broadcaster", post(init_broadcaster))
+        .route("/init_weight_transfer_engine", post(init_transfer_engine))
+        .route("/update_weights", post(weights::update_weights))
+        .route("/reload_weights", post(weights::reload_weights))
+        .route("/admin/weights", get(weights::status))
+        .route("/admin/weights/update", post(weights::update))
         .route("/admin/workers", get(workers))
         .route("/admin/transfers/{id}", get(transfer));
     for path in TO_ALL {
-        router = router.route(path, post(to_all));
+        router = router.route(path, post(to_all).get(to_all));
     }
     router.route_layer(middleware::from_fn_with_state(Arc::clone(lane), gate))
 }
@@ -71,14 +85,14 @@ async fn gate(State(lane): State<Arc<Lane>>, request: Request, next: Next) -> Re
 }
 
 /// What one call to all workers carries to each of them.
-struct Call {
+pub(crate) struct Call {
     method: Method,
     path: String,
     headers: Vec<u8>,
 }
 
 impl Call {
-    async fn read(lane: &Lane, request: Request) -> Result<(Self, bytes::Bytes), ApiError> {
+    pub(crate) async fn read(lane: &Lane, request: Request) -> Result<(Self, bytes::Bytes), ApiError> {
         let (parts, _) = request.into_parts();
         let body = match parts.extensions.get::<Unread>() {
             Some(unread) => unread.read(lane).await?,
@@ -156,9 +170,14 @@ fn text_or_json(body: &[u8]) -> Value {
     serde_json::from_slice(body).unwrap_or_else(|_| String::from_utf8_lossy(body).into())
 }
 
+/// Passes a call on to every worker as it is.
+pub(crate) async fn to_all_workers(lane: &Arc<Lane>, call: Call, body: bytes::Bytes) -> Response {
+    call.send(lane, |_| body.clone()).await
+}
+
 async fn to_all(State(lane): State<Arc<Lane>>, request: Request) -> Response {
     match Call::read(&lane, request).await {
-        Ok((call, body)) => call.send(&lane, |_| body.clone()).await,
+        Ok((call, body)) => to_all_workers(&lane, call, body).await,
         Err(error) => error.into_response(),
     }
 }
@@ -176,6 +195,35 @@ async fn init_broadcaster(State(lane): State<Arc<Lane>>, request: Request) -> Re
     let places =
         broadcaster_bodies(&given, &lane.shared.workers.iter().map(|worker| worker.address.tp).collect::<Vec<_>>());
     call.send(&lane, |number| places[number].clone()).await
+}
+
+/// vLLM's own broadcast: the group's ranks are told once, and each worker's begin where the last one's ended.
+async fn init_transfer_engine(State(lane): State<Arc<Lane>>, request: Request) -> Response {
+    let (call, body) = match Call::read(&lane, request).await {
+        Ok(read) => read,
+        Err(error) => return error.into_response(),
+    };
+    let Ok(Value::Object(given)) = serde_json::from_slice::<Value>(&body) else {
+        return ApiError::bad_request("the body of /init_weight_transfer_engine must be a JSON object").into_response();
+    };
+    let places =
+        transfer_engine_bodies(&given, &lane.shared.workers.iter().map(|worker| worker.address.tp).collect::<Vec<_>>());
+    call.send(&lane, |number| places[number].clone()).await
+}
+
+fn transfer_engine_bodies(given: &Map<String, Value>, tp: &[u32]) -> Vec<bytes::Bytes> {
+    let base = given.get("init_info").and_then(|info| info.get("rank_offset")).and_then(Value::as_u64);
+    let mut offset = base.unwrap_or(0);
+    let body_of = |&ranks: &u32| {
+        let mut body = given.clone();
+        // A backend whose settings name no rank has no place to be told.
+        if let (Some(info), Some(_)) = (body.get_mut("init_info").and_then(Value::as_object_mut), base) {
+            info.insert("rank_offset".to_owned(), offset.into());
+        }
+        offset += u64::from(ranks);
+        bytes::Bytes::from(Value::Object(body).to_string())
+    };
+    tp.iter().map(body_of).collect()
 }
 
 fn broadcaster_bodies(given: &Map<String, Value>, tp: &[u32]) -> Vec<bytes::Bytes> {
@@ -250,6 +298,19 @@ mod tests {
         assert_eq!(field("rank_offset"), [0, 4, 6]);
         assert_eq!(field("inference_world_size"), [7, 7, 7]);
         assert_eq!(field("timeout"), [9, 9, 9]);
+    }
+
+    #[test]
+    fn vllms_broadcast_gets_a_rank_offset_for_each_worker_if_it_has_one() {
+        let given = json!({"init_info": {"rank_offset": 1, "world_size": 8, "packed": true}});
+        let bodies = transfer_engine_bodies(given.as_object().expect("an object"), &[4, 2, 1]);
+        let info = |body: &bytes::Bytes| serde_json::from_slice::<Value>(body).expect("JSON")["init_info"].clone();
+        let offsets: Vec<_> = bodies.iter().map(|body| info(body)["rank_offset"].clone()).collect();
+        assert_eq!(offsets, [json!(1), json!(5), json!(7)]);
+        assert_eq!(info(&bodies[2])["world_size"], 8);
+        let ipc = json!({"init_info": {}});
+        let bodies = transfer_engine_bodies(ipc.as_object().expect("an object"), &[1, 1]);
+        assert!(bodies.iter().all(|body| info(body) == json!({})));
     }
 
     #[test]

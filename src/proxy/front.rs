@@ -21,9 +21,10 @@ use super::metrics::Metrics;
 use super::pool::Pool;
 use super::server::{self, ARRIVALS_MAX, Door, Service, Stop};
 use super::shared::{Gate, Lane, Limits, Shared};
+use super::weights::{self, Desk, Orders};
 use super::worker::{Worker, WorkerAddress, base_url};
 use super::{doubt, probe, routes};
-use crate::config::ProxyConfig;
+use crate::config::{ProxyConfig, WeightsConfig};
 use crate::control::{AdminClient, Role};
 use crate::security::Secret;
 
@@ -51,6 +52,8 @@ pub struct ProxySetup {
     /// Where admin calls come, if not there.
     pub admin_listener: Option<TcpListener>,
     pub config: ProxyConfig,
+    /// How updates of the weights go.
+    pub weights: WeightsConfig,
     pub prefill: Vec<WorkerAddress>,
     pub decode: Vec<WorkerAddress>,
     pub connector: Connector,
@@ -118,7 +121,8 @@ pub fn serve(setup: ProxySetup) -> Result<ProxyHandle, ProxyError> {
     }
     let threads = setup.config.threads.unwrap_or_else(default_threads).max(1);
     let (abandon, abandoned) = mpsc::channel(abort::QUEUE_MAX);
-    let shared = share(&setup, abandon)?;
+    let (desk, orders) = Desk::new(&setup.weights);
+    let shared = share(&setup, abandon, desk)?;
     let stop = Stop { drain: CancellationToken::new(), kill: CancellationToken::new() };
     let mut handle = ProxyHandle {
         shared: Arc::clone(&shared),
@@ -143,6 +147,7 @@ pub fn serve(setup: ProxySetup) -> Result<ProxyHandle, ProxyError> {
         doors,
         access,
         abandoned,
+        orders,
         secret: setup.secret,
         stop,
     };
@@ -156,7 +161,7 @@ fn default_threads() -> usize {
     (cores / 2).clamp(1, THREADS_DEFAULT_MAX)
 }
 
-fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>) -> Result<Arc<Shared>, ProxyError> {
+fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>, weights: Desk) -> Result<Arc<Shared>, ProxyError> {
     let config = &setup.config;
     let mut limits = Limits::of(config)?;
     limits.inflight_max = fitting(limits.inflight_max);
@@ -202,6 +207,7 @@ fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>) -> Result<Arc<S
         runtimes: workers.iter().map(runtime).collect(),
         workers: workers.into_boxed_slice(),
         gate: Gate { token: config.admin_token.clone(), apart: setup.admin_listener.is_some() },
+        weights,
         metrics: Metrics::new(),
         abandoned,
         inflight: AtomicUsize::new(0),
@@ -252,6 +258,7 @@ struct Keeper {
     doors: Vec<Door>,
     access: Vec<Arc<AccessQueue>>,
     abandoned: mpsc::Receiver<Abandoned>,
+    orders: Orders,
     secret: Secret,
     stop: Stop,
 }
@@ -277,6 +284,7 @@ impl Keeper {
                 tasks.spawn(doubt::tell(Arc::clone(&lane), Arc::clone(worker), self.secret.clone()));
             }
         }
+        tasks.spawn(weights::keep(Arc::clone(&self.shared), self.orders));
         tasks.spawn(abort::tell(self.shared, self.secret, self.abandoned));
         let listener = tokio::net::TcpListener::from_std(self.listener)?;
         let accept = server::accept(listener, self.doors, self.stop.drain.clone());

@@ -63,6 +63,8 @@ pub(crate) struct Rules {
 #[derive(Debug)]
 pub(crate) struct Health {
     rules: Rules,
+    /// Kept out whatever its state: its weights are not the fleet's (WT-1).
+    barred: AtomicBool,
     up: AtomicBool,
     /// Requests that failed in a row.
     failures: AtomicU32,
@@ -75,6 +77,7 @@ impl Health {
     pub(crate) fn new(rules: Rules) -> Self {
         Self {
             rules,
+            barred: AtomicBool::new(false),
             up: AtomicBool::new(false),
             failures: AtomicU32::new(0),
             failed_probes: AtomicU32::new(0),
@@ -96,6 +99,9 @@ impl Health {
     }
 
     pub(crate) fn standing(&self, now: Instant) -> Standing {
+        if self.is_barred() {
+            return Standing::Out;
+        }
         if self.up.load(Ordering::Acquire) {
             return Standing::Good;
         }
@@ -107,8 +113,20 @@ impl Health {
         }
     }
 
+    /// Keeps the worker out, or lets it in again. True if that was not so before.
+    pub(crate) fn bar(&self, barred: bool) -> bool {
+        self.barred.swap(barred, Ordering::AcqRel) != barred
+    }
+
+    pub(crate) fn is_barred(&self) -> bool {
+        self.barred.load(Ordering::Acquire)
+    }
+
     /// Takes the worker for one request. `None` if it went out meanwhile; `Some(true)` if the request is its trial.
     pub(crate) fn admit(&self, now: Instant) -> Option<bool> {
+        if self.is_barred() {
+            return None;
+        }
         if self.up.load(Ordering::Acquire) {
             return Some(false);
         }

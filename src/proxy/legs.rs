@@ -217,7 +217,10 @@ impl Job<'_> {
         self.flight.prefill = Some(Arc::clone(prefill.worker()));
         self.flight.transfer = Some(Transfer::open(&self.lane.shared, id, prefill.worker()));
 
+        // While the weights change no hand-off begins (WT-2).
+        let handoff = self.lane.shared.weights.handoffs.begin().await;
         let prefilled = self.prefill_leg(plan, body, id, prefill, &headers).await?;
+        drop(handoff);
         if prefilled.params.is_none() && expects_params(connector) {
             if let Some(transfer) = &mut self.flight.transfer {
                 transfer.close();

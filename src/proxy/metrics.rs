@@ -1,5 +1,7 @@
 //! What the proxy counts, and the page that shows it.
 
+use std::time::Duration;
+
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use prometheus_client::metrics::counter::Counter;
@@ -44,6 +46,16 @@ struct OutcomeLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PartLabels {
+    part: &'static str,
+}
+
+/// 1 ms to about 17 minutes.
+fn weights_histogram() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 4.0, 11))
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct WorkerLabels {
     worker: String,
     role: &'static str,
@@ -65,6 +77,8 @@ pub(crate) struct Metrics {
     pub(crate) streams_broken: Counter,
     pub(crate) clients_left: Counter,
     pub(crate) refused_full: Counter,
+    weights_updates: Family<OutcomeLabels, Counter>,
+    weights_seconds: Family<PartLabels, Histogram, fn() -> Histogram>,
     workers: WorkerMetrics,
 }
 
@@ -96,14 +110,32 @@ impl Metrics {
             streams_broken: Counter::default(),
             clients_left: Counter::default(),
             refused_full: Counter::default(),
+            weights_updates: Family::default(),
+            weights_seconds: Family::new_with_constructor(weights_histogram),
             workers: WorkerMetrics::default(),
         };
         metrics.register();
         metrics
     }
 
+    /// An update of the fleet's weights ended.
+    pub(crate) fn weights_updated(&self, outcome: &'static str) {
+        self.weights_updates.get_or_create(&OutcomeLabels { outcome }).inc();
+    }
+
+    /// How long the parts of an update that was committed took.
+    pub(crate) fn weights_seconds(&self, staging: Duration, paused: Duration) {
+        for (part, time) in [("staging", staging), ("paused", paused)] {
+            self.weights_seconds.get_or_create(&PartLabels { part }).observe(time.as_secs_f64());
+        }
+    }
+
     fn register(&mut self) {
         let registry = &mut self.registry;
+        let updates = self.weights_updates.clone();
+        registry.register(names::PROXY_WEIGHTS_UPDATES, "Updates of the fleet's weights", updates);
+        let seconds = self.weights_seconds.clone();
+        registry.register(names::PROXY_WEIGHTS_SECONDS, "Parts of updates of the fleet's weights", seconds);
         registry.register(names::PROXY_REQUESTS, "Requests answered", self.requests.clone());
         registry.register(names::PROXY_REQUESTS_INFLIGHT, "Requests being served", self.inflight.clone());
         registry.register(names::PROXY_REQUEST_SECONDS, "Whole requests", self.request_seconds.clone());

@@ -126,6 +126,7 @@ pub(crate) fn describe(worker: &Worker) -> Value {
         "kv_addr": worker.address.kv_addr,
         "tp": worker.address.tp,
         "state": worker.health.state().name(),
+        "kept_out": worker.health.is_barred(),
         "inflight": worker.inflight(),
         "served": worker.served.load(Relaxed),
         "failed": worker.failed.load(Relaxed),

@@ -12,6 +12,7 @@ use super::dialect::Connector;
 use super::metrics::Metrics;
 use super::pool::Pool;
 use super::upstream::Sockets;
+use super::weights::Desk;
 use super::worker::Worker;
 use super::{Mode, ProxyError};
 use crate::config::{Policy, ProxyConfig};
@@ -86,6 +87,7 @@ pub(crate) struct Shared {
     /// One per worker that has a KV address.
     pub(crate) runtimes: Box<[Option<AdminClient>]>,
     pub(crate) gate: Gate,
+    pub(crate) weights: Desk,
     pub(crate) metrics: Metrics,
     pub(crate) abandoned: mpsc::Sender<Abandoned>,
     pub(crate) inflight: AtomicUsize,

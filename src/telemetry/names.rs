@@ -67,6 +67,11 @@ pub const PROXY_WORKER_FAILED: &str = "pdlink_proxy_worker_failed";
 /// Times a worker was quarantined.
 pub const PROXY_WORKER_QUARANTINES: &str = "pdlink_proxy_worker_quarantines";
 
+/// Counter by `outcome` (`committed`, `refused`, or the phase that failed): updates of the fleet's weights.
+pub const PROXY_WEIGHTS_UPDATES: &str = "pdlink_proxy_weights_updates";
+/// Histogram by `part` (`staging`, `paused`), in seconds, of updates that were committed (WT-2).
+pub const PROXY_WEIGHTS_SECONDS: &str = "pdlink_proxy_weights_seconds";
+
 // The KV link. `side` is `prefill` or `decode`.
 /// Counter by `side`, `path` and `outcome` (`done`, `aborted`, `expired`, or what failed): transfers that ended.
 pub const KV_TRANSFERS: &str = "pdlink_kv_transfers";

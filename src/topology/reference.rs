@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::config::{Config, KvConfig, ReferenceConfig, Role, TelemetryConfig};
+use crate::config::{Config, KvConfig, ReferenceConfig, Role, TelemetryConfig, WeightsConfig};
 
 /// Where one reference worker listens.
 #[derive(Debug, Clone, Copy)]
@@ -29,6 +29,7 @@ pub(super) fn command(pdlink: &str, config: &Config, seat: &Seat<'_>) -> Vec<Str
     command.extend(settings.into_iter().flat_map(|(name, value)| [text(name), value]));
     command.extend(overrides("inference.reference", &config.inference.reference, &ReferenceConfig::default()));
     command.extend(overrides("kv", &config.kv, &KvConfig::default()));
+    command.extend(overrides("weights", &config.weights, &WeightsConfig::default()));
     command.extend(overrides("telemetry", &config.telemetry, &TelemetryConfig::default()));
     if let Some(max_model_len) = config.inference.model.max_model_len {
         command.extend([text("--inference.model.max_model_len"), max_model_len.to_string()]);

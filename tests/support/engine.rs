@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use pdlink::config::{KvConfig, KvSendType, ReferenceConfig};
+use pdlink::config::{KvConfig, KvSendType, ReferenceConfig, WeightsConfig};
 use pdlink::engine::{Engine, EngineSetup};
 use pdlink::kv::Role;
 use pdlink::security::Secret;
@@ -35,6 +35,7 @@ pub(crate) fn setup(role: Role, reference: ReferenceConfig) -> EngineSetup {
         tp: 1,
         reference,
         kv: KvConfig::default(),
+        weights: WeightsConfig::default(),
         prefix_caching: true,
         weight_version: 0,
         kv_listener: std::net::TcpListener::bind("127.0.0.1:0").expect("a port"),

@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pdlink::config::ProxyConfig;
+use pdlink::config::{ProxyConfig, WeightsConfig};
 use pdlink::control::{
     self, AbortAnswer, AdminAnswer, AdminReply, AdminRequest, Hello, Liveness, Part, RankRecords, Role,
 };
@@ -56,6 +56,7 @@ pub(crate) fn config() -> ProxyConfig {
 /// A proxy to be started.
 pub(crate) struct Setup {
     pub(crate) config: ProxyConfig,
+    pub(crate) weights: WeightsConfig,
     pub(crate) connector: Connector,
     pub(crate) mode: Mode,
     pub(crate) prefill: Vec<WorkerAddress>,
@@ -72,6 +73,7 @@ impl Setup {
             |workers: &[&MockWorker]| workers.iter().map(|worker| WorkerAddress::new(worker.url())).collect();
         Self {
             config: config(),
+            weights: WeightsConfig::default(),
             connector: Connector::Native,
             mode: Mode::Disaggregated,
             prefill: addresses(prefill),
@@ -90,6 +92,7 @@ impl Setup {
             listener: listen(),
             admin_listener: self.admin_port.then(listen),
             config: self.config,
+            weights: self.weights,
             prefill: self.prefill,
             decode: self.decode,
             connector: self.connector,

@@ -40,6 +40,7 @@ impl Front {
             listener: listeners.clients,
             admin_listener: listeners.admin,
             config: config.proxy.clone(),
+            weights: config.weights.clone(),
             prefill,
             decode,
             connector: connector(plan),

@@ -16,6 +16,10 @@ impl Scheduler {
     pub(super) fn admit(&mut self) {
         while self.running.len() + self.loading.len() < RUNNING_MAX {
             let Some((key, sequence)) = self.waiting.pop_first() else { return };
+            if !self.may_begin(key) {
+                self.waiting.insert(key, sequence);
+                return;
+            }
             match self.try_admit(sequence) {
                 Admitted::Runs(sequence) => {
                     self.running.insert(key, sequence);

@@ -20,18 +20,24 @@ mod step;
 mod tests;
 mod thread;
 mod transfer;
+#[cfg(test)]
+mod weight_tests;
+mod weights;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::blocks::Blocks;
 use super::metrics::EngineMetrics;
+use super::model::Weights;
 use super::request::{FinishReason, Group};
 use super::sequence::Sequence;
-use crate::config::LoadFailurePolicy;
+use crate::config::{InFlight, LoadFailurePolicy};
 use crate::kv::{BlockId, KvLink, Report, TransferId, TransferParams};
 pub(super) use step::Outcome;
 pub(super) use thread::{Pace, SchedulerThread};
+pub(super) use weights::Done;
+use weights::Halt;
 
 /// Sequences that run or load at once. More wait.
 const RUNNING_MAX: usize = 256;
@@ -49,6 +55,11 @@ pub(super) enum Command {
     /// A request that names a transfer was refused before it came here: prefill's blocks must not wait for it.
     Decline(Box<TransferParams>),
     ResetPrefixCache(tokio::sync::oneshot::Sender<bool>),
+    /// Take no more steps.
+    Pause(InFlight, Done),
+    /// Only while paused.
+    TakeWeights(Weights, Done),
+    Resume,
     Report(Report),
     Stop,
 }
@@ -60,7 +71,7 @@ pub(super) struct SchedulerParts {
     pub metrics: Arc<EngineMetrics>,
     pub policy: LoadFailurePolicy,
     pub model_len_max: usize,
-    pub weight_version: u64,
+    pub weights: Weights,
 }
 
 /// Arrival order: the older one goes first, the youngest is preempted first.
@@ -74,6 +85,7 @@ pub(super) struct Scheduler {
     /// Blocks of sequences whose client left while bytes were on their way.
     leaving: HashMap<TransferId, Filling>,
     held: HashMap<TransferId, Held>,
+    halt: Halt,
     next_key: Key,
 }
 
@@ -101,6 +113,7 @@ impl Scheduler {
             loading: HashMap::new(),
             leaving: HashMap::new(),
             held: HashMap::new(),
+            halt: Halt::default(),
             next_key: 0,
         };
         scheduler.show();
@@ -123,6 +136,9 @@ impl Scheduler {
             Command::ResetPrefixCache(answer) => {
                 let _ = answer.send(self.parts.blocks.reset_prefix_cache());
             }
+            Command::Pause(in_flight, done) => self.pause(in_flight, done),
+            Command::TakeWeights(weights, done) => self.take_weights(weights, done),
+            Command::Resume => self.resume(),
             Command::Report(report) => self.report(report),
             Command::Stop => {
                 self.abort(|_| true, |_| true);
@@ -135,9 +151,9 @@ impl Scheduler {
         let external_id: Arc<str> = group.external_id.into();
         for new in group.sequences {
             let source = new.source.clone();
-            let weight_version = self.parts.weight_version;
+            let weights = self.parts.weights;
             let events = group.events.clone();
-            let mut sequence = Sequence::new(new, group.id, external_id.clone(), events, weight_version);
+            let mut sequence = Sequence::new(new, group.id, external_id.clone(), events, weights);
             match self.claim(&source, &sequence) {
                 Ok(load) => sequence.load = load,
                 Err(error) => {

@@ -30,8 +30,11 @@ impl Scheduler {
     /// Admits what can be admitted and computes one step. The tokens are told by [`Scheduler::deliver`]; commands may come
     /// in between.
     pub(in crate::engine) fn step(&mut self) -> Outcome {
-        self.admit();
         let mut outcome = Outcome::default();
+        if self.is_halted() {
+            return outcome;
+        }
+        self.admit();
         let mut left = STEP_TOKENS_MAX;
         for key in self.running.keys().copied().collect::<Vec<_>>() {
             let Some(sequence) = self.running.get(&key) else { continue };

@@ -99,39 +99,44 @@ fn params(transfer_id: TransferId, tokens: u32) -> TransferParams {
 }
 
 /// A scheduler of 4-token blocks, and what its clients hear.
-struct Rig {
-    scheduler: Scheduler,
+pub(super) struct Rig {
+    pub(super) scheduler: Scheduler,
     link: Arc<FakeLink>,
     next_group: u64,
 }
 
-struct Client {
+pub(super) struct Client {
     group: u64,
     events: UnboundedReceiver<Event>,
 }
 
-struct Ask {
+pub(super) struct Ask {
     prompt: Vec<Token>,
     max_tokens: usize,
     source: Source,
     hand_over: Option<TransferId>,
     salt: Option<&'static str>,
+    streams: bool,
 }
 
-fn ask(prompt: usize, max_tokens: usize) -> Ask {
+pub(super) fn ask(prompt: usize, max_tokens: usize) -> Ask {
     let prompt = (0..prompt).map(|at| Token::try_from(at % 200).unwrap()).collect();
-    Ask { prompt, max_tokens, source: Source::Local, hand_over: None, salt: None }
+    Ask { prompt, max_tokens, source: Source::Local, hand_over: None, salt: None, streams: false }
 }
 
 impl Ask {
-    fn remote(self, id: TransferId) -> Self {
+    pub(super) fn streamed(self) -> Self {
+        Self { streams: true, ..self }
+    }
+
+    pub(super) fn remote(self, id: TransferId) -> Self {
         let tokens = u32::try_from(self.prompt.len()).unwrap();
         Self { source: Source::Remote(Box::new(params(id, tokens))), ..self }
     }
 }
 
 #[derive(Debug, PartialEq)]
-enum Heard {
+pub(super) enum Heard {
     Text(String, FinishReason),
     Failed(u16),
     Nothing,
@@ -139,11 +144,12 @@ enum Heard {
 
 impl Client {
     /// What the client has, if its answer has ended.
-    fn hear(&mut self) -> Heard {
+    pub(super) fn hear(&mut self) -> Heard {
         let mut tokens = Vec::new();
         while let Ok(event) = self.events.try_recv() {
             match event {
                 Event::Failed(error) => return Heard::Failed(error.status.as_u16()),
+                Event::Restarted { .. } => tokens.clear(),
                 Event::Token(event) => {
                     tokens.extend(event.token.map(|token| token.token));
                     if let Some(finish) = event.finish {
@@ -155,7 +161,7 @@ impl Client {
         Heard::Nothing
     }
 
-    fn text(&mut self) -> String {
+    pub(super) fn text(&mut self) -> String {
         match self.hear() {
             Heard::Text(text, FinishReason::Length) => text,
             other => panic!("no whole answer: {other:?}"),
@@ -164,7 +170,7 @@ impl Client {
 }
 
 impl Rig {
-    fn new(num_blocks: usize) -> Self {
+    pub(super) fn new(num_blocks: usize) -> Self {
         Self::with(num_blocks, LoadFailurePolicy::Fail, true)
     }
 
@@ -185,12 +191,12 @@ impl Rig {
             metrics: Arc::new(EngineMetrics::new(&mut Registry::default())),
             policy,
             model_len_max: num_blocks * 4,
-            weight_version: 0,
+            weights: Weights::base(0),
         });
         Self { scheduler, link, next_group: 0 }
     }
 
-    fn submit(&mut self, ask: Ask) -> Client {
+    pub(super) fn submit(&mut self, ask: Ask) -> Client {
         let (sender, events) = unbounded_channel();
         self.next_group += 1;
         let group = self.next_group;
@@ -212,6 +218,7 @@ impl Rig {
             sampling: Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 },
             source: ask.source,
             hand_over: ask.hand_over,
+            streams: ask.streams,
             slot: Slots::new(1).take(1).unwrap().remove(0),
         };
         let external_id = format!("request-{group}");
@@ -225,7 +232,7 @@ impl Rig {
     }
 
     /// Steps until nothing moves without another command.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         for _ in 0..10_000 {
             let outcome = self.scheduler.step();
             if outcome.is_stuck() {
@@ -236,18 +243,18 @@ impl Rig {
         panic!("it never comes to rest");
     }
 
-    fn answer(&mut self, ask: Ask) -> String {
+    pub(super) fn answer(&mut self, ask: Ask) -> String {
         let mut client = self.submit(ask);
         self.settle();
         client.text()
     }
 
-    fn report(&mut self, transfer_id: TransferId, side: Side, end: End) {
+    pub(super) fn report(&mut self, transfer_id: TransferId, side: Side, end: End) {
         self.scheduler.handle(Command::Report(Report { transfer_id, side, end }));
     }
 
     /// Whether nothing of any request is left.
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         let s = &self.scheduler;
         s.waiting.is_empty()
             && s.running.is_empty()
@@ -256,14 +263,14 @@ impl Rig {
             && s.held.is_empty()
     }
 
-    fn used(&self) -> usize {
+    pub(super) fn used(&self) -> usize {
         self.scheduler.parts.blocks.used()
     }
 
     /// Puts the KV of a prompt where the link would, from `first_token` on.
-    fn land(&self, ask: &Ask, blocks: &[BlockId], first_token: u32) {
+    pub(super) fn land(&self, ask: &Ask, blocks: &[BlockId], first_token: u32) {
         let cache = &self.scheduler.parts.blocks.cache;
-        let mut context = crate::engine::model::Context::start(0);
+        let mut context = crate::engine::model::Context::start(Weights::base(0));
         let first = first_token as usize;
         for (position, &token) in ask.prompt.iter().enumerate() {
             context = context.then(token);
@@ -273,7 +280,7 @@ impl Rig {
         }
     }
 
-    fn fetched(&self) -> (Vec<BlockId>, u32) {
+    pub(super) fn fetched(&self) -> (Vec<BlockId>, u32) {
         match self.link.calls().pop() {
             Some(Call::Fetch { blocks, first_token }) => (blocks, first_token),
             other => panic!("no fetch but {other:?}"),
@@ -281,11 +288,11 @@ impl Rig {
     }
 }
 
-fn id(byte: u8) -> TransferId {
+pub(super) fn id(byte: u8) -> TransferId {
     TransferId([byte; 16])
 }
 
-fn lost(fenced: bool) -> End {
+pub(super) fn lost(fenced: bool) -> End {
     End::Failed { failure: TransferFailure::ShutDown { side: Side::Prefill }, fenced }
 }
 

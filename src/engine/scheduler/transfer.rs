@@ -62,6 +62,9 @@ impl Scheduler {
     fn loaded(&mut self, key: Key, mut sequence: Sequence, end: End) {
         sequence.load = Load::Local;
         let first = sequence.computed;
+        if std::mem::take(&mut sequence.outdated) {
+            return self.loaded_in_vain(key, sequence, &end);
+        }
         if end == End::Received {
             let last = sequence.prompt_len() - 1;
             self.parts.metrics.prompt_loaded.inc_by((last + 1 - first) as u64);
@@ -75,6 +78,14 @@ impl Scheduler {
         let filling = self.filling(&mut sequence);
         self.put_away(filling, &end);
         self.not_loaded(key, sequence, &end);
+    }
+
+    /// The KV is of weights that have been replaced meanwhile: the prompt is computed here, whatever became of it (WT-3).
+    fn loaded_in_vain(&mut self, key: Key, mut sequence: Sequence, end: &End) {
+        let filling = self.filling(&mut sequence);
+        self.put_away(filling, end);
+        self.parts.metrics.recomputed.inc();
+        self.waiting.insert(key, sequence);
     }
 
     /// Computes the prompt here after all, or ends the request, as `kv.load_failure_policy` says. An abort is somebody's

@@ -6,6 +6,7 @@ use axum::http::HeaderMap;
 use serde_json::Value;
 
 use super::super::front::Answers;
+use super::super::model::Weights;
 use super::super::request::{NewSequence, Params, Source};
 use super::super::tokenizer::Token;
 use super::State;
@@ -32,7 +33,8 @@ pub(super) struct Job {
     /// Candidates to show per token of the answer.
     pub logprobs: Option<usize>,
     pub prompt_logprobs: Option<usize>,
-    pub weight_version: u64,
+    /// Those of the answer; until it has begun, those that are served.
+    pub weights: Weights,
 }
 
 /// What is particular to a route.
@@ -103,6 +105,7 @@ fn checked(
                 params: params.clone(),
                 sampling: sampling.clone(),
                 source: source(state, transfer, prompt_logprobs),
+                streams: stream,
                 hand_over: match transfer {
                     KvRequest::Prefill { transfer_id } => Some(*transfer_id),
                     _ => None,
@@ -126,7 +129,7 @@ fn checked(
         echo: common.echo.unwrap_or(false),
         logprobs: asked.logprobs,
         prompt_logprobs,
-        weight_version: state.weight_version,
+        weights: state.weights,
     };
     Ok((job, answers))
 }

@@ -2,14 +2,14 @@
 
 use serde_json::{Map, Value, json};
 
-use super::super::model::{CANDIDATES, Candidate, Context, Logits};
+use super::super::model::{CANDIDATES, Candidate, Context, Logits, Weights};
 use super::super::request::TokenOut;
 use super::super::tokenizer::{Token, token_bytes, token_text};
 
 /// What the model says of a prompt: for each token after the first, the candidates that were likeliest there. Depends on
 /// the tokens alone, since the prompt's KV may not be here.
-pub(super) fn prompt_tokens(prompt: &[Token], wanted: usize, weight_version: u64) -> Vec<TokenOut> {
-    let mut context = Context::start(weight_version);
+pub(super) fn prompt_tokens(prompt: &[Token], wanted: usize, weights: Weights) -> Vec<TokenOut> {
+    let mut context = Context::start(weights);
     let mut out = Vec::with_capacity(prompt.len());
     for (position, &token) in prompt.iter().enumerate() {
         let logits = Logits::new(context.word(), position, token);
@@ -55,8 +55,8 @@ pub(super) fn of_chat(tokens: &[TokenOut]) -> Value {
 }
 
 /// `prompt_logprobs`: nothing for the first token, then a map from token id for each.
-pub(super) fn of_prompt(prompt: &[Token], wanted: usize, weight_version: u64) -> Value {
-    let mut tokens = prompt_tokens(prompt, wanted, weight_version).into_iter();
+pub(super) fn of_prompt(prompt: &[Token], wanted: usize, weights: Weights) -> Value {
+    let mut tokens = prompt_tokens(prompt, wanted, weights).into_iter();
     tokens.next();
     let entries = tokens.map(|token| {
         let mut map = Map::new();

@@ -13,6 +13,7 @@ mod plain;
 mod prompt;
 mod respond;
 mod shape;
+mod weights;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,8 +28,11 @@ use http::{HeaderValue, StatusCode};
 use prometheus_client::registry::Registry;
 
 use super::front::Front;
+use super::model::Weights;
+use crate::config::WeightsConfig;
 use crate::kv::Role;
 use crate::openai::{ApiError, headers};
+use crate::weights::WeightsHandle;
 
 /// When to ask a worker again that cannot serve now.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -41,7 +45,10 @@ pub(super) struct ServerState {
     pub model: String,
     pub model_len_max: usize,
     pub role: Role,
-    pub weight_version: u64,
+    /// What the worker was started with.
+    pub weights: Weights,
+    pub weights_runtime: WeightsHandle,
+    pub weights_config: WeightsConfig,
     pub registry: Registry,
     pub started_s: u64,
     /// Cleared when the scheduler ends.
@@ -71,6 +78,9 @@ pub(super) fn router(state: State) -> Router {
         .route("/metrics", get(plain::metrics))
         .route("/reset_prefix_cache", post(plain::reset_prefix_cache))
         .route("/abort_requests", post(plain::abort_requests))
+        .route("/update_weights", post(weights::update_weights))
+        .route("/reload_weights", post(weights::reload_weights))
+        .route("/init_broadcaster", post(weights::init_broadcaster))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::disable())

@@ -10,7 +10,8 @@ use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderValue, StatusCode};
 use serde_json::Value;
 
-use super::super::front::Answers;
+use super::super::front::{Answers, Told};
+use super::super::model::Weights;
 use super::super::request::TokenEvent;
 use super::super::tokenizer::decode;
 use super::job::Job;
@@ -18,43 +19,60 @@ use super::shape::{Answer, Shape, usage};
 use crate::openai::{ApiError, headers};
 
 /// Serves a request in the form it asked for.
-pub(super) async fn respond(shape: Shape, job: Job, answers: Answers) -> Result<Response, ApiError> {
+pub(super) async fn respond(shape: Shape, mut job: Job, answers: Answers) -> Result<Response, ApiError> {
     let request_id = HeaderValue::from_str(&job.request_id);
     let mut response =
-        if job.stream { streamed(shape, job, answers).await? } else { whole(shape, &job, answers).await? };
+        if job.stream { streamed(shape, job, answers).await? } else { whole(shape, &mut job, answers).await? };
     if let Ok(request_id) = request_id {
         response.headers_mut().insert(headers::X_REQUEST_ID, request_id);
     }
     Ok(response)
 }
 
-async fn whole(shape: Shape, job: &Job, mut events: Answers) -> Result<Response, ApiError> {
+async fn whole(shape: Shape, job: &mut Job, mut events: Answers) -> Result<Response, ApiError> {
     let mut answers: Vec<Answer> = (0..job.answers()).map(|_| Answer::default()).collect();
-    while let Some(event) = events.next().await {
-        let event = event?;
-        answers[event.index].take(event);
+    while let Some(told) = events.next().await {
+        match told? {
+            Told::Token(event) => {
+                job.weights = event.weights;
+                answers[event.index].take(event);
+            }
+            Told::Restarted { index } => answers[index] = Answer::default(),
+        }
     }
-    Ok(axum::Json(shape.whole(job, &answers)).into_response())
+    let mut response = axum::Json(shape.whole(job, &answers)).into_response();
+    mark(&mut response, job.weights);
+    Ok(response)
 }
 
 /// Waits for the first event before it commits to a status: a request that fails before its first token is an HTTP error
 /// that a proxy can retry elsewhere, not a stream that breaks.
-async fn streamed(shape: Shape, job: Job, mut events: Answers) -> Result<Response, ApiError> {
-    let first = match events.next().await {
-        Some(Ok(event)) => event,
-        Some(Err(error)) => return Err(error),
-        None => return Err(ApiError::internal("the request has no answer")),
+async fn streamed(shape: Shape, mut job: Job, mut events: Answers) -> Result<Response, ApiError> {
+    let first = loop {
+        match events.next().await {
+            Some(Ok(Told::Token(event))) => break event,
+            Some(Ok(Told::Restarted { .. })) => {}
+            Some(Err(error)) => return Err(error),
+            None => return Err(ApiError::internal("the request has no answer")),
+        }
     };
+    job.weights = first.weights;
     let mut stream = Stream::new(shape, job, events);
     stream.take(&first);
     let body = Body::from_stream(futures_util::stream::unfold(stream, |mut stream| async move {
         stream.next().await.map(|bytes| (Ok::<_, Infallible>(bytes), stream))
     }));
     let mut response = (StatusCode::OK, body).into_response();
+    mark(&mut response, first.weights);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     Ok(response)
+}
+
+/// Says which weights made the answer.
+fn mark(response: &mut Response, weights: Weights) {
+    response.headers_mut().insert(headers::X_PDLINK_WEIGHT_VERSION, HeaderValue::from(weights.version));
 }
 
 /// A stream in progress. The client's pace is the stream's: nothing is made before it is asked for.
@@ -91,7 +109,9 @@ impl Stream {
                 return None;
             }
             match self.events.next().await {
-                Some(Ok(event)) => self.take(&event),
+                Some(Ok(Told::Token(event))) => self.take(&event),
+                // Another choice of the request, which has not begun: nothing was shown of it.
+                Some(Ok(Told::Restarted { .. })) => {}
                 Some(Err(error)) => {
                     self.ready.push_back(line(&error.to_json()));
                     self.close();

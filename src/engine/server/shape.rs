@@ -49,7 +49,7 @@ impl Shape {
             let prompt = &job.prompts[0];
             let wanted = job.prompt_logprobs;
             response["prompt_logprobs"] =
-                wanted.map_or(Value::Null, |wanted| logprobs::of_prompt(prompt, wanted, job.weight_version));
+                wanted.map_or(Value::Null, |wanted| logprobs::of_prompt(prompt, wanted, job.weights));
             response["prompt_token_ids"] = ids_if(job.return_token_ids, prompt);
         }
         response
@@ -65,9 +65,8 @@ impl Shape {
                 let echoed = if job.echo { decode(prompt, true) } else { String::new() };
                 choice["text"] = Value::String(echoed + &answer.text);
                 choice["logprobs"] = completion_logprobs(job, index, &answer.tokens);
-                choice["prompt_logprobs"] = job
-                    .prompt_logprobs
-                    .map_or(Value::Null, |wanted| logprobs::of_prompt(prompt, wanted, job.weight_version));
+                choice["prompt_logprobs"] =
+                    job.prompt_logprobs.map_or(Value::Null, |wanted| logprobs::of_prompt(prompt, wanted, job.weights));
                 choice["prompt_token_ids"] = ids_if(job.return_token_ids, prompt);
             }
             Self::Chat => {
@@ -164,7 +163,7 @@ fn completion_logprobs(job: &Job, index: usize, tokens: &[TokenOut]) -> Value {
     if !job.echo {
         return logprobs::of_completion(tokens, 0, true);
     }
-    let mut all = logprobs::prompt_tokens(job.prompt_of(index), wanted, job.weight_version);
+    let mut all = logprobs::prompt_tokens(job.prompt_of(index), wanted, job.weights);
     all.extend_from_slice(tokens);
     logprobs::of_completion(&all, 0, false)
 }

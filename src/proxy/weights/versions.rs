@@ -1,0 +1,175 @@
+//! Keeps a worker whose weights are not the fleet's out of the pools, and lets it catch up.
+//!
+//! A worker that was restarted has what it was started with. Its control connection ends with its process, long before a
+//! new one listens: from that moment until its version was asked, it gets no request. Then it takes the fleet's version from
+//! a worker that has it, or from the folder that it came from, alone, and serves.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tokio::time::sleep;
+
+use super::super::shared::Shared;
+use super::desk::{Refused, members};
+use super::members::{Failed, Member};
+use super::update::Update;
+use crate::control::{ControlError, WeightSource, WeightsPhase, WeightsRequest, WeightsStatus};
+
+/// How soon a worker that could not be asked, or not be helped, is asked again.
+const AGAIN: Duration = Duration::from_millis(200);
+/// How often one that is well is asked although nothing has happened.
+const NOW_AND_THEN: Duration = Duration::from_secs(5);
+/// How often one that takes no weights from us is asked whether it does now.
+const SELDOM: Duration = Duration::from_secs(30);
+
+/// Never ends by itself.
+pub(super) async fn watch(shared: Arc<Shared>, member: Member) {
+    let mut changed = shared.weights.changed.subscribe();
+    let mut said = String::new();
+    loop {
+        let pause = match member.client.weights(WeightsRequest::Status).await {
+            Ok(status) => match look(&shared, &member, &status).await {
+                Ok(()) => {
+                    said.clear();
+                    NOW_AND_THEN
+                }
+                Err(why) => {
+                    if said != why {
+                        tracing::warn!(
+                            worker = member.worker.name(),
+                            why,
+                            "a worker is kept out: its weights are not the fleet's"
+                        );
+                        said = why;
+                    }
+                    AGAIN
+                }
+            },
+            // It is updated in another way, or not at all.
+            Err(ControlError::Refused { .. }) => SELDOM,
+            Err(_) => {
+                bar_unless_new(&shared, &member);
+                AGAIN
+            }
+        };
+        tokio::select! {
+            () = sleep(pause) => {}
+            _ = changed.changed() => {}
+            lost = member.client.lost() => match lost {
+                Ok(()) => bar_unless_new(&shared, &member),
+                Err(_) => sleep(AGAIN).await,
+            },
+        }
+    }
+}
+
+/// While the fleet has what everybody is started with, a restarted worker has that too.
+fn bar_unless_new(shared: &Shared, member: &Member) {
+    let version = shared.weights.fleet().version;
+    if version.is_some_and(|version| version > 0) {
+        member.worker.health.bar(true);
+    }
+}
+
+/// Holds a worker against the fleet. `Err`: it is kept out, and this is why.
+async fn look(shared: &Arc<Shared>, member: &Member, status: &WeightsStatus) -> Result<(), String> {
+    // Not while an update is under way: what a worker says then is half of something.
+    let Ok(turn) = shared.weights.turn.try_read() else { return Ok(()) };
+    let fleet = learn(shared, status);
+    let Some(version) = fleet else { return Ok(()) };
+    if status.phase != WeightsPhase::Serving {
+        return Err(format!("it is {} in an update that is not ours", status.phase.name()));
+    }
+    if status.version == version {
+        if member.worker.health.bar(false) {
+            tracing::info!(worker = member.worker.name(), version, "a worker has the fleet's weights and serves");
+        }
+        return Ok(());
+    }
+    member.worker.health.bar(true);
+    if status.version > version {
+        return Err(format!(
+            "it has version {}, the fleet has {version}; restart it, or update the fleet",
+            status.version
+        ));
+    }
+    let caught_up = catch_up(shared, member, version).await;
+    drop(turn);
+    caught_up?;
+    member.worker.health.bar(false);
+    tracing::info!(
+        worker = member.worker.name(),
+        version,
+        "a worker has caught up with the fleet's weights and serves"
+    );
+    Ok(())
+}
+
+/// The fleet's version. A proxy that was restarted before workers that were not learns it from them: the highest that any
+/// has, until it has made an update itself.
+fn learn(shared: &Shared, status: &WeightsStatus) -> Option<u64> {
+    let desk = &shared.weights;
+    let mut fleet = desk.fleet();
+    if desk.learning.load(Ordering::Acquire) && fleet.version.is_none_or(|version| version < status.version) {
+        fleet.version = Some(status.version);
+        fleet.digest = status.digest;
+        desk.changed.send_replace(status.version);
+    }
+    fleet.version
+}
+
+/// Gives one worker the fleet's version: the same phases, with nobody else in them.
+async fn catch_up(shared: &Arc<Shared>, member: &Member, version: u64) -> Result<(), String> {
+    let (digest, source) = {
+        let fleet = shared.weights.fleet();
+        (fleet.digest, fleet.source.clone())
+    };
+    let source = match source {
+        Some(WeightSource::Base) => WeightSource::Base,
+        other => match peer(shared, member, version).await {
+            Some(address) => WeightSource::Peer(address),
+            None => other.filter(|source| matches!(source, WeightSource::Folder(_))).ok_or_else(|| {
+                format!("no worker keeps version {version} for it to take; it waits for the next update")
+            })?,
+        },
+    };
+    tracing::info!(worker = member.worker.name(), version, %source, "a worker catches up");
+    let alone = [member.clone()];
+    let update = Update { shared, members: &alone, id: rand::random(), version, source };
+    update.run_alone(digest).await.map_err(|failed| failed.to_string())
+}
+
+/// A worker that has the version and gives it away.
+async fn peer(shared: &Shared, member: &Member, version: u64) -> Option<String> {
+    let others = members(shared).into_iter().filter(|other| other.worker.number != member.worker.number);
+    let asked = others.map(|other| async move {
+        let status = other.client.weights(WeightsRequest::Status).await.ok()?;
+        (status.version == version && status.serves_peers).then(|| other.client.addr().to_owned())
+    });
+    join_all(asked).await.into_iter().flatten().next()
+}
+
+/// What the members serve: the same, or one of them is named.
+pub(super) async fn version_of(members: &[Member]) -> Result<u64, Refused> {
+    let statuses = join_all(members.iter().map(|member| member.client.weights(WeightsRequest::Status))).await;
+    let mut serves: Option<u64> = None;
+    for (member, status) in members.iter().zip(statuses) {
+        let failed =
+            |why: String| Failed { doing: "asking for versions", worker: member.worker.name().to_owned(), why };
+        let status = match status {
+            Ok(status) => status,
+            Err(ControlError::Refused { why, .. }) => {
+                return Err(Refused::NoMembers { why: format!("{}: {why}", member.worker.name()) });
+            }
+            Err(error) => return Err(failed(error.to_string()).into()),
+        };
+        let before = *serves.get_or_insert(status.version);
+        if before != status.version {
+            let why = format!("it serves version {}, others serve {before}; it is still catching up", status.version);
+            return Err(failed(why).into());
+        }
+    }
+    Ok(serves.unwrap_or_default())
+}

@@ -1,0 +1,304 @@
+//! New weights for a fleet of real processes, as a trainer sends them: all serve one version, answers are of one version.
+
+#[path = "support/checkpoints.rs"]
+mod checkpoints;
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use reqwest::{Client, StatusCode};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const PROMPTS: usize = 8;
+const TOKENS: usize = 24;
+
+/// `pdlink up` with the reference engine; it gets SIGTERM at the end of the test, and what it started ends with it.
+struct Fleet {
+    child: Child,
+    _lines: std::io::Lines<BufReader<ChildStdout>>,
+    address: String,
+    client: Client,
+    folder: tempfile::TempDir,
+}
+
+impl Fleet {
+    fn start(prefill: &str, settings: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let secret = folder.path().join("secret");
+        pdlink::security::Secret::generate().unwrap().write_file(&secret).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pdlink"));
+        let logs = folder.path().join("logs");
+        let mut child = command
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .args(["up", "@", "configs/debug/local.toml", "--json", "--pd_disagg.prefill_gpu_ids", prefill])
+            .args(["--pd_disagg.decode_gpu_ids", "[9]", "--proxy.health_interval_s", "0.2"])
+            .args(["--inference.reference.decode_us_per_token", "1500", "--weights.bucket_bytes", "65536"])
+            .args(["--security.secret_file", secret.to_str().unwrap(), "--launcher.log_dir", logs.to_str().unwrap()])
+            .args(settings)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let ready = lines.by_ref().map_while(Result::ok).find(|line| line.contains("\"event\":\"ready\""));
+        let ready: Value = serde_json::from_str(&ready.expect("`pdlink up` ended before it was ready")).unwrap();
+        let address = ready["base_url"].as_str().unwrap().trim_end_matches("/v1").to_owned();
+        let client = Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
+        Self { child, _lines: lines, address, client, folder }
+    }
+
+    /// A checkpoint of this seed, on disk.
+    fn checkpoint(&self, seed: u64) -> PathBuf {
+        let folder = self.folder.path().join(format!("checkpoint-{seed}"));
+        checkpoints::write(&folder, &checkpoints::tensors(seed, 12, 100_000), 2);
+        folder
+    }
+
+    async fn get(&self, path: &str) -> Value {
+        let answer = self.client.get(format!("{}{path}", self.address)).send().await.unwrap();
+        answer.json().await.unwrap()
+    }
+
+    async fn post(&self, path: &str, body: Value) -> (StatusCode, Value) {
+        let answer = self.client.post(format!("{}{path}", self.address)).json(&body).send().await.unwrap();
+        (answer.status(), answer.json().await.unwrap())
+    }
+
+    /// `pdlink weights push`.
+    async fn push(&self, checkpoint: &Path) -> Value {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pdlink"));
+        command
+            .args(["weights", "push", "--json", "--to", &self.address, "--checkpoint", checkpoint.to_str().unwrap()])
+            .args(["--secret-file", self.folder.path().join("secret").to_str().unwrap()])
+            .args(["--weights.bucket_bytes", "65536"]);
+        let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    async fn folder(&self, checkpoint: &Path) -> Value {
+        let (status, done) = self.post("/update_weights", json!({"weight_dir": checkpoint})).await;
+        assert_eq!(status, 200, "{done}");
+        done
+    }
+
+    /// A whole answer to prompt number `prompt`, with the version that made it.
+    async fn ask(&self, prompt: usize) -> (u64, String) {
+        answer(&self.client, &self.address, prompt, false).await.expect("an answer")
+    }
+
+    /// Every prompt's answer.
+    async fn answers(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        for prompt in 0..PROMPTS {
+            all.push(self.ask(prompt).await.1);
+        }
+        all
+    }
+
+    async fn versions(&self) -> Vec<u64> {
+        let status = self.get("/admin/weights").await;
+        status["workers"].as_array().unwrap().iter().map(|worker| worker["version"].as_u64().unwrap_or(999)).collect()
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let pid = rustix::process::Pid::from_child(&self.child);
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// One answer, streamed or whole; `None` where the worker said that it has to begin again.
+async fn answer(client: &Client, address: &str, prompt: usize, stream: bool) -> Option<(u64, String)> {
+    let body = json!({
+        "model": "pdlink-reference", "prompt": format!("This is prompt number {prompt}, and what follows is"),
+        "max_tokens": TOKENS, "temperature": 0, "ignore_eos": true, "stream": stream,
+    });
+    let answer = client.post(format!("{address}/v1/completions")).json(&body).send().await.unwrap();
+    let (status, headers) = (answer.status(), answer.headers().clone());
+    let text = answer.text().await.unwrap();
+    if text.contains("ask again") {
+        return None;
+    }
+    assert_eq!(status, 200, "{text}");
+    let version = headers["x-pdlink-weight-version"].to_str().unwrap().parse().unwrap();
+    let text = if stream {
+        let events = text.split_terminator("\n\n").map(|event| event.strip_prefix("data: ").unwrap());
+        let chunks =
+            events.filter(|event| *event != "[DONE]").map(|event| serde_json::from_str::<Value>(event).unwrap());
+        chunks.map(|chunk| chunk["choices"][0]["text"].as_str().unwrap_or_default().to_owned()).collect()
+    } else {
+        serde_json::from_str::<Value>(&text).unwrap()["choices"][0]["text"].as_str().unwrap().to_owned()
+    };
+    Some((version, text))
+}
+
+/// Clients that ask without a pause until they are told to stop, and what they got.
+struct Load {
+    stop: Arc<AtomicBool>,
+    clients: JoinSet<Vec<(usize, u64, String)>>,
+}
+
+impl Load {
+    fn start(fleet: &Fleet, clients: usize, stream: bool) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut running = JoinSet::new();
+        for number in 0..clients {
+            let (stop, client, address) = (Arc::clone(&stop), fleet.client.clone(), fleet.address.clone());
+            running.spawn(async move {
+                let mut got = Vec::new();
+                for turn in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let prompt = (number + turn) % PROMPTS;
+                    got.extend(
+                        answer(&client, &address, prompt, stream).await.map(|(version, text)| (prompt, version, text)),
+                    );
+                }
+                got
+            });
+        }
+        Self { stop, clients: running }
+    }
+
+    async fn stop(self) -> Vec<(usize, u64, String)> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.clients.join_all().await.into_iter().flatten().collect()
+    }
+}
+
+/// A over B and back while 32 clients stream: what each version answers is known, and nothing else is ever answered.
+async fn no_answer_mixes(prefill: &str, in_flight: &str, stream: bool) {
+    let fleet = Fleet::start(prefill, &["--weights.in_flight", in_flight]);
+    let base = fleet.answers().await;
+    let (a, b) = (fleet.checkpoint(1), fleet.checkpoint(2));
+    let first = fleet.push(&a).await;
+    assert_eq!((&first["version"], &first["behind"]), (&json!(1), &json!([])));
+    let of_a = fleet.answers().await;
+    let load = Load::start(&fleet, 32, stream);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let second = fleet.push(&b).await;
+    assert_eq!(second["version"], 2);
+    let of_b = fleet.answers().await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let third = fleet.folder(&a).await;
+    assert_eq!((&third["version"], &third["digest"]), (&json!(3), &first["digest"]), "WT-5: pushed or read, the same");
+    assert_eq!(fleet.answers().await, of_a, "the same weights answer the same, whatever their version");
+    let got = load.stop().await;
+    let (answer, versions): (_, BTreeSet<u64>) =
+        (|version: u64| if version == 2 { &of_b } else { &of_a }, got.iter().map(|(_, version, _)| *version).collect());
+    assert_eq!(versions, BTreeSet::from([1, 2, 3]));
+    for (prompt, version, text) in &got {
+        assert_eq!(text, &answer(*version)[*prompt], "prompt {prompt} by version {version}, {} answers", got.len());
+    }
+    let all: BTreeSet<&String> = base.iter().chain(&of_a).chain(&of_b).collect();
+    assert_eq!(all.len(), 3 * PROMPTS, "the three can be told apart");
+    let versions = fleet.versions().await;
+    assert!(versions.iter().all(|version| *version == 3), "WT-1: {versions:?}");
+    let (status, done) = fleet.post("/reload_weights", json!({})).await;
+    assert_eq!((status, &done["version"]), (StatusCode::OK, &json!(4)));
+    assert_eq!(fleet.answers().await, base);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wt_1_streams_are_finished_by_the_version_they_began_with_1p1d() {
+    no_answer_mixes("[0]", "finish", true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wt_1_answers_begin_again_with_the_new_version_2p1d() {
+    no_answer_mixes("[0,1]", "restart", false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wt_4_what_cannot_be_is_refused_by_name_and_the_old_version_serves_on() {
+    let fleet = Fleet::start("[0]", &[]);
+    let a = fleet.checkpoint(1);
+    fleet.push(&a).await;
+    let of_a = fleet.answers().await;
+    let refused = async |body: Value, status: u16, parts: &[&str]| {
+        let (got, answer) = fleet.post("/admin/weights/update", body).await;
+        let message = answer["error"]["message"].as_str().unwrap_or_default();
+        assert!(got == status && parts.iter().all(|part| message.contains(part)), "{got} {answer}");
+        assert_eq!((fleet.versions().await, fleet.ask(0).await), (vec![1, 1], (1, of_a[0].clone())));
+    };
+    refused(json!({"folder": a, "version": 1}), 409, &["version 1 is not newer than version 1"]).await;
+    refused(json!({"folder": "/nowhere"}), 502, &["while staging", "on worker http://", "cannot read /nowhere"]).await;
+    refused(json!({"peer": "127.0.0.1:1"}), 502, &["while staging", "cannot connect to 127.0.0.1:1"]).await;
+    let broken = fleet.checkpoint(7);
+    let file = std::fs::read_dir(&broken).unwrap().map(|entry| entry.unwrap().path());
+    let file = file.into_iter().find(|path| path.extension().is_some_and(|ending| ending == "safetensors")).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(5000).unwrap();
+    refused(json!({"folder": broken}), 502, &["while staging", "describes", "the file has 5000"]).await;
+    refused(json!({}), 400, &["name one source"]).await;
+    let status = fleet.get("/admin/weights").await;
+    assert!(status["last_failure"].as_str().unwrap().contains("describes"), "{status}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wt_1_a_worker_that_was_restarted_catches_up_before_it_serves() {
+    let fleet = Fleet::start("[0,1]", &["--launcher.restart", "on-failure", "--launcher.restart_backoff_s", "0.1"]);
+    let a = fleet.checkpoint(1);
+    fleet.push(&a).await;
+    let of_a = fleet.answers().await;
+    let load = Load::start(&fleet, 8, false);
+    let workers = fleet.get("/admin/workers").await;
+    let prefill = workers["workers"][0]["url"].as_str().unwrap().rsplit(':').next().unwrap().to_owned();
+    let pid = listener_of(&prefill);
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::KILL).unwrap();
+    let begun = Instant::now();
+    loop {
+        assert!(begun.elapsed() < PATIENCE, "{}", fleet.get("/admin/weights").await);
+        let now = fleet.get("/admin/workers").await;
+        let first = &now["workers"][0];
+        if listener_is_other(&prefill, pid) && first["kept_out"] == false && first["state"] == "up" {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(fleet.versions().await, [1, 1, 1]);
+    let before = fleet.get("/admin/workers").await["workers"][0]["served"].as_u64().unwrap();
+    while fleet.get("/admin/workers").await["workers"][0]["served"].as_u64().unwrap() == before {
+        assert!(begun.elapsed() < PATIENCE, "it serves again");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    for (prompt, version, text) in load.stop().await {
+        assert_eq!((version, &text), (1, &of_a[prompt]));
+    }
+}
+
+/// The process that listens on a port of ours: `pdlink engine … --port PORT`.
+fn engines(port: &str) -> Vec<i32> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { continue };
+        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        let is_engine = words.get(1) == Some(&&b"engine"[..]);
+        if is_engine && words.windows(2).any(|pair| pair[0] == b"--port" && pair[1] == port.as_bytes()) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
+fn listener_of(port: &str) -> i32 {
+    engines(port).first().copied().expect("a worker on that port")
+}
+
+fn listener_is_other(port: &str, than: i32) -> bool {
+    engines(port).iter().any(|pid| *pid != than)
+}
