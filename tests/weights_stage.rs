@@ -2,151 +2,18 @@
 
 #[path = "support/checkpoints.rs"]
 mod checkpoints;
+#[path = "support/weights_worker.rs"]
+mod weights_worker;
 
 use std::path::Path as File;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::Arc;
 
-use pdlink::config::{InFlight, KvConfig, Path, Staging, WeightsConfig};
-use pdlink::control::{
-    self, AdminClient, Hello, Identity, Liveness, Part, Role, VERSIONS, WeightSource, WeightsOffer, WeightsPhase,
-    WeightsRequest, WeightsStatus,
-};
-use pdlink::security::Secret;
+use pdlink::config::{Path, Staging, WeightsConfig};
+use pdlink::control::{self, Hello, WeightSource, WeightsOffer, WeightsPhase, WeightsRequest};
 use pdlink::transport::{Fault, FaultPlan, Faulty, Transport, When};
-use pdlink::weights::{
-    Checkpoint, Manifest, NewWeights, Paths, ReadError, ReceiverSetup, Source, TensorBytes, WeightTarget,
-    WeightsMetrics, WeightsReceiver,
-};
+use pdlink::weights::{Checkpoint, Manifest, Paths, ReadError, Source, TensorBytes};
 use tokio::task::JoinSet;
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// An engine that does at once what it is told, and writes it down.
-#[derive(Default)]
-struct Notes {
-    said: Mutex<Vec<String>>,
-    weights: Mutex<Option<NewWeights>>,
-}
-
-impl WeightTarget for Notes {
-    fn pause(&self, _: InFlight, done: Box<dyn FnOnce() + Send>) {
-        self.said.lock().unwrap().push("pause".to_owned());
-        done();
-    }
-
-    fn commit(&self, weights: NewWeights, done: Box<dyn FnOnce(Result<(), String>) + Send>) {
-        self.said.lock().unwrap().push(format!("commit {}", weights.version));
-        *self.weights.lock().unwrap() = Some(weights);
-        done(Ok(()));
-    }
-
-    fn resume(&self) {
-        self.said.lock().unwrap().push("resume".to_owned());
-    }
-}
-
-fn paths(weights: WeightsConfig) -> Paths {
-    Paths {
-        weights,
-        kv: KvConfig::default(),
-        secret: Secret::loopback(),
-        bind: std::net::Ipv4Addr::LOCALHOST.into(),
-        advertise_host: "127.0.0.1".to_owned(),
-        wrap_path: None,
-    }
-}
-
-fn small_buckets() -> WeightsConfig {
-    WeightsConfig { bucket_bytes: 4096, ..WeightsConfig::default() }
-}
-
-/// Serves control connections; what is welcome is up to the caller.
-async fn listen(tasks: &mut JoinSet<()>, welcome: control::Welcome) -> String {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let hello =
-        Hello { part: Part::Engine, engine_id: "w".to_owned(), incarnation: 1, role: Role::Both, payload: Vec::new() };
-    let identity = Identity { secret: Secret::loopback(), versions: VERSIONS, hello, timeout: PATIENCE };
-    let liveness = Liveness { ping_interval: Duration::from_millis(200), peer_timeout: PATIENCE };
-    tasks.spawn(control::serve(listener, Arc::new(identity), liveness, welcome));
-    address
-}
-
-/// A worker without an engine.
-struct Worker {
-    address: String,
-    notes: Arc<Notes>,
-    admin: AdminClient,
-    _receiver: WeightsReceiver,
-    _tasks: JoinSet<()>,
-}
-
-impl Worker {
-    async fn start(paths: Paths) -> Self {
-        let notes = Arc::new(Notes::default());
-        let metrics = WeightsMetrics::new(&mut prometheus_client::registry::Registry::default());
-        let target: Arc<dyn WeightTarget> = Arc::clone(&notes) as _;
-        let receiver = WeightsReceiver::start(ReceiverSetup { version: 0, paths, target, metrics }).unwrap();
-        let door = receiver.door();
-        let mut tasks = JoinSet::new();
-        let welcome = move |hello: Hello, connection: &control::Connection| match hello.part {
-            Part::Weights => (door.welcome)(hello, connection),
-            _ => control::admin_sink(connection, Arc::clone(&door.admin)),
-        };
-        let address = listen(&mut tasks, Arc::new(welcome)).await;
-        let admin = AdminClient::new(address.clone(), Secret::loopback(), PATIENCE);
-        Self { address, notes, admin, _receiver: receiver, _tasks: tasks }
-    }
-
-    async fn ask(&self, request: WeightsRequest) -> WeightsStatus {
-        self.admin.weights(request).await.expect("an answer")
-    }
-
-    async fn offer(&self, version: u64, source: WeightSource, receiver: u32, receivers: u32) {
-        let offer =
-            WeightsOffer { update: version, version, source, receivers, receiver, stage_ms: 10_000, hold_ms: 10_000 };
-        self.ask(WeightsRequest::Offer(offer)).await;
-    }
-
-    /// Waits until staging has ended.
-    async fn staged(&self) -> WeightsStatus {
-        self.until(|status| status.phase != WeightsPhase::Staging).await
-    }
-
-    async fn until(&self, what: impl Fn(&WeightsStatus) -> bool) -> WeightsStatus {
-        let waiting = async {
-            loop {
-                let status = self.ask(WeightsRequest::Status).await;
-                if what(&status) {
-                    return status;
-                }
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-        };
-        tokio::time::timeout(PATIENCE, waiting).await.expect("in time")
-    }
-
-    async fn commit(&self, update: u64) {
-        self.ask(WeightsRequest::Pause { update, in_flight: InFlight::Restart }).await;
-        self.until(|status| status.phase == WeightsPhase::Paused).await;
-        self.ask(WeightsRequest::Commit { update }).await;
-        self.until(|status| status.phase == WeightsPhase::Committed).await;
-        self.ask(WeightsRequest::Resume { update }).await;
-    }
-
-    /// The bytes of every tensor that the engine was handed.
-    fn tensors(&self) -> Vec<(String, Vec<u8>)> {
-        let weights = self.notes.weights.lock().unwrap();
-        let staged = weights.as_ref().unwrap().staged.as_ref().unwrap();
-        let (manifest, region) = (staged.manifest(), staged.region().expect("staged in host memory"));
-        let bytes = |at: usize| {
-            let place = manifest.place(at);
-            region.to_vec(place.start, place.end - place.start).unwrap()
-        };
-        manifest.tensors().iter().enumerate().map(|(at, tensor)| (tensor.name.clone(), bytes(at))).collect()
-    }
-}
+use weights_worker::{PATIENCE, Worker, listen, paths, small_buckets};
 
 /// A sender of one version; its address.
 async fn send(tasks: &mut JoinSet<()>, version: u64, bytes: Arc<dyn TensorBytes>, paths: &Paths) -> (Source, String) {
