@@ -302,3 +302,93 @@ fn listener_of(port: &str) -> i32 {
 fn listener_is_other(port: &str, than: i32) -> bool {
     engines(port).iter().any(|pid| *pid != than)
 }
+
+/// PRIME-RL's orchestrator, as far as it talks to inference.
+struct Orchestrator<'a>(&'a Fleet);
+
+impl Orchestrator<'_> {
+    /// Its own habit: ten tries on 502, 503, 504 and transport errors; anything else ends the run.
+    async fn admin(&self, path: &str, body: &Value) -> Value {
+        for _ in 0..10 {
+            let sent = self.0.client.post(format!("{}{path}", self.0.address)).json(body).send().await;
+            match sent {
+                Ok(answer) if [502, 503, 504].contains(&answer.status().as_u16()) => {}
+                Ok(answer) => {
+                    assert!(answer.status().is_success(), "{path} {body}: {}", answer.text().await.unwrap());
+                    return answer.json().await.unwrap();
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("{path} {body} was tried ten times")
+    }
+
+    /// What the trainer leaves for a step: the checkpoint, and when it is whole, the marker.
+    async fn update(&self, step: u64, seed: u64) -> Value {
+        let folder = self.0.folder.path().join(format!("broadcasts/step_{step}"));
+        checkpoints::write(&folder, &checkpoints::tensors(seed, 12, 20_000), 2);
+        std::fs::write(folder.join("STABLE"), "").unwrap();
+        self.admin("/update_weights", &json!({"weight_dir": folder})).await
+    }
+
+    async fn rollout(&self, model: &str) -> (u64, String) {
+        let messages = json!([{"role": "user", "content": "Reverse the text: abc"}]);
+        let body = json!({"model": model, "messages": messages, "max_tokens": 16, "temperature": 0});
+        let path = format!("{}/v1/chat/completions", self.0.address);
+        let answer = self.0.client.post(path).json(&body).send().await.unwrap();
+        let version = answer.headers()["x-pdlink-weight-version"].to_str().unwrap().parse().unwrap();
+        let answer: Value = answer.json().await.unwrap();
+        assert_eq!(answer["model"], model);
+        (version, answer["choices"][0]["message"]["content"].as_str().unwrap().to_owned())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prime_rls_calls_in_its_order_drive_the_fleet_unchanged() {
+    let fleet = Fleet::start("[0]", &[]);
+    let orchestrator = Orchestrator(&fleet);
+    assert_eq!(fleet.get("/health").await["status"], "ok");
+    let models = fleet.get("/v1/models").await;
+    let model = models["data"][0]["id"].as_str().unwrap().to_owned();
+    let meeting =
+        json!({"host": "127.0.0.1", "port": 29501, "server_rank": 0, "num_inference_server": 1, "timeout": 30});
+    assert_eq!(orchestrator.admin("/init_broadcaster", &meeting).await["status"], "ok");
+    let base = orchestrator.rollout(&model).await;
+    assert_eq!(base.0, 0);
+
+    let mut answers = BTreeSet::from([base.1.clone()]);
+    for step in [1, 2, 5] {
+        let done = orchestrator.update(step, step).await;
+        assert_eq!((&done["status"], &done["version"]), (&json!("ok"), &json!(step)), "a step is its version");
+        let (version, text) = orchestrator.rollout(&model).await;
+        assert_eq!(version, step);
+        assert!(answers.insert(text), "each step's weights answer differently");
+    }
+    // The file system is slow: the folder is seen a while after the marker was. Its tries carry it over.
+    let late = fleet.folder.path().join("broadcasts/step_6");
+    let body = json!({"weight_dir": late});
+    let seen = async {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        let hidden = fleet.folder.path().join("hidden");
+        checkpoints::write(&hidden, &checkpoints::tensors(6, 12, 20_000), 2);
+        std::fs::rename(&hidden, &late).unwrap();
+    };
+    let (done, ()) = tokio::join!(orchestrator.admin("/update_weights", &body), seen);
+    assert_eq!(done["version"], 6);
+    // Back to an earlier step: the same weights, as a version of their own.
+    let again = orchestrator.update(2, 2).await;
+    assert_eq!(again["version"], 7);
+
+    assert_eq!(orchestrator.admin("/reload_weights", &json!({})).await["status"], "ok");
+    assert_eq!(orchestrator.rollout(&model).await, (8, base.1.clone()));
+
+    let adapter = fleet.checkpoint(40);
+    let lora = json!({"lora_name": "r8-step-1", "lora_path": adapter});
+    assert_eq!(orchestrator.admin("/load_lora_adapter", &lora).await["status"], "ok");
+    let adapted = orchestrator.rollout("r8-step-1").await;
+    assert!(adapted.0 == 8 && !answers.contains(&adapted.1), "{adapted:?}");
+    assert!(answers.contains(&orchestrator.rollout(&model).await.1), "the model itself answers as before");
+    let names = fleet.get("/v1/models").await;
+    assert_eq!(names["data"].as_array().unwrap().len(), 2, "{names}");
+}

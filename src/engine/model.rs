@@ -43,6 +43,17 @@ impl Weights {
         Self { version, word: mix(word(low), word(high)) }
     }
 
+    /// The same with an adapter of this digest.
+    pub(super) fn adapted(self, adapter: Option<[u8; 16]>) -> Self {
+        let with = |digest| mix(self.word, Self::of(0, digest).word);
+        Self { word: adapter.map_or(self.word, with), ..self }
+    }
+
+    /// As one word.
+    pub(super) fn word(self) -> u64 {
+        self.word
+    }
+
     /// The same weights, as another version.
     pub(super) fn as_version(self, version: u64) -> Self {
         Self { version, ..self }

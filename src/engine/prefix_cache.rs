@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use sha2::{Digest, Sha256};
 
+use super::model::Weights;
 use super::tokenizer::Token;
 use crate::kv::BlockId;
 
@@ -13,10 +14,11 @@ pub(super) struct BlockHash([u8; 16]);
 
 impl BlockHash {
     /// Before the first block. Requests with different salts never share a block, nor do different weights (WT-3).
-    pub(super) fn root(weight_version: u64, cache_salt: Option<&str>) -> Self {
+    pub(super) fn root(weights: Weights, cache_salt: Option<&str>) -> Self {
         let mut hasher = Sha256::new();
         hasher.update(b"pdlink prefix");
-        hasher.update(weight_version.to_le_bytes());
+        hasher.update(weights.version.to_le_bytes());
+        hasher.update(weights.word().to_le_bytes());
         if let Some(salt) = cache_salt {
             hasher.update([1]);
             hasher.update(salt.as_bytes());
@@ -79,14 +81,14 @@ mod tests {
     #[test]
     // WT-3: the version is part of every hash.
     fn a_hash_depends_on_tokens_salt_weights_and_everything_before() {
-        let root = BlockHash::root(0, None);
-        assert_eq!(root.then(&[1, 2]), BlockHash::root(0, None).then(&[1, 2]));
+        let root = BlockHash::root(Weights::base(0), None);
+        assert_eq!(root.then(&[1, 2]), BlockHash::root(Weights::base(0), None).then(&[1, 2]));
         let others = [
             root.then(&[2, 1]),
             root.then(&[1, 2]).then(&[1, 2]),
-            BlockHash::root(1, None).then(&[1, 2]),
-            BlockHash::root(0, Some("")).then(&[1, 2]),
-            BlockHash::root(0, Some("a")).then(&[1, 2]),
+            BlockHash::root(Weights::base(1), None).then(&[1, 2]),
+            BlockHash::root(Weights::base(0), Some("")).then(&[1, 2]),
+            BlockHash::root(Weights::base(0), Some("a")).then(&[1, 2]),
         ];
         for (index, other) in others.iter().enumerate() {
             assert_ne!(*other, root.then(&[1, 2]), "case {index}");
@@ -96,7 +98,7 @@ mod tests {
     #[test]
     fn a_hit_ends_at_the_first_gap() {
         let chain: Vec<_> = (0..3)
-            .scan(BlockHash::root(0, None), |hash, token| {
+            .scan(BlockHash::root(Weights::base(0), None), |hash, token| {
                 *hash = hash.then(&[token]);
                 Some(*hash)
             })

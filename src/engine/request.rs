@@ -60,6 +60,8 @@ pub(super) struct Params {
     /// How many candidates to report for each token; `None` reports no logprobs.
     pub logprobs: Option<usize>,
     pub cache_salt: Option<String>,
+    /// The digest of the adapter that the answer is made with.
+    pub adapter: Option<[u8; 16]>,
 }
 
 /// What happened to one answer.

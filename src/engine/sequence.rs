@@ -64,6 +64,7 @@ impl Sequence {
         events: UnboundedSender<Event>,
         weights: Weights,
     ) -> Self {
+        let weights = weights.adapted(new.params.adapter);
         Self {
             group,
             external_id,
@@ -83,7 +84,7 @@ impl Sequence {
             prompt_len: new.prompt.len(),
             contexts: contexts(weights, &new.prompt),
             hashes: Vec::new(),
-            root: BlockHash::root(weights.version, new.params.cache_salt.as_deref()),
+            root: BlockHash::root(weights, new.params.cache_salt.as_deref()),
             published: 0,
             text: OutputText::new(&new.params.stop, new.params.include_stop),
             params: new.params,
@@ -143,9 +144,10 @@ impl Sequence {
     /// From here on it is made with other weights: what was computed with the old ones is worth nothing (WT-3). What was
     /// said stays.
     pub(super) fn go_on_with(&mut self, weights: Weights) {
+        let weights = weights.adapted(self.params.adapter);
         self.weights = weights;
         self.contexts = contexts(weights, &self.tokens);
-        self.root = BlockHash::root(weights.version, self.params.cache_salt.as_deref());
+        self.root = BlockHash::root(weights, self.params.cache_salt.as_deref());
         self.hashes.clear();
         self.cached_tokens = None;
     }

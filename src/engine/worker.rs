@@ -126,6 +126,7 @@ impl Engine {
             model_len_max,
             role: setup.role,
             weights,
+            adapters: server::Adapters::default(),
             weights_runtime,
             weights_config: setup.weights,
             registry,

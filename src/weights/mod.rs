@@ -34,6 +34,6 @@ pub use manifest::{Dtype, Manifest, ManifestError, Tensor};
 pub use metrics::WeightsMetrics;
 pub use receiver::{NewWeights, ReceiverSetup, WeightTarget, WeightsHandle, WeightsReceiver};
 pub use source::{Paths, Progress, Running, Source, SourceError, WrapPath};
-pub use stage::StageError;
+pub use stage::{StageError, digest_of_folder};
 pub use staged::Staged;
 pub use tensors::{ReadError, TensorBytes};

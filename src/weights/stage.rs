@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::checkpoint::{Checkpoint, CheckpointError};
-use super::digest::StreamDigests;
+use super::digest::{StreamDigests, WeightsDigest};
 use super::manifest::{Buckets, Manifest, ManifestError};
 use super::pull::Pull;
 use super::source::Paths;
@@ -17,6 +17,9 @@ use crate::config::Staging;
 use crate::control::{ControlError, WeightSource, WeightsOffer};
 use crate::memory::{AccessError, Region, to_usize};
 use crate::transport::TransportError;
+
+/// Bytes that are read at once where nothing is kept.
+const READ_BYTES: u64 = 16 << 20;
 
 /// Why weights were not staged. Each names what it was about.
 #[derive(Debug, thiserror::Error)]
@@ -161,6 +164,21 @@ impl Stage {
         }
         Ok(room.staged(manifest, &digests))
     }
+}
+
+/// The digest of a checkpoint's tensors, which are read and not kept.
+pub fn digest_of_folder(folder: &Path) -> Result<WeightsDigest, StageError> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let manifest = checkpoint.manifest();
+    let buckets = Buckets::new(manifest.stream_bytes(), READ_BYTES.min(manifest.stream_bytes()));
+    let bytes = buckets.bucket_bytes();
+    let region = Region::shared(to_usize(bytes)).map_err(|why| StageError::Memory { bytes, why })?;
+    let mut digests = StreamDigests::default();
+    for range in (0..buckets.count()).map(|bucket| buckets.range(bucket)) {
+        lay(&checkpoint, &range, &region, 0)?;
+        digests.pass(manifest, range, &region, 0)?;
+    }
+    Ok(WeightsDigest::of(manifest, digests.done()))
 }
 
 /// Tells a blocking task that nobody waits for it, when it is dropped.

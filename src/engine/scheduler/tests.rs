@@ -209,6 +209,7 @@ impl Rig {
             stop_token_ids: Vec::new(),
             logprobs: None,
             cache_salt: ask.salt.map(str::to_owned),
+            adapter: None,
         };
         let sequence = NewSequence {
             index: 0,

@@ -54,7 +54,7 @@ fn start_completion(
 ) -> Result<(job::Job, super::super::front::Answers), ApiError> {
     let read = || {
         let (common, own) = (fields::<CommonFields>(object)?, fields::<CompletionFields>(object)?);
-        common.check_model(&state.model)?;
+        state.adapter_of(common.model.as_deref())?;
         if own.suffix.is_some_and(|suffix| !suffix.is_empty()) {
             return Err(ApiError::bad_param("suffix", "suffix is not supported"));
         }
@@ -92,7 +92,7 @@ async fn chat_with(state: &State, request: Request, from_tokens: bool) -> Result
 
 fn read_chat(state: &State, object: &Value, from_tokens: bool) -> Result<(CommonFields, Asked), ApiError> {
     let (mut common, own) = (fields::<CommonFields>(object)?, fields::<ChatFields>(object)?);
-    common.check_model(&state.model)?;
+    state.adapter_of(common.model.as_deref())?;
     // In chat `echo` repeats the last message, which this engine's template already has in the prompt.
     common.echo = None;
     let wanted = check_logprobs("top_logprobs", own.top_logprobs.unwrap_or(0))?;

@@ -78,7 +78,7 @@ fn checked(
     asked: Asked,
     transfer: &KvRequest,
 ) -> Result<(Job, Answers), ApiError> {
-    common.check_model(&state.model)?;
+    let adapter = state.adapter_of(common.model.as_deref())?;
     let (n, stream) = (common.n()?, common.streams()?);
     let answers = n.saturating_mul(asked.prompts.len());
     if answers > 1 && *transfer != KvRequest::Plain {
@@ -88,7 +88,9 @@ fn checked(
     let prompt_logprobs = common.prompt_logprobs()?;
     let sampling = common.sampling(n)?;
     let limits = |prompt: &Vec<Token>| {
-        common.limits(asked.max_tokens, asked.max_tokens_default, asked.logprobs, prompt.len(), state.model_len_max)
+        let (wanted, default) = (asked.max_tokens, asked.max_tokens_default);
+        let limits = common.limits(wanted, default, asked.logprobs, prompt.len(), state.model_len_max);
+        limits.map(|limits| Arc::new(Params { adapter, ..limits }))
     };
     let params: Vec<Arc<Params>> = asked.prompts.iter().map(limits).collect::<Result<_, _>>()?;
     let request_id = request_id(headers, common.request_id.as_deref());
@@ -119,7 +121,7 @@ fn checked(
         id,
         request_id,
         created: super::unix_time_s(),
-        model: state.model.clone(),
+        model: common.model.clone().unwrap_or_default(),
         prompts,
         n,
         stream,

@@ -8,6 +8,7 @@ mod body;
 mod generate;
 mod job;
 mod logprobs;
+mod lora;
 mod params;
 mod plain;
 mod prompt;
@@ -27,6 +28,7 @@ use axum::routing::{get, post};
 use http::{HeaderValue, StatusCode};
 use prometheus_client::registry::Registry;
 
+pub(super) use self::lora::Adapters;
 use super::front::Front;
 use super::model::Weights;
 use crate::config::WeightsConfig;
@@ -47,6 +49,7 @@ pub(super) struct ServerState {
     pub role: Role,
     /// What the worker was started with.
     pub weights: Weights,
+    pub adapters: Adapters,
     pub weights_runtime: WeightsHandle,
     pub weights_config: WeightsConfig,
     pub registry: Registry,
@@ -56,6 +59,15 @@ pub(super) struct ServerState {
 }
 
 impl ServerState {
+    /// The adapter that a model's name stands for; the model itself has none.
+    fn adapter_of(&self, model: Option<&str>) -> Result<Option<[u8; 16]>, ApiError> {
+        match model {
+            None => Err(ApiError::bad_param("model", "the field `model` is required")),
+            Some(model) if model == self.model => Ok(None),
+            Some(model) => self.adapters.of(model).map(Some).ok_or_else(|| ApiError::unknown_model(model)),
+        }
+    }
+
     fn is_alive(&self) -> bool {
         self.alive.load(Ordering::Acquire)
     }
@@ -81,6 +93,10 @@ pub(super) fn router(state: State) -> Router {
         .route("/update_weights", post(weights::update_weights))
         .route("/reload_weights", post(weights::reload_weights))
         .route("/init_broadcaster", post(weights::init_broadcaster))
+        .route("/load_lora_adapter", post(lora::load))
+        .route("/v1/load_lora_adapter", post(lora::load))
+        .route("/unload_lora_adapter", post(lora::unload))
+        .route("/v1/unload_lora_adapter", post(lora::unload))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::disable())

@@ -1,7 +1,5 @@
 //! The fields that completions and chat share: read, checked, turned into what the scheduler takes.
 
-use std::sync::Arc;
-
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -55,15 +53,6 @@ pub(super) enum Stops {
 }
 
 impl CommonFields {
-    /// Refuses a request for another model.
-    pub(super) fn check_model(&self, served: &str) -> Result<(), ApiError> {
-        match self.model.as_deref() {
-            None => Err(ApiError::bad_param("model", "the field `model` is required")),
-            Some(model) if model == served => Ok(()),
-            Some(model) => Err(ApiError::unknown_model(model)),
-        }
-    }
-
     /// Answers per prompt.
     pub(super) fn n(&self) -> Result<usize, ApiError> {
         match self.n.unwrap_or(1) {
@@ -130,7 +119,7 @@ impl CommonFields {
         logprobs: Option<usize>,
         prompt_len: usize,
         model_len_max: usize,
-    ) -> Result<Arc<Params>, ApiError> {
+    ) -> Result<Params, ApiError> {
         if prompt_len == 0 {
             return Err(ApiError::bad_param("prompt", "the prompt is empty: there must be at least one token"));
         }
@@ -154,7 +143,7 @@ impl CommonFields {
             let message = format!("min_tokens must be at most max_tokens={max_tokens}, got {min_tokens}");
             return Err(ApiError::bad_param("min_tokens", message));
         }
-        Ok(Arc::new(Params {
+        Ok(Params {
             max_tokens,
             min_tokens,
             ignore_eos: self.ignore_eos.unwrap_or(false),
@@ -163,7 +152,8 @@ impl CommonFields {
             stop_token_ids: self.stop_token_ids.clone().unwrap_or_default(),
             logprobs,
             cache_salt: self.cache_salt.clone(),
-        }))
+            adapter: None,
+        })
     }
 
     fn stops(&self) -> Result<Vec<String>, ApiError> {

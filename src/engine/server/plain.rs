@@ -18,11 +18,16 @@ const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset
 
 /// `GET /v1/models`
 pub(super) async fn models(Shared(state): Shared<State>) -> Json<Value> {
-    let card = json!({
-        "id": state.model, "object": "model", "created": state.started_s, "owned_by": "pdlink",
-        "root": state.model, "parent": null, "max_model_len": state.model_len_max, "permission": [],
-    });
-    Json(json!({"object": "list", "data": [card]}))
+    let card = |id: &str, parent: Option<&str>| {
+        json!({
+            "id": id, "object": "model", "created": state.started_s, "owned_by": "pdlink",
+            "root": state.model, "parent": parent, "max_model_len": state.model_len_max, "permission": [],
+        })
+    };
+    let adapters = state.adapters.names();
+    let adapters = adapters.iter().map(|name| card(name, Some(&state.model)));
+    let cards: Vec<Value> = std::iter::once(card(&state.model, None)).chain(adapters).collect();
+    Json(json!({"object": "list", "data": cards}))
 }
 
 /// `GET /health`: whether requests can be served.
@@ -120,8 +125,8 @@ pub(super) async fn abort_requests(Shared(state): Shared<State>, request: Reques
 
 fn check_model(state: &State, model: Option<&str>) -> Result<(), ApiError> {
     match model {
-        Some(model) if model != state.model => Err(ApiError::unknown_model(model)),
-        _ => Ok(()),
+        Some(model) => state.adapter_of(Some(model)).map(drop),
+        None => Ok(()),
     }
 }
 

@@ -81,6 +81,8 @@ pub(crate) struct Desk {
     pub(super) fleet: Mutex<Fleet>,
     /// Held for writing by an update, for reading by workers that catch up.
     pub(super) turn: RwLock<()>,
+    /// Changes when an update wants its turn: workers that catch up give theirs up, and begin again after it.
+    pub(super) wanted: watch::Sender<u64>,
     /// Whether the fleet's version may still be learnt from what workers say.
     pub(super) learning: AtomicBool,
     /// Changes when the fleet's version does.
@@ -101,6 +103,7 @@ impl Desk {
             times: Times::of(config),
             fleet: Mutex::default(),
             turn: RwLock::default(),
+            wanted: watch::Sender::default(),
             learning: AtomicBool::new(true),
             changed: watch::Sender::default(),
             running: Mutex::default(),
@@ -176,6 +179,7 @@ pub(super) fn members(shared: &Shared) -> Vec<Member> {
 
 async fn carry_out(shared: &Arc<Shared>, order: &Order) -> Outcome {
     let desk = &shared.weights;
+    desk.wanted.send_modify(|times| *times += 1);
     let _turn = desk.turn.write().await;
     let all = members(shared);
     if all.len() < shared.workers.len() {

@@ -95,7 +95,16 @@ async fn look(shared: &Arc<Shared>, member: &Member, status: &WeightsStatus) -> 
             status.version
         ));
     }
-    let caught_up = catch_up(shared, member, version).await;
+    let mut wanted = shared.weights.wanted.subscribe();
+    let update = rand::random();
+    let caught_up = tokio::select! {
+        caught_up = catch_up(shared, member, update, version) => caught_up,
+        _ = wanted.changed() => {
+            let why = "an update of the whole fleet comes first".to_owned();
+            let _ = member.client.weights(WeightsRequest::Abort { update, why: why.clone() }).await;
+            Err(why)
+        }
+    };
     drop(turn);
     caught_up?;
     member.worker.health.bar(false);
@@ -121,7 +130,7 @@ fn learn(shared: &Shared, status: &WeightsStatus) -> Option<u64> {
 }
 
 /// Gives one worker the fleet's version: the same phases, with nobody else in them.
-async fn catch_up(shared: &Arc<Shared>, member: &Member, version: u64) -> Result<(), String> {
+async fn catch_up(shared: &Arc<Shared>, member: &Member, update: u64, version: u64) -> Result<(), String> {
     let (digest, source) = {
         let fleet = shared.weights.fleet();
         (fleet.digest, fleet.source.clone())
@@ -137,7 +146,7 @@ async fn catch_up(shared: &Arc<Shared>, member: &Member, version: u64) -> Result
     };
     tracing::info!(worker = member.worker.name(), version, %source, "a worker catches up");
     let alone = [member.clone()];
-    let update = Update { shared, members: &alone, id: rand::random(), version, source };
+    let update = Update { shared, members: &alone, id: update, version, source };
     update.run_alone(digest).await.map_err(|failed| failed.to_string())
 }
 
