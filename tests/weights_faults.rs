@@ -261,3 +261,66 @@ async fn the_same_order_is_joined_and_another_one_is_refused_while_one_is_under_
     assert_eq!(other.status, 409, "{}", other.body);
     assert!(other.error().contains("is under way"), "{}", other.body);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wt_1_a_proxy_that_was_restarted_learns_the_version_and_who_is_behind() {
+    let fleet = Fleet::start(config()).await;
+    // While no proxy looks, one worker goes ahead: as after a proxy that died between two commits.
+    let Fleet { proxy, workers, _mocks: mocks, folder } = fleet;
+    drop(proxy);
+    let ahead = folder.path().join("ahead");
+    checkpoints::write(&ahead, &checkpoints::tensors(5, 10, 2000), 1);
+    let offer = |version, source| WeightsOffer {
+        update: 500 + version,
+        version,
+        source,
+        receivers: 1,
+        receiver: 0,
+        stage_ms: 5000,
+        hold_ms: 5000,
+    };
+    workers[0].ask(WeightsRequest::Offer(offer(2, WeightSource::Folder(path(&ahead))))).await;
+    workers[0].staged().await;
+    workers[0].commit(502).await;
+    let mut setup = Setup::new(&[&mocks.0], &[&mocks.1]);
+    setup.unwell = true;
+    let address = |url: String, worker: &Worker| WorkerAddress {
+        kv_addr: Some(worker.address.clone()),
+        ..WorkerAddress::new(url)
+    };
+    setup.prefill = vec![address(mocks.0.url(), &workers[0])];
+    setup.decode = vec![address(mocks.1.url(), &workers[1])];
+    setup.weights = config();
+    let fleet = Fleet { proxy: setup.start().await, workers, _mocks: mocks, folder };
+    let status =
+        fleet.until(|status| status["workers"][1]["version"] == 2 && status["workers"][1]["kept_out"] == false).await;
+    assert_eq!((&status["version"], &status["workers"][0]["kept_out"]), (&json!(2), &json!(false)), "{status}");
+    assert_eq!(status["workers"][0]["digest"], status["workers"][1]["digest"]);
+    let next = fleet.update(json!({"base": true})).await;
+    assert_eq!((next.status, &next.json()["version"]), (200, &json!(3)), "{}", next.body);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wt_5_a_folder_that_has_changed_since_is_not_what_a_worker_catches_up_with() {
+    // Nobody keeps what it staged, so the folder is all there is.
+    let fleet = Fleet::start(WeightsConfig { keep: false, ..config() }).await;
+    fleet.workers[1].trouble(Trouble::RefusesWeights);
+    // Written over once it has been read: when the pause begins, every worker has staged.
+    let folder = fleet.checkpoint(2);
+    let overwriting = async {
+        while fleet.workers[1].notes.said().iter().filter(|said| *said == "pause").count() < 2 {
+            tokio::task::yield_now().await;
+        }
+        checkpoints::write(&folder, &checkpoints::tensors(9, 10, 2000), 1);
+    };
+    let (answer, ()) = tokio::join!(fleet.update(json!({"folder": folder})), overwriting);
+    assert_eq!((answer.status, &answer.json()["version"]), (200, &json!(2)), "{}", answer.body);
+    let status = fleet
+        .until(|status| {
+            status["workers"][1]["failure"]["why"].as_str().is_some_and(|why| why.contains("other weights"))
+        })
+        .await;
+    assert_eq!((&status["workers"][1]["kept_out"], &status["workers"][1]["version"]), (&json!(true), &json!(1)));
+    let status = fleet.workers[1].until(|status| status.phase == WeightsPhase::Serving).await;
+    assert_eq!(status.version, 1);
+}

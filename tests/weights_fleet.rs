@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use reqwest::{Client, StatusCode};
@@ -148,15 +148,17 @@ async fn answer(client: &Client, address: &str, prompt: usize, stream: bool) -> 
 /// Clients that ask without a pause until they are told to stop, and what they got.
 struct Load {
     stop: Arc<AtomicBool>,
+    answered: Arc<AtomicUsize>,
     clients: JoinSet<Vec<(usize, u64, String)>>,
 }
 
 impl Load {
     fn start(fleet: &Fleet, clients: usize, stream: bool) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
+        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let mut running = JoinSet::new();
         for number in 0..clients {
             let (stop, client, address) = (Arc::clone(&stop), fleet.client.clone(), fleet.address.clone());
+            let answered = Arc::clone(&answered);
             running.spawn(async move {
                 let mut got = Vec::new();
                 for turn in 0.. {
@@ -167,11 +169,21 @@ impl Load {
                     got.extend(
                         answer(&client, &address, prompt, stream).await.map(|(version, text)| (prompt, version, text)),
                     );
+                    answered.fetch_add(1, Ordering::Relaxed);
                 }
                 got
             });
         }
-        Self { stop, clients: running }
+        Self { stop, answered, clients: running }
+    }
+
+    /// Waits until each client has had an answer or two more.
+    async fn goes_on(&self) {
+        let (begun, want) = (Instant::now(), self.answered.load(Ordering::Relaxed) + 2 * self.clients.len());
+        while self.answered.load(Ordering::Relaxed) < want {
+            assert!(begun.elapsed() < PATIENCE, "the clients get no answers");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     async fn stop(self) -> Vec<(usize, u64, String)> {
@@ -189,14 +201,15 @@ async fn no_answer_mixes(prefill: &str, in_flight: &str, stream: bool) {
     assert_eq!((&first["version"], &first["behind"]), (&json!(1), &json!([])));
     let of_a = fleet.answers().await;
     let load = Load::start(&fleet, 32, stream);
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    load.goes_on().await;
     let second = fleet.push(&b).await;
     assert_eq!(second["version"], 2);
     let of_b = fleet.answers().await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    load.goes_on().await;
     let third = fleet.folder(&a).await;
     assert_eq!((&third["version"], &third["digest"]), (&json!(3), &first["digest"]), "WT-5: pushed or read, the same");
     assert_eq!(fleet.answers().await, of_a, "the same weights answer the same, whatever their version");
+    load.goes_on().await;
     let got = load.stop().await;
     let (answer, versions): (_, BTreeSet<u64>) =
         (|version: u64| if version == 2 { &of_b } else { &of_a }, got.iter().map(|(_, version, _)| *version).collect());
@@ -391,4 +404,54 @@ async fn prime_rls_calls_in_its_order_drive_the_fleet_unchanged() {
     assert!(answers.contains(&orchestrator.rollout(&model).await.1), "the model itself answers as before");
     let names = fleet.get("/v1/models").await;
     assert_eq!(names["data"].as_array().unwrap().len(), 2, "{names}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wt_4_a_sender_that_is_killed_while_it_sends_changes_nothing() {
+    let fleet = Fleet::start("[0]", &[]);
+    fleet.push(&fleet.checkpoint(1)).await;
+    let of_a = fleet.answers().await;
+    let load = Load::start(&fleet, 8, true);
+    let large = fleet.folder.path().join("large");
+    checkpoints::write(&large, &checkpoints::tensors(2, 8, 4_000_000), 1);
+    let mut sender = Command::new(env!("CARGO_BIN_EXE_pdlink"))
+        .args(["weights", "push", "--json", "--to", &fleet.address, "--checkpoint", large.to_str().unwrap()])
+        .args([
+            "--secret-file",
+            fleet.folder.path().join("secret").to_str().unwrap(),
+            "--weights.bucket_bytes",
+            "16384",
+        ])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    loop {
+        let status = fleet.get("/admin/weights").await;
+        let staging = |worker: &Value| worker["phase"] == "staging" && worker["staged_bytes"].as_u64() > Some(0);
+        if status["workers"].as_array().unwrap().iter().all(staging) {
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{status}");
+    }
+    sender.kill().unwrap();
+    sender.wait().unwrap();
+    loop {
+        let status = fleet.get("/admin/weights").await;
+        if let (Value::Null, Some(failure)) = (&status["under_way"], status["last_failure"].as_str()) {
+            assert!(failure.contains("while staging, on worker http://") && failure.contains("lost"), "{failure}");
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{status}");
+    }
+    assert_eq!(fleet.versions().await, [1, 1]);
+    assert_eq!(fleet.answers().await, of_a);
+    let got = load.stop().await;
+    assert!(!got.is_empty());
+    for (prompt, version, text) in got {
+        assert_eq!((version, &text), (1, &of_a[prompt]), "no answer was lost or changed");
+    }
+    let done = fleet.push(&large).await;
+    assert_eq!((&done["version"], &done["behind"]), (&json!(2), &json!([])));
 }

@@ -31,6 +31,7 @@ exceptions! {
     ParamsTooLargeError(TransferParamsError),
     BrokenSealError(TransferParamsError),
     CardsError(TransferParamsError),
+    SendError(PdlinkError),
     LinkError(PdlinkError),
     LayoutError(LinkError),
     ControlError(LinkError),

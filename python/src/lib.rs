@@ -9,6 +9,7 @@ mod log;
 mod maker;
 mod regions;
 mod request;
+mod sender;
 mod settings;
 
 use pyo3::prelude::*;
@@ -22,6 +23,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<link::Report>()?;
     module.add_class::<maker::ParamsMaker>()?;
     module.add_class::<request::KvRequest>()?;
+    module.add_class::<sender::WeightSender>()?;
     module.add_function(wrap_pyfunction!(request::parse_request, module)?)?;
     module.add_function(wrap_pyfunction!(request::new_transfer_id, module)?)?;
     module.add_function(wrap_pyfunction!(log::init_log, module)?)?;

@@ -1,4 +1,4 @@
-//! vLLM's KV memory as regions: the one place of this crate that has unsafe code.
+//! Python's memory as regions, vLLM's KV and a trainer's weights: the one place of this crate that has unsafe code.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -25,8 +25,8 @@ fn one((address, len, owner, gpu): Memory) -> PyResult<Arc<Region>> {
     let Some(gpu) = gpu else {
         // SAFETY: the caller takes address and length from one torch storage in host memory and passes that storage as
         // the owner. The region holds a reference to it, and torch never moves or shrinks a storage that is referenced: the
-        // connector lets go of the link before vLLM's sleep mode takes the pages away. No Rust code makes a reference into
-        // it.
+        // connector lets go of the link before vLLM's sleep mode takes the pages away, and a trainer's tensors are only
+        // read. No Rust code makes a reference into it.
         return Ok(unsafe { Region::borrowed(ptr, len, owner) });
     };
     let device = Device::open(gpu).map_err(|error| errors::settings("a region", &error))?;

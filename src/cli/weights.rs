@@ -1,6 +1,5 @@
 //! `pdlink weights`: sends a checkpoint to a fleet that serves, and says which version it has.
 
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -20,16 +19,14 @@ use crate::bench::client;
 use crate::bench::serve::address_of;
 use crate::bench::table::Table;
 use crate::config::Config;
-use crate::control::{self, Connection, Hello, Identity, Liveness, Part, Role, VERSIONS};
 use crate::security::{SECRET_FILE_ENV, Secret};
 use crate::telemetry;
-use crate::weights::{Checkpoint, Paths, Progress, Source, TensorBytes};
+use crate::weights::{Checkpoint, Paths, Progress, Sender, TensorBytes};
 
 /// How long a question that is answered at once may take.
 const ASK_MAX: Duration = Duration::from_secs(30);
 /// How much longer than the phases of an update together its answer may take.
 const SLACK: Duration = Duration::from_secs(30);
-const LIVENESS: Liveness = Liveness { ping_interval: Duration::from_secs(1), peer_timeout: Duration::from_secs(10) };
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -162,24 +159,20 @@ async fn push(args: &PushArgs, config: &Config) -> anyhow::Result<ExitCode> {
         }
     };
     let listener = listen(&args.host, 0)?;
-    let secret = secret(args, config, &listener)?;
     let paths = Paths {
         weights: config.weights.clone(),
         kv: config.kv.clone(),
-        secret: secret.clone(),
+        secret: secret(args, config)?,
         bind: listener.local_addr()?.ip(),
         advertise_host: args.host.clone(),
         wrap_path: None,
     };
-    let (source, running) = Source::packing(version, Arc::clone(&checkpoint) as Arc<dyn TensorBytes>, &paths)?;
+    let sender = Sender::start(version, Arc::clone(&checkpoint) as Arc<dyn TensorBytes>, &paths, listener)?;
     let mut tasks = JoinSet::new();
-    tasks.spawn(running);
-    let peer = format!("{}:{}", args.host, listener.local_addr()?.port());
-    serve(&mut tasks, listener, secret, &source)?;
     if !args.fleet.json {
-        tasks.spawn(show(source.progress()));
+        tasks.spawn(show(sender.progress()));
     }
-    let order = json!({"peer": peer, "version": version});
+    let order = json!({"peer": sender.address(), "version": version});
     let patience = patience(config);
     let done = args.fleet.ask(config, Method::POST, "/admin/weights/update", &order, patience).await?;
     if args.fleet.json {
@@ -197,31 +190,12 @@ fn patience(config: &Config) -> Duration {
     Duration::try_from_secs_f64(phases).unwrap_or(Duration::MAX / 4) + SLACK
 }
 
-fn secret(args: &PushArgs, config: &Config, listener: &TcpListener) -> anyhow::Result<Secret> {
+fn secret(args: &PushArgs, config: &Config) -> anyhow::Result<Secret> {
     let named = args.secret_file.clone().or_else(|| config.security.secret_file.clone());
-    if let Some(file) = named.or_else(|| std::env::var_os(SECRET_FILE_ENV).map(PathBuf::from)) {
-        return Ok(Secret::read_file(&file)?);
+    match named.or_else(|| std::env::var_os(SECRET_FILE_ENV).map(PathBuf::from)) {
+        Some(file) => Ok(Secret::read_file(&file)?),
+        None => Ok(Secret::loopback()),
     }
-    let secret = Secret::loopback();
-    secret.allowed_on(listener.local_addr()?.ip())?;
-    Ok(secret)
-}
-
-/// Lets workers in.
-fn serve(tasks: &mut JoinSet<()>, listener: TcpListener, secret: Secret, source: &Source) -> anyhow::Result<()> {
-    let hello = Hello {
-        part: Part::Weights,
-        engine_id: format!("sender of process {}", std::process::id()),
-        incarnation: 0,
-        role: Role::Both,
-        payload: Vec::new(),
-    };
-    let identity = Identity { secret, versions: VERSIONS, hello, timeout: ASK_MAX };
-    let source = source.clone();
-    let welcome = Arc::new(move |_: Hello, connection: &Connection| source.welcome(connection));
-    let listener = tokio::net::TcpListener::from_std(listener)?;
-    tasks.spawn(control::serve(listener, Arc::new(identity), LIVENESS, welcome));
-    Ok(())
 }
 
 fn sent(done: &Value, tensors: usize) -> String {

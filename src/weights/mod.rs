@@ -2,7 +2,7 @@
 //!
 //! - *what is sent*: `manifest` (names, dtypes, shapes, and the stream that their bytes make), `digest`, `tensors` (where
 //!   bytes come from), `checkpoint` (one such place: safetensors on disk);
-//! - *how it comes*: `messages` over a control connection, `ring` and `source` on the sending side, `pull` and `stage` on the
+//! - *how it comes*: `messages` over a control connection, `ring`, `source` and `sender` on the sending side, `pull` and `stage` on the
 //!   receiving one, `staged` is what came of it;
 //! - *when it serves*: `session`, one worker's part in an update as a pure machine, and `receiver`, the thread that owns it.
 //!
@@ -20,6 +20,7 @@ mod metrics;
 mod pull;
 mod receiver;
 mod ring;
+mod sender;
 mod session;
 mod source;
 mod stage;
@@ -33,6 +34,7 @@ pub use digest::{TensorDigest, WeightsDigest};
 pub use manifest::{Dtype, Manifest, ManifestError, Tensor};
 pub use metrics::WeightsMetrics;
 pub use receiver::{NewWeights, ReceiverSetup, WeightTarget, WeightsHandle, WeightsReceiver};
+pub use sender::{Sender, SenderError};
 pub use source::{Paths, Progress, Running, Source, SourceError, WrapPath};
 pub use stage::{StageError, digest_of_folder};
 pub use staged::Staged;

@@ -80,6 +80,7 @@ impl WeightsReceiver {
             events: events.clone(),
             kept: Arc::clone(&kept),
             serving: None,
+            replaced: None,
             staged: None,
             progress: Arc::default(),
             paused_at: None,
@@ -157,6 +158,8 @@ struct Driver {
     /// Serves what is kept to workers that were restarted.
     kept: Arc<Mutex<Option<Source>>>,
     serving: Option<Arc<Staged>>,
+    /// What served before, until the engine goes on: to give back its memory takes time.
+    replaced: Option<Arc<Staged>>,
     staged: Option<Arc<Staged>>,
     progress: Arc<StageProgress>,
     paused_at: Option<Instant>,
@@ -196,7 +199,7 @@ impl Driver {
                 let acts = self.session.hear(heard, Instant::now());
                 self.act(acts);
                 if self.session.phase() == WeightsPhase::Committed {
-                    self.serving = self.staged.take();
+                    self.replaced = std::mem::replace(&mut self.serving, self.staged.take());
                     self.setup.metrics.ended("committed");
                     self.setup.metrics.version(self.session.version());
                     tracing::info!(version = self.session.version(), digest = ?self.session.digest(), "new weights taken");
@@ -271,6 +274,9 @@ impl Driver {
         while self.sources.try_join_next().is_some() {}
         // The old version's first: it must not be given to anybody any more.
         *locked(&self.kept) = None;
+        if let Some(replaced) = self.replaced.take() {
+            self.sources.spawn_blocking(move || drop(replaced));
+        }
         let region = self.serving.as_ref().and_then(|serving| Some((serving, serving.region()?)));
         let Some((serving, region)) = region.filter(|_| self.setup.paths.weights.keep) else { return };
         match Source::whole(self.session.version(), serving, region, &self.setup.paths) {

@@ -15,7 +15,7 @@ use super::staged::Staged;
 use super::tensors::{ReadError, TensorBytes, lay};
 use crate::config::Staging;
 use crate::control::{ControlError, WeightSource, WeightsOffer};
-use crate::memory::{AccessError, Region, to_usize};
+use crate::memory::{AccessError, Region, RegionOptions, to_usize};
 use crate::transport::TransportError;
 
 /// Bytes that are read at once where nothing is kept.
@@ -98,7 +98,8 @@ impl Room {
         if bytes > available {
             return Err(StageError::TooLarge { bytes, available });
         }
-        let region = Region::shared(to_usize(bytes)).map_err(|why| StageError::Memory { bytes, why })?;
+        let huge = RegionOptions { huge_pages: true, ..RegionOptions::default() };
+        let region = Region::shared_with(to_usize(bytes), huge).map_err(|why| StageError::Memory { bytes, why })?;
         Ok(Self { region, is_whole, buckets })
     }
 

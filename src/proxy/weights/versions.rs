@@ -49,6 +49,8 @@ pub(super) async fn watch(shared: Arc<Shared>, member: Member) {
             },
             // It is updated in another way, or not at all.
             Err(ControlError::Refused { .. }) => SELDOM,
+            // Slow is not gone: a process that ended says so by the end of its connection.
+            Err(ControlError::TimedOut { .. }) => AGAIN,
             Err(_) => {
                 bar_unless_new(&shared, &member);
                 AGAIN

@@ -1,0 +1,5 @@
+"""For trainers: new weights into a fleet that serves, as one transaction."""
+
+from .publisher import Published, PublishError, WeightPublisher
+
+__all__ = ["PublishError", "Published", "WeightPublisher"]

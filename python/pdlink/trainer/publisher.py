@@ -1,0 +1,160 @@
+"""Sends named tensors to every worker behind a pdlink proxy.
+
+The proxy coordinates; the workers pull the bytes from this process, each bucket once, and check a digest of every tensor. When
+`publish` returns, every worker serves the new version; when it raises, every worker serves the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, Union
+
+from .._native import PdlinkError, WeightSender
+
+if TYPE_CHECKING:
+    import torch
+
+    Weights = Union[torch.nn.Module, Mapping[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
+
+# PyTorch's names, and what safetensors calls them.
+DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int16": "I16",
+    "uint16": "U16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "uint32": "U32",
+    "float32": "F32",
+    "float64": "F64",
+    "int64": "I64",
+    "uint64": "U64",
+}
+
+
+class PublishError(PdlinkError):
+    """The weights were not taken; the message names the phase and the worker. The old version serves on."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Published:
+    """How an update went."""
+
+    version: int
+    digest: str
+    bytes: int
+    staging_s: float
+    paused_s: float
+    # Workers that catch up before they serve: they did not commit, or were down.
+    behind: tuple[str, ...]
+
+
+class WeightPublisher:
+    """Publishes to the fleet behind `url`.
+
+    `host` is where workers reach this process; other hosts than loopback need the run's `secret_file`. `weights` are settings of
+    `[weights]`, such as `bucket_bytes` and `paths`. `timeout_s` should exceed the deadlines of the proxy's `[weights]` together.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        host: str = "127.0.0.1",
+        secret_file: str | PathLike[str] | None = None,
+        admin_token: str | None = None,
+        timeout_s: float = 700.0,
+        weights: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._host = host
+        self._secret_file = None if secret_file is None else fspath(secret_file)
+        self._admin_token = admin_token
+        self._timeout_s = timeout_s
+        self._weights = dict(weights or {})
+
+    def version(self) -> int:
+        """The version that the fleet serves."""
+        return int(self._ask("GET", "/admin/weights", None).get("version") or 0)
+
+    def publish(self, weights: Weights, version: int | None = None) -> Published:
+        """Sends all tensors as one version: the given one, or the next. Tensors on a GPU are copied to the host first."""
+        if version is None:
+            version = self.version() + 1
+        settings = {
+            "version": version,
+            "host": self._host,
+            "port": 0,
+            "secret_file": self._secret_file,
+            "weights": self._weights,
+        }
+        sender = WeightSender(json.dumps(settings), [described(name, tensor) for name, tensor in named(weights)])
+        try:
+            order = {"peer": sender.address, "version": version}
+            done = self._ask("POST", "/admin/weights/update", order)
+        finally:
+            sender.close()
+        behind = [worker["worker"] for worker in done["behind"]] + done["left_out"]
+        return Published(
+            version=done["version"],
+            digest=done["digest"],
+            bytes=done["bytes"],
+            staging_s=done["staging_s"],
+            paused_s=done["paused_s"],
+            behind=tuple(behind),
+        )
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if self._admin_token is not None:
+            headers["Authorization"] = f"Bearer {self._admin_token}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, headers, method=method)
+        # The fleet is on this host or a private network: a proxy of the environment is not for it.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=self._timeout_s) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise PublishError(error.code, message_of(error.read())) from None
+        except OSError as error:
+            raise PublishError(0, f"cannot ask {self._url}{path}: {error}") from error
+
+
+def message_of(body: bytes) -> str:
+    """What an error answer says."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")
+
+
+def named(weights: Weights) -> Iterable[tuple[str, torch.Tensor]]:
+    """Names and tensors of a module, a mapping or an iterable."""
+    state_dict = getattr(weights, "state_dict", None)
+    source = state_dict() if callable(state_dict) else weights
+    return source.items() if isinstance(source, Mapping) else source
+
+
+def described(name: str, tensor: torch.Tensor) -> tuple[str, str, list[int], tuple[int, int, Any, None]]:
+    """A tensor as the native sender takes it. Contiguous host memory is borrowed, anything else is copied first."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if kind not in DTYPES:
+        raise TypeError(f"tensor `{name}` is of {tensor.dtype}, which no checkpoint holds")
+    held = tensor.detach().to("cpu").contiguous()
+    memory = (held.data_ptr(), held.numel() * held.element_size(), held, None)
+    return name, DTYPES[kind], list(held.shape), memory

@@ -1,0 +1,127 @@
+//! A trainer's sender of weights: named tensors in host memory, packed and digested as workers pull them.
+
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::sync::{Arc, RwLock};
+
+use pdlink::config::{KvConfig, WeightsConfig};
+use pdlink::memory::Region;
+use pdlink::weights::{Dtype, Manifest, Paths, Progress, ReadError, Sender, Tensor, TensorBytes};
+use pyo3::prelude::*;
+use serde::Deserialize;
+
+use crate::{errors, regions, settings};
+
+/// As the package's own code writes them.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SenderSettings {
+    version: u64,
+    host: String,
+    /// 0 takes a free one.
+    port: u16,
+    /// None: the well-known secret, for loopback only.
+    secret_file: Option<PathBuf>,
+    weights: WeightsConfig,
+}
+
+/// One tensor: its name, its dtype as safetensors calls it, its shape, and its memory.
+type Given = (String, String, Vec<u64>, regions::Memory);
+
+/// A trainer's tensors. Their memory is borrowed until the sender ends.
+struct Tensors {
+    manifest: Arc<Manifest>,
+    /// In the manifest's order; none of a tensor without elements.
+    regions: Vec<Option<Arc<Region>>>,
+}
+
+impl Tensors {
+    fn borrow(mut given: Vec<Given>) -> PyResult<Self> {
+        given.sort_by(|one, other| one.0.cmp(&other.0));
+        let (mut tensors, mut regions) = (Vec::with_capacity(given.len()), Vec::with_capacity(given.len()));
+        for (name, dtype, shape, memory) in given {
+            let dtype: Dtype = serde_json::from_value(dtype.into())
+                .map_err(|error| errors::settings(&format!("the dtype of tensor `{name}`"), &error))?;
+            let tensor = Tensor { name, dtype, shape };
+            if tensor.bytes() != u64::try_from(memory.1).ok() {
+                let why = format!("it has {} bytes, its shape and dtype say {:?}", memory.1, tensor.bytes());
+                return Err(errors::settings(&format!("tensor `{}`", tensor.name), &why));
+            }
+            regions.push(if memory.1 == 0 { None } else { regions::borrow(vec![memory])?.pop() });
+            tensors.push(tensor);
+        }
+        let manifest = Manifest::new(tensors).map_err(|error| errors::settings("the tensors", &error))?;
+        Ok(Self { manifest: Arc::new(manifest), regions })
+    }
+}
+
+impl TensorBytes for Tensors {
+    fn manifest(&self) -> &Arc<Manifest> {
+        &self.manifest
+    }
+
+    fn read(&self, tensor: usize, skip: u64, len: u64, region: &Region, at: u64) -> Result<(), ReadError> {
+        let Some(own) = &self.regions[tensor] else { return Ok(()) };
+        own.copy_to(skip, region, at, len).map_err(|error| ReadError {
+            tensor: self.manifest.tensors()[tensor].name.clone(),
+            from: "the trainer's memory".to_owned(),
+            why: error.to_string(),
+        })
+    }
+}
+
+/// A running sender. `close` ends it and lets go of the tensors' memory.
+#[pyclass(frozen, module = "pdlink")]
+pub(crate) struct WeightSender {
+    /// Gone after `close`.
+    sender: RwLock<Option<Sender>>,
+    address: String,
+    progress: tokio::sync::watch::Receiver<Progress>,
+}
+
+#[pymethods]
+impl WeightSender {
+    #[new]
+    fn new(py: Python<'_>, text: &str, tensors: Vec<Given>) -> PyResult<Self> {
+        let settings: SenderSettings =
+            serde_json::from_str(text).map_err(|error| errors::settings("the sender's settings", &error))?;
+        let tensors = Arc::new(Tensors::borrow(tensors)?);
+        py.detach(|| start(settings, tensors))
+    }
+
+    /// `host:port`, as workers are told.
+    #[getter]
+    fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Bytes that every worker has, bytes in all, workers that have come.
+    fn progress(&self) -> (u64, u64, u32) {
+        let now = self.progress.borrow();
+        (now.sent_bytes, now.total_bytes, now.joined)
+    }
+
+    fn close(&self, py: Python<'_>) {
+        let sender = self.sender.write().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        py.detach(|| drop(sender));
+    }
+}
+
+fn start(given: SenderSettings, tensors: Arc<Tensors>) -> PyResult<WeightSender> {
+    let SenderSettings { version, host, port, secret_file, weights } = given;
+    let listener = TcpListener::bind((host.as_str(), port)).map_err(|error| {
+        errors::AddressError::new_err(format!("cannot listen for workers on {host}:{port}: {error}"))
+    })?;
+    let failed = |error: &dyn std::fmt::Display| errors::SendError::new_err(error.to_string());
+    let paths = Paths {
+        weights,
+        kv: KvConfig::default(),
+        secret: settings::secret(secret_file.as_ref())?,
+        bind: listener.local_addr().map_err(|error| failed(&error))?.ip(),
+        advertise_host: host,
+        wrap_path: None,
+    };
+    let sender = Sender::start(version, tensors, &paths, listener).map_err(|error| failed(&error))?;
+    let (address, progress) = (sender.address().to_owned(), sender.progress());
+    Ok(WeightSender { sender: RwLock::new(Some(sender)), address, progress })
+}

@@ -1,0 +1,134 @@
+"""A trainer's tensors into a fleet: the reference engine needs no model, so that every answer shows which weights made it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fleet import BIN, write_secret
+from safetensors.torch import save_file
+
+import pdlink
+from pdlink.trainer import PublishError, WeightPublisher
+
+CONFIG = """
+[inference]
+engine = "reference"
+[pd_disagg]
+enabled = true
+prefill_gpu_ids = [0]
+decode_gpu_ids = [1]
+[weights]
+bucket_bytes = 65536
+"""
+
+
+class Fleet:
+    """`pdlink up` with two workers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.secret = write_secret(folder)
+        config = folder / "fleet.toml"
+        config.write_text(CONFIG)
+        self.program = os.environ.get("PDLINK_BIN", str(BIN / "pdlink"))
+        command = [self.program, "up", "@", str(config), "--json", "--security.secret_file", str(self.secret)]
+        command += ["--launcher.log_dir", str(folder / "logs")]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        ready = next(line for line in self.process.stdout if '"event":"ready"' in line)
+        self.url: str = json.loads(ready)["base_url"]
+
+    def answer(self) -> tuple[int, str]:
+        body = {"model": "pdlink-reference", "prompt": "What follows is", "max_tokens": 24, "temperature": 0}
+        request = urllib.request.Request(
+            f"{self.url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            version = int(answer.headers["x-pdlink-weight-version"])
+            return version, json.load(answer)["choices"][0]["text"]
+
+    def push(self, checkpoint: Path) -> dict[str, object]:
+        command = [self.program, "weights", "push", "--json", "--to", self.url, "--checkpoint", str(checkpoint)]
+        command += ["--secret-file", str(self.secret)]
+        done: dict[str, object] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        return done
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    fleet = Fleet(tmp_path_factory.mktemp("publisher"))
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
+def publisher(fleet: Fleet) -> WeightPublisher:
+    return WeightPublisher(fleet.url, secret_file=fleet.secret, weights={"bucket_bytes": 65536})
+
+
+def module(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    layers = torch.nn.Sequential(torch.nn.Linear(200, 300), torch.nn.LayerNorm(300), torch.nn.Linear(300, 7))
+    return layers.to(torch.bfloat16)
+
+
+def test_a_module_is_published_and_is_what_its_checkpoint_is(
+    fleet: Fleet, publisher: WeightPublisher, tmp_path: Path
+) -> None:
+    before = fleet.answer()
+    model = module(1)
+    published = publisher.publish(model)
+    assert (published.version, published.behind) == (publisher.version(), ())
+    after = fleet.answer()
+    assert after[0] == published.version and after[1] != before[1]
+    # WT-5: the same tensors by another way have the same digest, and answer alike.
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "m.safetensors")
+    pushed = fleet.push(tmp_path)
+    assert pushed["digest"] == published.digest
+    assert fleet.answer() == (published.version + 1, after[1])
+
+
+def test_tensors_of_every_kind_go_and_views_are_copied(fleet: Fleet, publisher: WeightPublisher) -> None:
+    wide = torch.arange(600, dtype=torch.float32).reshape(20, 30)
+    tensors = {
+        "transposed": wide.T,
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "empty": torch.empty(0, 4),
+        "small": torch.ones(3, dtype=torch.uint8),
+        "float8": torch.zeros(5).to(torch.float8_e4m3fn),
+    }
+    first = publisher.publish(tensors)
+    # An iterator in another order, with the view made contiguous, is the same set of weights.
+    second = publisher.publish((name, tensors[name].contiguous()) for name in sorted(tensors, reverse=True))
+    assert second.digest == first.digest
+    assert second.version == first.version + 1
+    changed = {**tensors, "transposed": wide.T + 1}
+    assert publisher.publish(changed).digest != first.digest
+
+
+def test_what_is_refused_is_an_error_with_its_reason_and_the_old_version_serves(
+    fleet: Fleet, publisher: WeightPublisher
+) -> None:
+    publisher.publish(module(2))
+    before = fleet.answer()
+    with pytest.raises(PublishError, match="is not newer than version") as refused:
+        publisher.publish(module(3), version=before[0])
+    assert refused.value.status == 409
+    with pytest.raises(TypeError, match="`odd` is of torch.complex64"):
+        publisher.publish({"odd": torch.zeros(2, dtype=torch.complex64)})
+    with pytest.raises(pdlink.PdlinkError, match="there are no tensors"):
+        publisher.publish({})
+    stranger = WeightPublisher(fleet.url)
+    with pytest.raises(PublishError, match="while staging, on worker http://.*secret"):
+        stranger.publish(module(3))
+    assert fleet.answer() == before
