@@ -61,6 +61,10 @@ fn stub_ucx(scratch: &Path, file: &Path) {
 
 /// The libraries of a run of reference engines over nixl.
 fn over_nixl(environment: &str, env: &[(&str, &str)]) -> Diagnosis {
+    over_nixl_with(environment, &[], env)
+}
+
+fn over_nixl_with(environment: &str, more: &[&str], env: &[(&str, &str)]) -> Diagnosis {
     let args = [
         "@",
         "configs/debug/local.toml",
@@ -71,7 +75,7 @@ fn over_nixl(environment: &str, env: &[(&str, &str)]) -> Diagnosis {
         "--kv.nixl.environment",
         environment,
     ];
-    diagnose_with(&args, env)
+    diagnose_with(&[&args, more].concat(), env)
 }
 
 #[test]
@@ -139,19 +143,7 @@ fn a_version_that_nobody_tested_and_agents_that_do_not_work_are_named() {
 #[test]
 fn a_backend_that_has_no_plugin_is_named() {
     let wheel = Wheel::new("1.5.1", &[]);
-    let args = [
-        "@",
-        "configs/debug/local.toml",
-        "--only",
-        "libraries",
-        "--kv.paths",
-        "[\"nixl\"]",
-        "--kv.nixl.environment",
-        wheel.environment(),
-        "--kv.nixl.backend",
-        "LIBFABRIC",
-    ];
-    let found = diagnose_with(&args, &[]);
+    let found = over_nixl_with(wheel.environment(), &["--kv.nixl.backend", "LIBFABRIC"], &[]);
     found.assert("libraries", "nixl", "fail", &["no backend LIBFABRIC", "there are UCX", "kv.nixl.backend"]);
 }
 

@@ -6,7 +6,8 @@ mod nixl_library;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pdlink::ffi::nixl::{Agent, AgentSetup, Direction, Library, MemoryType, NixlError, Progress, Remote, Search, Span};
+use pdlink::ffi::Search;
+use pdlink::ffi::nixl::{Agent, AgentSetup, Direction, Library, MemoryType, NixlError, Progress, Remote, Span};
 use pdlink::memory::Region;
 
 const LEN: usize = 1 << 20;

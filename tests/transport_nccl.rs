@@ -5,6 +5,7 @@ mod links;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use links::*;
 use pdlink::memory::{Region, to_u64};
@@ -43,7 +44,12 @@ fn a_communicator_that_cannot_be_made_is_named_and_the_next_one_serves() {
     pair.link.close();
     pair.close();
     drop(pair);
-    assert_eq!(fake_nccl::living(), 0, "every communicator was ended");
+    let until = soon();
+    // What a communicator was made out of ends by itself.
+    while fake_nccl::living() > 0 {
+        assert!(Instant::now() < until, "{} communicators were not ended", fake_nccl::living());
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[test]
@@ -55,7 +61,7 @@ fn an_error_in_the_middle_fails_the_transfer_by_name_and_the_next_link_serves() 
         let error = pair.transfer(direction, whole(16 * MIB)).unwrap_err();
         let (text, fenced) = (error.to_string(), error.fenced());
         // As the side that failed says it, or as the other side hears of it.
-        let named = ["unhandled system error (2)", "remote process exited (6)", "is closed"];
+        let named = ["unhandled system error (2)", "remote process exited (6)", "is closed", "end of file"];
         let named = named.iter().any(|name| text.contains(name));
         assert!(named && fenced == (direction == Direction::Pull), "{direction:?}: {text}");
         assert!(!pair.link.usable());

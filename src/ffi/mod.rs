@@ -6,4 +6,7 @@
 pub mod cuda;
 pub mod nccl;
 pub mod nixl;
+mod search;
 pub mod ucx;
+
+pub use search::Search;

@@ -18,10 +18,10 @@ pub struct GpuRun<'a> {
     pub len: u64,
 }
 
-/// What the first launch of a copy takes, and the others: the GPU begins early, and is then kept busy while the next list is
-/// made.
+/// What the first launch of a copy takes; each takes twice as much as the one before, up to the second number. So the GPU begins
+/// early, and is kept busy while the next list is made.
 const FIRST_LAUNCH_BYTES: u64 = 4 << 20;
-const LAUNCH_BYTES: u64 = 32 << 20;
+const LAUNCH_BYTES_MAX: u64 = 32 << 20;
 /// Lists in the making and at work.
 const LAUNCHES: usize = 2;
 
@@ -61,8 +61,10 @@ impl Started<'_> {
     fn start<'a>(&mut self, runs: impl IntoIterator<Item = GpuRun<'a>>) -> Result<(), AccessError> {
         self.0.pieces.clear();
         let (mut bytes, mut launch_bytes) = (0, FIRST_LAUNCH_BYTES);
+        let (mut from, mut to) = (None, None);
         for run in runs {
-            let (src, dst) = (start(run.src, run.src_offset, run.len)?, start(run.dst, run.dst_offset, run.len)?);
+            let src = Window::over(&mut from, run.src)?.at(run.src_offset, run.len)?;
+            let dst = Window::over(&mut to, run.dst)?.at(run.dst_offset, run.len)?;
             let mut done = 0;
             while done < run.len {
                 let len = (run.len - done).min(CUT_BYTES);
@@ -71,7 +73,7 @@ impl Started<'_> {
                 bytes += len;
                 if bytes >= launch_bytes || self.0.pieces.len() == Copier::pieces_max() {
                     self.launch()?;
-                    (bytes, launch_bytes) = (0, LAUNCH_BYTES);
+                    (bytes, launch_bytes) = (0, (2 * launch_bytes).min(LAUNCH_BYTES_MAX));
                 }
             }
         }
@@ -93,6 +95,30 @@ impl Drop for Started<'_> {
     fn drop(&mut self) {
         // What failed has been told, or is about to be by a copier that is dropped.
         let _ = self.0.wait();
+    }
+}
+
+/// A region of a GPU's memory as the last run met it: there are many thousand runs, and nearly all meet the one before's.
+struct Window<'a> {
+    region: &'a Region,
+    address: u64,
+    len: u64,
+}
+
+impl<'a> Window<'a> {
+    fn over<'w>(last: &'w mut Option<Self>, region: &'a Region) -> Result<&'w Self, AccessError> {
+        let window = match last.take() {
+            Some(window) if std::ptr::eq(window.region, region) => window,
+            _ => Self { region, address: start(region, 0, 0)?, len: region.len() },
+        };
+        Ok(last.insert(window))
+    }
+
+    fn at(&self, offset: u64, len: u64) -> Result<u64, AccessError> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(self.address + offset),
+            _ => start(self.region, offset, len),
+        }
     }
 }
 

@@ -59,6 +59,12 @@ impl Flight {
         self.next.load(Ordering::Relaxed) < self.pieces.len()
     }
 
+    /// How many pieces have been claimed, and how many have not.
+    pub(super) fn claimed_and_left(&self) -> (usize, usize) {
+        let claimed = self.next.load(Ordering::Relaxed).min(self.pieces.len());
+        (claimed, self.pieces.len() - claimed)
+    }
+
     /// Accounts for one claimed piece, which `result` tells about.
     pub(super) fn account(&self, result: Result<(), TransportError>) {
         if let Err(error) = result {

@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::Piece;
 use super::flight::{Flight, locked};
@@ -47,6 +48,18 @@ impl<T: Clone> FlightQueue<T> {
             waiting = self.work.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
         None
+    }
+
+    /// As [`FlightQueue::take`], but stays awake for a while: waking up takes longer than a small transfer.
+    pub(super) fn take_awake(&self, awake: Duration) -> Option<(Arc<Flight>, T, Piece)> {
+        let until = Instant::now() + awake;
+        while Instant::now() < until {
+            if let Some(taken) = self.try_take() {
+                return Some(taken);
+            }
+            std::thread::yield_now();
+        }
+        self.take()
     }
 
     /// As [`FlightQueue::take`], without waiting.

@@ -21,14 +21,16 @@ enum { ID_BYTES = 128, TICK_MS = 5, QUEUE_MAX = 64, VERSION = 22809 };
 typedef struct { char internal[ID_BYTES]; } ncclUniqueId;
 typedef struct { size_t size; unsigned magic, version; int blocking, cga, min_ctas, max_ctas; const char *net; int share; } Config;
 typedef struct { char half; void *place; size_t bytes; } Op;
-typedef struct {
+typedef struct Comm {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t work;
     Op queue[QUEUE_MAX];
-    int queued, rank, stop, state, connected;
+    int queued, rank, stop, state, connected, blocking;
     struct sockaddr_un address;
     socklen_t address_len;
+    /* Being made out of this one. */
+    struct Comm *child;
 } Comm;
 
 /* The how manieth operation from now on fails, and how; 0: none. */
@@ -146,31 +148,58 @@ int ncclGetUniqueId(ncclUniqueId *id) {
     return getrandom(id->internal, 32, 0) == 32 ? SUCCESS : SYSTEM_ERROR;
 }
 
-int ncclCommInitRankConfig(Comm **made, int ranks, ncclUniqueId id, int rank, Config *config) {
-    if (ranks != 2 || rank < 0 || rank > 1 || config->size != sizeof *config || config->magic != 0xcafebeef ||
-        config->version < 21800 || config->blocking != 0)
-        return INVALID_ARGUMENT;
-    int code = injected();
-    if (code != SUCCESS) return code;
+static int fits(const Config *config) {
+    return config->size == sizeof *config && config->magic == 0xcafebeef && config->version >= 21800;
+}
+
+static Comm *make(int rank, int blocking, const char *name, size_t name_len) {
     Comm *comm = calloc(1, sizeof *comm);
-    comm->rank = rank;
+    comm->rank = rank, comm->blocking = blocking;
     comm->address.sun_family = AF_UNIX;
     /* An abstract name, which no file stands for. */
-    char *name = comm->address.sun_path + 1;
-    for (int i = 0; i < 32; i++) sprintf(name + 2 * i, "%02x", (unsigned char)id.internal[i]);
-    comm->address_len = offsetof(struct sockaddr_un, sun_path) + 1 + 64;
+    memcpy(comm->address.sun_path + 1, name, name_len);
+    comm->address_len = offsetof(struct sockaddr_un, sun_path) + 1 + name_len;
     pthread_mutex_init(&comm->lock, NULL);
     pthread_cond_init(&comm->work, NULL);
     __atomic_add_fetch(&living, 1, __ATOMIC_SEQ_CST);
-    *made = comm;
     pthread_create(&comm->thread, NULL, run, comm);
+    return comm;
+}
+
+int ncclCommInitRankConfig(Comm **made, int ranks, ncclUniqueId id, int rank, Config *config) {
+    /* Blocking, it could not be given up. */
+    if (ranks != 2 || rank < 0 || rank > 1 || !fits(config) || config->blocking != 0) return INVALID_ARGUMENT;
+    int code = injected();
+    if (code != SUCCESS) return code;
+    char name[65];
+    for (int i = 0; i < 32; i++) sprintf(name + 2 * i, "%02x", (unsigned char)id.internal[i]);
+    *made = make(rank, 0, name, 64);
     return IN_PROGRESS;
 }
 
-int ncclCommGetAsyncError(Comm *comm, int *state) {
+int ncclCommSplit(Comm *comm, int color, int key, Comm **made, Config *config) {
+    if (color != 0 || key != comm->rank || !fits(config)) return INVALID_ARGUMENT;
+    char name[66];
+    memcpy(name, comm->address.sun_path + 1, 64);
+    name[64] = 's';
+    *made = comm->child = make(comm->rank, config->blocking, name, 65);
+    return IN_PROGRESS;
+}
+
+static int state_of(Comm *comm) {
     pthread_mutex_lock(&comm->lock);
-    *state = comm->state != SUCCESS ? comm->state : comm->connected && !comm->queued ? SUCCESS : IN_PROGRESS;
+    int state = comm->state != SUCCESS ? comm->state : comm->connected && !comm->queued ? SUCCESS : IN_PROGRESS;
     pthread_mutex_unlock(&comm->lock);
+    return state;
+}
+
+int ncclCommGetAsyncError(Comm *comm, int *state) {
+    *state = state_of(comm);
+    if (*state == SUCCESS && comm->child) {
+        *state = state_of(comm->child);
+        /* From here on they have nothing to do with each other. */
+        if (*state != IN_PROGRESS) comm->child = NULL;
+    }
     return SUCCESS;
 }
 
@@ -181,6 +210,7 @@ static int post(Comm *comm, Op op, int type, int peer) {
     if (code == IN_PROGRESS) {
         comm->queue[comm->queued++] = op;
         pthread_cond_signal(&comm->work);
+        if (comm->blocking) code = SUCCESS;
     }
     pthread_mutex_unlock(&comm->lock);
     return code;

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::{next_line, tell, until_told_to_end};
 use crate::bench::link::{self, Orders, Ready, canary};
 use crate::ffi::cuda::{Device, survey};
-use crate::ffi::nixl::{Agent, AgentSetup, Library, Search};
-use crate::ffi::{nccl, ucx};
+use crate::ffi::nixl::{Agent, AgentSetup, Library};
+use crate::ffi::{Search, nccl, ucx};
 use crate::memory::Region;
 use crate::transport::{
     Direction, Export, Nixl, NixlSetup, Run, RunList, Segment, TransferRequest, Transport, allow_peers_to_read,
@@ -97,7 +97,7 @@ fn hold_memory() -> anyhow::Result<()> {
 }
 
 fn look_at_nccl(library: Option<&Path>, environments: &[PathBuf]) -> anyhow::Result<NcclFound> {
-    let library = nccl::Library::open(&nccl::Search { library, environments })?;
+    let library = nccl::Library::open(&Search { library, environments })?;
     Ok(NcclFound { library: library.path().to_owned(), version: library.version_text() })
 }
 

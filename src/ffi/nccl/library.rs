@@ -2,9 +2,10 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use libloading::os::unix::{Library as Handle, RTLD_LOCAL, RTLD_NOW};
+
+use crate::ffi::search::{Another, Once, Search};
 
 /// A communicator, which only the library looks behind.
 pub(super) type Comm = *mut c_void;
@@ -62,17 +63,16 @@ pub enum NcclError {
     Call { call: &'static str, code: i32, text: String, detail: String },
     #[error("{call} of {len} bytes at {offset} leaves a buffer of {buffer_len} bytes")]
     OutOfRange { call: &'static str, offset: u64, len: u64, buffer_len: u64 },
+    #[error("making a communicator was given up")]
+    GivenUp,
     #[error("CUDA: {0}")]
     Cuda(#[from] crate::ffi::cuda::CudaError),
 }
 
-/// Where to look, most wanted first. What the process has loaded already comes before all of it, the loader's own path last.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Search<'a> {
-    /// The library itself. Nothing else is tried then.
-    pub library: Option<&'a Path>,
-    /// Python environments whose wheel may have it.
-    pub environments: &'a [PathBuf],
+impl From<Another> for NcclError {
+    fn from(Another { loaded, wanted }: Another) -> Self {
+        Self::Another { loaded, wanted }
+    }
 }
 
 /// Declares the functions that are used: field, symbol, argument types. All answer with a status.
@@ -115,6 +115,7 @@ functions! {
     get_version = b"ncclGetVersion\0" (*mut c_int);
     get_unique_id = b"ncclGetUniqueId\0" (*mut UniqueId);
     init = b"ncclCommInitRankConfig\0" (*mut Comm, c_int, UniqueId, c_int, *mut Config);
+    split = b"ncclCommSplit\0" (Comm, c_int, c_int, *mut Comm, *mut Config);
     async_error = b"ncclCommGetAsyncError\0" (Comm, *mut Status);
     abort = b"ncclCommAbort\0" (Comm);
     send = b"ncclSend\0" (*const c_void, usize, c_int, c_int, Comm, Stream);
@@ -122,22 +123,10 @@ functions! {
 }
 
 impl Library {
-    /// NCCL as this process has it, or opened where `search` finds it first, and kept for good.
+    /// NCCL as this process has it already, whoever opened it, or opened where `search` finds it first, and kept for good.
     pub fn open(search: &Search) -> Result<&'static Self, NcclError> {
-        static OPEN: Mutex<Option<&'static Library>> = Mutex::new(None);
-        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(library) = *open {
-            return match search.library {
-                Some(wanted) if wanted != library.path => Err(NcclError::Another {
-                    loaded: library.path.display().to_string(),
-                    wanted: wanted.display().to_string(),
-                }),
-                _ => Ok(library),
-            };
-        }
-        let library = &*Box::leak(Box::new(Self::find(search)?));
-        *open = Some(library);
-        Ok(library)
+        static OPEN: Once<Library> = Once::new();
+        OPEN.get(search, Self::path, || Self::find(search))
     }
 
     fn find(search: &Search) -> Result<Self, NcclError> {
@@ -189,6 +178,11 @@ impl Library {
         if status == SUCCESS { Ok(()) } else { Err(self.error(call, status)) }
     }
 
+    /// As `check`, for calls that may go on after they return.
+    pub(super) fn begun(&self, call: &'static str, status: Status) -> Result<(), NcclError> {
+        if status == IN_PROGRESS { Ok(()) } else { self.check(call, status) }
+    }
+
     pub(super) fn error(&self, call: &'static str, status: Status) -> NcclError {
         // SAFETY: takes any number and answers with a string of the library's own.
         let text = said(unsafe { (self.error_text)(status) });
@@ -219,21 +213,9 @@ fn loaded() -> Option<(Handle, PathBuf)> {
     Some((library, PathBuf::from(path)))
 }
 
-fn candidates(search: &Search) -> Vec<PathBuf> {
-    if let Some(library) = search.library {
-        return vec![library.to_owned()];
-    }
-    let mut found: Vec<PathBuf> = search.environments.iter().flat_map(|prefix| in_environment(prefix)).collect();
-    found.push(PathBuf::from(FILE));
-    found
-}
-
 /// The wheels `nvidia-nccl-cu12` and `nvidia-nccl-cu13` put it into the same folder.
-fn in_environment(prefix: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(prefix.join("lib")).into_iter().flatten().flatten();
-    let pythons = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("python3"));
-    let files = pythons.map(|python| python.path().join("site-packages/nvidia/nccl/lib").join(FILE));
-    files.filter(|file| file.is_file()).collect()
+fn candidates(search: &Search) -> Vec<PathBuf> {
+    search.candidates(FILE, |packages| vec![packages.join("nvidia/nccl/lib").join(FILE)])
 }
 
 #[cfg(test)]

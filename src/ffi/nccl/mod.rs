@@ -1,12 +1,11 @@
 //! NCCL, `libnccl.so.2`: communicators of two ranks, and what they send and receive. The library that the process has already
 //! (PyTorch's) is taken before any other, because two copies of NCCL in a process know nothing of each other's memory.
 //!
-//! The declarations are written by hand: eleven functions of a C interface that keeps its promises since 2.18, which the
-//! structure of settings names as the version that it was written for. Every communicator is non-blocking: a call that cannot
-//! end at once says so, and is asked about until it has, so that every wait here has an end.
+//! The declarations are written by hand: twelve functions of a C interface that keeps its promises since 2.18, which the
+//! structure of settings names as the version that it was written for.
 
 mod communicator;
 mod library;
 
-pub use communicator::{Buffer, Communicator, Half, Settings, Side};
-pub use library::{FLOOR, Library, NcclError, Search, UNIQUE_ID_BYTES, UniqueId};
+pub use communicator::{Buffer, Communicator, Half, Origin, Settings, Side};
+pub use library::{FLOOR, Library, NcclError, UNIQUE_ID_BYTES, UniqueId};

@@ -2,7 +2,8 @@
 
 use std::ffi::{CString, OsStr, c_char, c_int, c_uint, c_void};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+
+use crate::ffi::search::{Another, Once, Search, children};
 
 /// Any of the library's objects: all are pointers that only it looks behind.
 pub(super) type Handle = *mut c_void;
@@ -67,13 +68,10 @@ fn name_of(code: Status) -> &'static str {
     }
 }
 
-/// Where to look, most wanted first; `None` is skipped. Last comes the loader's own path.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Search<'a> {
-    /// The library itself. Nothing else is tried then.
-    pub library: Option<&'a Path>,
-    /// Python environments whose wheel may have it.
-    pub environments: &'a [PathBuf],
+impl From<Another> for NixlError {
+    fn from(Another { loaded, wanted }: Another) -> Self {
+        Self::Another { loaded, wanted }
+    }
 }
 
 /// Declares the functions that are used: field, symbol, argument types. All answer with a status.
@@ -143,20 +141,8 @@ enum Failed {
 impl Library {
     /// NIXL as this process has it: opened where `search` finds it first, and kept for good.
     pub fn open(search: &Search) -> Result<&'static Self, NixlError> {
-        static OPEN: Mutex<Option<&'static Library>> = Mutex::new(None);
-        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(library) = *open {
-            return match search.library {
-                Some(wanted) if wanted != library.path => Err(NixlError::Another {
-                    loaded: library.path.display().to_string(),
-                    wanted: wanted.display().to_string(),
-                }),
-                _ => Ok(library),
-            };
-        }
-        let library = &*Box::leak(Box::new(Self::find(search)?));
-        *open = Some(library);
-        Ok(library)
+        static OPEN: Once<Library> = Once::new();
+        OPEN.get(search, Self::path, || Self::find(search))
     }
 
     fn find(search: &Search) -> Result<Self, NixlError> {
@@ -197,29 +183,13 @@ fn symbol_name(symbol: &[u8]) -> String {
 
 const FILE: &str = "libnixl_capi.so";
 
-fn candidates(search: &Search) -> Vec<PathBuf> {
-    if let Some(library) = search.library {
-        return vec![library.to_owned()];
-    }
-    let mut found: Vec<PathBuf> = search.environments.iter().flat_map(|prefix| in_environment(prefix)).collect();
-    found.push(PathBuf::from(FILE));
-    found
-}
-
 /// The wheels put it into a folder of their own beside the packages, such as `.nixl_cu13.mesonpy.libs`. The newest CUDA first.
-fn in_environment(prefix: &Path) -> Vec<PathBuf> {
-    let pythons = children(&prefix.join("lib"), |name| name.starts_with("python3"));
-    let folders =
-        pythons.iter().flat_map(|python| children(&python.join("site-packages"), |name| name.starts_with(".nixl_cu")));
-    let mut found: Vec<PathBuf> = folders.map(|folder| folder.join(FILE)).filter(|file| file.is_file()).collect();
-    found.sort();
-    found.reverse();
-    found
-}
-
-fn children(folder: &Path, wanted: impl Fn(&str) -> bool) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_name().to_str().is_some_and(&wanted)).map(|entry| entry.path()).collect()
+fn candidates(search: &Search) -> Vec<PathBuf> {
+    search.candidates(FILE, |packages| {
+        let mut folders = children(packages, |name| name.starts_with(".nixl_cu"));
+        folders.sort();
+        folders.into_iter().rev().map(|folder| folder.join(FILE)).collect()
+    })
 }
 
 /// The version of the wheel that the library came with: the C face does not tell it. `.nixl_cu13.mesonpy.libs` belongs to

@@ -13,5 +13,5 @@ mod library;
 mod transfer;
 
 pub use agent::{Agent, AgentSetup, MemoryType, Registrable, Span};
-pub use library::{Library, NixlError, Search, TESTED, is_untested};
+pub use library::{Library, NixlError, TESTED, is_untested};
 pub use transfer::{Direction, Progress, Remote, Transfer};

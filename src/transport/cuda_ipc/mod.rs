@@ -4,13 +4,13 @@
 
 mod peer;
 
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use self::peer::Peer;
-use super::flight::Flight;
+use super::flight::{Flight, locked};
 use super::flight_queue::FlightQueue;
 use super::identity::Identity;
 use super::mapped::{self, Mapped, PeerMemory, Reach};
@@ -26,7 +26,12 @@ const MULTIPROCESSORS_MAX: u32 = 24;
 /// Within one GPU the memory itself is the link: half of its reads and writes each, and only all of them fill it.
 const MULTIPROCESSORS_WITHIN_MAX: u32 = 256;
 /// Bounds of what is copied in one go: a cancel, and what TR-3 waits for, take no longer than this.
-const COPY_BYTES_MAX: u64 = 256 << 20;
+const COPY_BYTES_MAX: u64 = 1 << 30;
+/// What the thread that submits copies itself, if nobody copies: it is done before another thread would have woken up.
+const SMALL_BYTES_MAX: u64 = 64 << 10;
+const SMALL_RUNS_MAX: u64 = 16;
+/// How long the copying thread stays awake for more.
+const AWAKE: Duration = Duration::from_micros(100);
 
 /// Most runs of a piece.
 const RUNS_MAX: usize = 64 << 10;
@@ -61,6 +66,7 @@ pub type CudaIpc = Mapped<GpuReach>;
 /// One thread that launches copies.
 pub struct GpuReach {
     device: Arc<Device>,
+    copies: Arc<Mutex<Copies>>,
     queue: Arc<FlightQueue<Arc<Peer>>>,
     threads: Threads,
 }
@@ -79,12 +85,12 @@ impl CudaIpc {
         }
         let description = describe(&device, regions)?;
         let copies = Copies::on(&device).map_err(|error| unusable(error.to_string()))?;
-        let (queue, threads) = (Arc::new(FlightQueue::new()), Threads::default());
-        let work = queue.clone();
+        let (copies, queue, threads) = (Arc::new(Mutex::new(copies)), Arc::new(FlightQueue::new()), Threads::default());
+        let (work, thread_copies) = (queue.clone(), copies.clone());
         threads
-            .spawn("pdlink-cuda".to_owned(), move || carry_all(&work, copies))
+            .spawn("pdlink-cuda".to_owned(), move || carry_all(&work, &thread_copies))
             .map_err(|error| unusable(format!("no thread: {error}")))?;
-        Ok(Self::offering(regions, Export::encode(&description), GpuReach { device, queue, threads }))
+        Ok(Self::offering(regions, Export::encode(&description), GpuReach { device, copies, queue, threads }))
     }
 }
 
@@ -137,21 +143,24 @@ impl Copies {
 }
 
 /// Carries pieces until the queue is closed. One thread: one launch fills the link already.
-fn carry_all(queue: &FlightQueue<Arc<Peer>>, mut copies: Copies) {
-    let mut pieces = Vec::new();
-    while let Some((flight, peer, piece)) = queue.take() {
-        pieces.clear();
-        pieces.push(piece);
-        let carried = if flight.fail_if_late(Instant::now()) {
-            Ok(())
-        } else {
-            gather(&flight, &mut pieces);
-            carry(&flight, &peer, &pieces, &mut copies)
-        };
-        // First: once the pieces are accounted for, the link may be closed, and nothing of it held here.
-        drop(peer);
-        pieces.iter().for_each(|_| flight.account(carried.clone()));
+fn carry_all(queue: &FlightQueue<Arc<Peer>>, copies: &Mutex<Copies>) {
+    while let Some((flight, peer, piece)) = queue.take_awake(AWAKE) {
+        carry_from(&flight, peer, piece, &mut locked(copies));
     }
+}
+
+/// Carries `first`, and more pieces of the flight with it.
+fn carry_from(flight: &Flight, peer: Arc<Peer>, first: Piece, copies: &mut Copies) {
+    let mut pieces = vec![first];
+    let carried = if flight.fail_if_late(Instant::now()) {
+        Ok(())
+    } else {
+        gather(flight, &mut pieces);
+        carry(flight, &peer, &pieces, copies)
+    };
+    // First: once the pieces are accounted for, the link may be closed, and nothing of it held here.
+    drop(peer);
+    pieces.iter().for_each(|_| flight.account(carried.clone()));
 }
 
 /// Claims more pieces of a flight. Its segments go together: a launch for each would take longer than most of them.
@@ -201,6 +210,14 @@ impl Reach for GpuReach {
     }
 
     fn carry(&self, flight: Arc<Flight>, peer: Arc<Peer>) {
+        let small = flight.totals.bytes <= SMALL_BYTES_MAX && flight.totals.runs <= SMALL_RUNS_MAX;
+        if small
+            && let Ok(mut copies) = self.copies.try_lock()
+            && let Some(piece) = flight.claim()
+        {
+            carry_from(&flight, peer, piece, &mut copies);
+            return;
+        }
         if let Err(flight) = self.queue.push(flight, peer) {
             flight.fail(TransportError::Cancelled);
         }

@@ -27,6 +27,8 @@ use crate::transport::{Direction, Piece, TransportError};
 /// What a request is gathered from: pieces of at most so many bytes and runs, so that one more either fits or does not.
 pub(super) const PIECE_BYTES_MAX: u64 = 4 << 20;
 pub(super) const PIECE_RUNS_MAX: usize = 1024;
+/// Pieces of the first request and of the last.
+const END_PIECES: usize = 4;
 /// Requests on their way: one moves, one is being packed, and one more keeps both from waiting.
 const POSTED_MAX: usize = 4;
 /// How long a request may stand still over a transfer that has ended already, before the connection is given up.
@@ -127,7 +129,9 @@ impl Client {
     fn gather(&self, flight: Arc<Flight>, first: Piece, sequence: u64) -> Batch {
         let runs = |piece: Piece| flight.runs.walk(piece).count();
         let (mut pieces, mut bytes, mut count) = (vec![first], first.bytes, runs(first));
-        while bytes + PIECE_BYTES_MAX <= self.request_bytes_max
+        let (claimed, left) = flight.claimed_and_left();
+        let bytes_max = request_bytes(claimed - 1, left + 1).min(self.request_bytes_max);
+        while bytes + PIECE_BYTES_MAX <= bytes_max
             && count + PIECE_RUNS_MAX <= REQUEST_RUNS_MAX
             && let Some(piece) = flight.claim()
         {
@@ -147,7 +151,7 @@ impl Client {
                 let Some(slot) = self.slot(Half::Receive)? else { return Ok(false) };
                 let stretches = batch.theirs();
                 self.say(batch, &Request::Read { stretches })?;
-                lane.post(Half::Receive, &slot, batch.bytes, &|stalled| self.patience(&batch.flight, stalled))?;
+                lane.post(Half::Receive, &slot, batch.bytes)?;
                 batch.state = State::Posted(slot);
             }
             (State::Gathered, Direction::Push) => {
@@ -158,7 +162,7 @@ impl Client {
             (State::Wanted, _) => {
                 let Some(slot) = self.slot(Half::Send)? else { return Ok(false) };
                 lane.copy(self.runs(batch, slot.memory()))?;
-                lane.post(Half::Send, &slot, batch.bytes, &|stalled| self.patience(&batch.flight, stalled))?;
+                lane.post(Half::Send, &slot, batch.bytes)?;
                 batch.state = State::Posted(slot);
             }
             (State::Asked | State::Posted(_) | State::Sent, _) => return Ok(false),
@@ -285,6 +289,13 @@ impl Client {
     }
 }
 
+/// Most bytes of the next request of a transfer of which so many pieces have set out and so many have not. Long requests fill the
+/// link; but nothing moves while the first is packed, nor while the last is unpacked, so those are short.
+fn request_bytes(claimed: usize, left: usize) -> u64 {
+    let pieces = (2 * claimed).min(left / 2).max(END_PIECES);
+    u64::try_from(pieces).unwrap_or(u64::MAX).saturating_mul(PIECE_BYTES_MAX)
+}
+
 impl Window {
     fn next_sequence(&mut self) -> u64 {
         self.sequence += 1;
@@ -319,5 +330,17 @@ impl Batch {
 
     fn account(&self, result: &Result<(), TransportError>) {
         self.pieces.iter().for_each(|_| self.flight.account(result.clone()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_short_at_both_ends_and_long_between() {
+        let mib = |claimed, left| request_bytes(claimed, left) >> 20;
+        assert_eq!((mib(0, 128), mib(4, 124), mib(12, 116), mib(28, 100)), (16, 32, 96, 200));
+        assert_eq!((mib(112, 16), mib(120, 8), mib(127, 1), mib(0, 1)), (32, 16, 16, 16));
     }
 }

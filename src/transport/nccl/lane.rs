@@ -2,13 +2,15 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::staging::Slot;
 use crate::config::Path;
 use crate::ffi::cuda::Device;
 use crate::ffi::nccl::{Buffer, Communicator, Half, Library, NcclError, Settings, Side, UniqueId};
-use crate::memory::{AccessError, GpuCopies, GpuRun};
+use crate::memory::{AccessError, GpuCopies, GpuRun, Region};
 use crate::transport::TransportError;
 use crate::transport::wire::Patience;
 
@@ -20,6 +22,11 @@ const BUSY_ROUNDS: u32 = 400;
 const SLEEP_MIN: Duration = Duration::from_micros(10);
 const SLEEP_MAX: Duration = Duration::from_micros(200);
 
+/// What the first bytes of a communicator go from and into.
+const SCRATCH_BYTES: usize = 4096;
+/// How often whoever waits for a communicator looks whether it still should.
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+
 /// What every lane of a process is made from.
 pub(super) struct Maker {
     pub(super) library: &'static Library,
@@ -29,6 +36,9 @@ pub(super) struct Maker {
 
 impl Maker {
     /// Makes this side of the communicator `id`, while the other side makes its own. `patience` is asked while it is not ready.
+    ///
+    /// That happens in a thread of its own, because the last step waits inside the library for the other side: where that one
+    /// hangs, the thread stays until it ends, and nobody waits for the thread.
     pub(super) fn make(
         &self,
         side: Side,
@@ -36,17 +46,45 @@ impl Maker {
         peer: &str,
         patience: Patience,
     ) -> Result<Lane, TransportError> {
-        let device = self.device.as_ref();
-        let settings = Settings { side, id, multiprocessors_max: self.multiprocessors_max, device };
-        let failed =
-            |reason: String| TransportError::Unreachable { path: Path::Nccl.name(), peer: peer.to_owned(), reason };
-        let communicator = Communicator::begin(self.library, &settings).map_err(|error| failed(error.to_string()))?;
-        let copies = device.map(|device| GpuCopies::on(device, PACK_MULTIPROCESSORS_MAX)).transpose();
+        let failed = |reason: String| unreachable(peer, reason);
+        let scratch = match &self.device {
+            Some(device) => Region::allocated_on(device, SCRATCH_BYTES).map_err(|error| failed(error.to_string()))?,
+            None => Region::shared(SCRATCH_BYTES).map_err(|error| failed(error.to_string()))?,
+        };
+        let copies = self.device.as_ref().map(|device| GpuCopies::on(device, PACK_MULTIPROCESSORS_MAX)).transpose();
         let copies = copies.map_err(|error| failed(error.to_string()))?;
-        let lane = Lane { communicator, copies, peer: peer.to_owned() };
-        lane.settle(patience)?;
-        Ok(lane)
+        let (library, given_up) = (self.library, Arc::new(AtomicBool::new(false)));
+        let (device, multiprocessors_max) = (self.device.clone(), self.multiprocessors_max);
+        let settings = Settings { side, id, multiprocessors_max, device, scratch };
+        let ((tell, told), ask) = (mpsc::sync_channel(1), given_up.clone());
+        let make = move || match Communicator::make(library, &settings, &|| ask.load(Ordering::SeqCst)) {
+            Ok((communicator, origin)) => {
+                // Nobody may wait any more: then it ends here.
+                let _ = tell.send(Ok(communicator));
+                drop(origin);
+            }
+            Err(error) => drop(tell.send(Err(error))),
+        };
+        let thread = std::thread::Builder::new().name("pdlink-nccl-make".to_owned()).spawn(make);
+        thread.map_err(|error| failed(format!("no thread: {error}")))?;
+        let began = Instant::now();
+        let made = loop {
+            match told.recv_timeout(LOOK_INTERVAL) {
+                Ok(made) => break made.map_err(|error| failed(error.to_string()))?,
+                Err(RecvTimeoutError::Timeout) => {
+                    patience(began.elapsed()).inspect_err(|_| given_up.store(true, Ordering::SeqCst))?;
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(failed("making a communicator broke off".to_owned()));
+                }
+            }
+        };
+        Ok(Lane { communicator: made, copies, peer: peer.to_owned() })
     }
+}
+
+fn unreachable(peer: &str, reason: String) -> TransportError {
+    TransportError::Unreachable { path: Path::Nccl.name(), peer: peer.to_owned(), reason }
 }
 
 /// What one thread sends and receives by. Dropping it ends whatever still runs, here.
@@ -59,30 +97,18 @@ pub(super) struct Lane {
 
 impl Lane {
     fn failed(&self, error: impl ToString) -> TransportError {
-        TransportError::Unreachable { path: Path::Nccl.name(), peer: self.peer.clone(), reason: error.to_string() }
+        unreachable(&self.peer, error.to_string())
     }
 
     /// Posts one half of a request: `len` bytes from or into `slot`.
-    pub(super) fn post(&self, half: Half, slot: &Slot, len: u64, patience: Patience) -> Result<(), TransportError> {
+    pub(super) fn post(&self, half: Half, slot: &Slot, len: u64) -> Result<(), TransportError> {
         let buffer: Arc<dyn Buffer> = slot.memory().clone();
         self.communicator.post(half, &buffer, 0, len).map_err(|error| self.failed(error))?;
-        self.settle(patience)?;
         let marked = match (self.communicator.stream(), slot.mark()) {
             (Some(stream), Some(mark)) => stream.mark(mark),
             _ => Ok(()),
         };
         marked.map_err(|error| self.failed(error))
-    }
-
-    /// Waits until the last call has ended, which without a first connection takes microseconds.
-    fn settle(&self, patience: Patience) -> Result<(), TransportError> {
-        let began = Instant::now();
-        let mut rounds = Rounds::default();
-        while !self.communicator.settled().map_err(|error| self.failed(error))? {
-            patience(began.elapsed())?;
-            rounds.quiet();
-        }
-        Ok(())
     }
 
     /// Whether what was posted for `slot` has been done.

@@ -122,7 +122,6 @@ impl<'a> Connection<'a> {
                     Err(says) => self.say(sequence, says),
                     Ok((bytes, granted)) => {
                         let slot = self.slot(Half::Receive)?;
-                        // Before the post: its first one waits for the peer to send.
                         self.say(sequence, Says::Receiving)?;
                         self.post(Half::Receive, slot, bytes, Some(Places { sequence, stretches, granted }))
                     }
@@ -186,8 +185,7 @@ impl<'a> Connection<'a> {
     }
 
     fn post(&mut self, half: Half, slot: Slot, bytes: u64, places: Option<Places>) -> Result<(), TransportError> {
-        let patience = |stalled| stopped(self.socket, self.closing, stalled, self.server.stall_max);
-        self.lane.post(half, &slot, bytes, &patience)?;
+        self.lane.post(half, &slot, bytes)?;
         self.posted.push_back(Posted { slot, since: Instant::now(), places });
         Ok(())
     }
