@@ -324,3 +324,53 @@ async fn wt_5_a_folder_that_has_changed_since_is_not_what_a_worker_catches_up_wi
     let status = fleet.workers[1].until(|status| status.phase == WeightsPhase::Serving).await;
     assert_eq!(status.version, 1);
 }
+
+/// Every pair of troubles, in the two workers of one update: whoever serves afterwards, serves the fleet's version.
+#[tokio::test(flavor = "multi_thread")]
+async fn wt_1_whatever_goes_wrong_in_two_workers_those_that_serve_agree() {
+    const TROUBLES: [Option<Trouble>; 6] = [
+        None,
+        Some(Trouble::NeverPauses),
+        Some(Trouble::DiesAtPause),
+        Some(Trouble::RefusesWeights),
+        Some(Trouble::NeverCommits),
+        Some(Trouble::DiesAtCommit),
+    ];
+    let mut pairs: Vec<_> = TROUBLES.into_iter().flat_map(|one| TROUBLES.map(|other| [one, other])).collect();
+    while !pairs.is_empty() {
+        let mut running = JoinSet::new();
+        for pair in pairs.split_off(pairs.len().saturating_sub(6)) {
+            running.spawn(those_that_serve_agree(pair));
+        }
+        running.join_all().await;
+    }
+}
+
+async fn those_that_serve_agree(troubles: [Option<Trouble>; 2]) {
+    let fleet = Fleet::start(config()).await;
+    for (worker, trouble) in fleet.workers.iter().zip(troubles) {
+        trouble.into_iter().for_each(|trouble| worker.trouble(trouble));
+    }
+    let begun = Instant::now();
+    let answer = fleet.update(json!({"folder": fleet.checkpoint(2)})).await;
+    assert!(begun.elapsed() < PATIENCE, "{troubles:?}: WT-4");
+    let stops = |trouble| matches!(trouble, Some(Trouble::NeverPauses | Trouble::DiesAtPause));
+    let takes = |trouble: &Option<Trouble>| trouble.is_none();
+    let commits = !troubles.iter().any(|trouble| stops(*trouble)) && troubles.iter().any(takes);
+    let version = if commits { 2 } else { 1 };
+    assert_eq!(answer.status, if commits { 200 } else { 502 }, "{troubles:?}: {}", answer.body);
+    // Each worker ends as one that serves the fleet's version, or as one that is kept out.
+    let status = fleet
+        .until(|status| {
+            let settled = |worker: &Value| {
+                worker["kept_out"] == true || (worker["version"] == version && worker["phase"] == "serving")
+            };
+            status["under_way"].is_null() && status["workers"].as_array().unwrap().iter().all(settled)
+        })
+        .await;
+    assert_eq!(status["version"], version, "{troubles:?}: {status}");
+    for (worker, trouble) in status["workers"].as_array().unwrap().iter().zip(troubles) {
+        let is_lost = matches!(trouble, Some(Trouble::DiesAtPause | Trouble::DiesAtCommit | Trouble::NeverCommits));
+        assert!(is_lost || worker["version"] == version || worker["kept_out"] == true, "{troubles:?}: {worker}");
+    }
+}

@@ -27,8 +27,8 @@ const FILES_MAX: usize = 4096;
 /// Why a folder is no checkpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    #[error("cannot read {}: {source}", path.display())]
-    Read { path: PathBuf, source: io::Error },
+    #[error("cannot read {}: {why}", path.display())]
+    Read { path: PathBuf, why: io::Error },
     #[error("{} holds no *.safetensors file; name a folder with a checkpoint in safetensors", path.display())]
     Empty { path: PathBuf },
     #[error("{} is no safetensors file: {why}", path.display())]
@@ -39,8 +39,8 @@ pub enum CheckpointError {
     Twice { tensor: String, first: String, second: String },
     #[error("tensor `{tensor}` has elements of a kind this build does not know ({dtype})")]
     Dtype { tensor: String, dtype: String },
-    #[error("{} makes no manifest: {source}", path.display())]
-    Manifest { path: PathBuf, source: ManifestError },
+    #[error("{} makes no manifest: {why}", path.display())]
+    Manifest { path: PathBuf, why: ManifestError },
 }
 
 /// An open checkpoint.
@@ -71,7 +71,7 @@ impl Checkpoint {
         let mut files = Vec::with_capacity(names.len());
         for name in &names {
             let path = folder.join(name);
-            let file = File::open(&path).map_err(|source| CheckpointError::Read { path: path.clone(), source })?;
+            let file = File::open(&path).map_err(|why| CheckpointError::Read { path: path.clone(), why })?;
             for entry in read_header(&path, &file, files.len())? {
                 let wanted = index.as_ref().is_none_or(|index| index.weight_map.get(&entry.tensor.name) == Some(name));
                 if !wanted {
@@ -93,7 +93,7 @@ impl Checkpoint {
         }
         let places = found.values().map(|found| (found.file, found.offset)).collect();
         let manifest = Manifest::new(found.into_values().map(|found| found.tensor).collect())
-            .map_err(|source| CheckpointError::Manifest { path: folder.to_owned(), source })?;
+            .map_err(|why| CheckpointError::Manifest { path: folder.to_owned(), why })?;
         Ok(Self { manifest: Arc::new(manifest), files, places })
     }
 }
@@ -124,7 +124,7 @@ impl Index {
     /// `None`: the folder has none.
     fn read(folder: &Path) -> Result<Option<Self>, CheckpointError> {
         let path = folder.join(INDEX);
-        let failed = |source| CheckpointError::Read { path: path.clone(), source };
+        let failed = |why| CheckpointError::Read { path: path.clone(), why };
         let file = match File::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -159,7 +159,7 @@ impl Index {
 
 /// All files of tensors in a folder without an index.
 fn files_in(folder: &Path) -> Result<Vec<String>, CheckpointError> {
-    let failed = |source| CheckpointError::Read { path: folder.to_owned(), source };
+    let failed = |why| CheckpointError::Read { path: folder.to_owned(), why };
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
@@ -174,7 +174,7 @@ fn files_in(folder: &Path) -> Result<Vec<String>, CheckpointError> {
 /// The tensors that a file's header names. safetensors checks that they lie one behind the other without a gap; here it is
 /// checked that the file is as long as they say.
 fn read_header(path: &Path, mut file: &File, number: usize) -> Result<Vec<Found>, CheckpointError> {
-    let failed = |source| CheckpointError::Read { path: path.to_owned(), source };
+    let failed = |why| CheckpointError::Read { path: path.to_owned(), why };
     let wrong = |why: String| CheckpointError::Malformed { path: path.to_owned(), why };
     let length = file.metadata().map_err(failed)?.len();
     let mut head = [0; 8];

@@ -85,7 +85,7 @@ pub(crate) struct Desk {
     pub(super) wanted: watch::Sender<u64>,
     /// Whether the fleet's version may still be learnt from what workers say.
     pub(super) learning: AtomicBool,
-    /// Changes when the fleet's version does.
+    /// Told when the fleet's version changes, and after every update.
     pub(super) changed: watch::Sender<u64>,
     running: Mutex<Option<Running>>,
     orders: mpsc::Sender<(Order, watch::Sender<Option<Outcome>>)>,
@@ -166,6 +166,8 @@ pub(crate) async fn keep(shared: Arc<Shared>, mut orders: Orders) {
                 shared.weights.fleet().last_failure = Some(error.to_string());
             }
         }
+        // However it ended, each worker is held against the fleet at once.
+        shared.weights.changed.send_modify(|_| {});
         *shared.weights.running() = None;
         outcome.send_replace(Some(ended));
     }

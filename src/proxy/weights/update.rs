@@ -184,13 +184,14 @@ impl Update<'_> {
             }
         }
         if behind.len() == self.members.len() {
-            // Nobody said that it has committed. One that did all the same says so when it is told to abort.
+            // Nobody said that it has committed. One that did all the same does not go back, and says so.
             let why = "no worker is known to have committed".to_owned();
             let doubted: Vec<Member> = behind.iter().map(|(member, _)| member.clone()).collect();
-            let answers = tell_all(&doubted, &WeightsRequest::Abort { update: self.id, why }).await;
-            let committed =
-                |answer: &Result<WeightsStatus, _>| matches!(answer, Err(crate::control::ControlError::Refused { .. }));
+            tell_all(&doubted, &WeightsRequest::Abort { update: self.id, why }).await;
+            let answers = tell_all(&doubted, &WeightsRequest::Status).await;
             let mut answers = answers.iter();
+            let committed =
+                |answer: &Result<WeightsStatus, _>| answer.as_ref().is_ok_and(|status| status.version == self.version);
             behind.retain(|_| !answers.next().is_some_and(committed));
         }
         if behind.len() == self.members.len() {

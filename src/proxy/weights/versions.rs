@@ -79,10 +79,14 @@ fn bar_unless_new(shared: &Shared, member: &Member) {
 async fn look(shared: &Arc<Shared>, member: &Member, status: &WeightsStatus) -> Result<(), String> {
     // Not while an update is under way: what a worker says then is half of something.
     let Ok(turn) = shared.weights.turn.try_read() else { return Ok(()) };
-    let fleet = learn(shared, status);
-    let Some(version) = fleet else { return Ok(()) };
-    if status.phase != WeightsPhase::Serving {
-        return Err(format!("it is {} in an update that is not ours", status.phase.name()));
+    let (Some(version), digest) = learn(shared, status) else { return Ok(()) };
+    if !matches!(status.phase, WeightsPhase::Serving | WeightsPhase::Staging | WeightsPhase::Staged) {
+        member.worker.health.bar(true);
+        return Err(format!("it is {} in an update that is not under way any more", status.phase.name()));
+    }
+    if status.version == version && status.digest != digest {
+        member.worker.health.bar(true);
+        return Err(format!("it has other weights under the fleet's version {version}; restart it"));
     }
     if status.version == version {
         if member.worker.health.bar(false) {
@@ -119,8 +123,8 @@ async fn look(shared: &Arc<Shared>, member: &Member, status: &WeightsStatus) -> 
 }
 
 /// The fleet's version. A proxy that was restarted before workers that were not learns it from them: the highest that any
-/// has, until it has made an update itself.
-fn learn(shared: &Shared, status: &WeightsStatus) -> Option<u64> {
+/// has, until it has made an update itself. With it, its digest.
+fn learn(shared: &Shared, status: &WeightsStatus) -> (Option<u64>, Option<[u8; 16]>) {
     let desk = &shared.weights;
     let mut fleet = desk.fleet();
     if desk.learning.load(Ordering::Acquire) && fleet.version.is_none_or(|version| version < status.version) {
@@ -128,7 +132,7 @@ fn learn(shared: &Shared, status: &WeightsStatus) -> Option<u64> {
         fleet.digest = status.digest;
         desk.changed.send_replace(status.version);
     }
-    fleet.version
+    (fleet.version, fleet.digest)
 }
 
 /// Gives one worker the fleet's version: the same phases, with nobody else in them.
