@@ -332,6 +332,23 @@ fn arguments_that_the_plan_decides_or_everybody_could_read_are_refused_all_at_on
 }
 
 #[test]
+fn concurrent_dispatch_needs_our_own_connector_and_put_async() {
+    let concurrent = |rest: &str| format!("{}\n[proxy]\ndispatch = \"concurrent\"\n", pd_1_1(rest));
+    assert_cases(&[
+        ("GET", concurrent("kv_send_type = \"GET\""), &["proxy.dispatch", "GET", "PUT_ASYNC"]),
+        ("PUT", concurrent("kv_send_type = \"PUT\""), &["proxy.dispatch", "no KV moves before prefill has ended"]),
+        (
+            "vLLM's own",
+            concurrent("kv_connector = \"NixlConnector\"\nconnector_impl = \"vllm\""),
+            &["connector_impl = \"native\""],
+        ),
+    ]);
+    for text in [concurrent(""), concurrent("kv_send_type = \"PUT_ASYNC\"")] {
+        load_text(&text).unwrap_or_else(|error| panic!("{error}\n{text}"));
+    }
+}
+
+#[test]
 fn nccl_alone_is_refused_where_both_roles_share_a_gpu() {
     let shared = |paths: &str| {
         format!(

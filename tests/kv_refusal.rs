@@ -16,7 +16,7 @@ use pdlink::control::{
     from_body, open, to_body,
 };
 use pdlink::kv::{
-    BlockId, Claim, End, Ending, KvError, KvLink, ParamsError, PeerInfo, ToDecode, ToPrefill, TransferFailure,
+    Basis, BlockId, Claim, End, Ending, KvError, KvLink, ParamsError, PeerInfo, ToDecode, ToPrefill, TransferFailure,
     TransferId, TransferParams,
 };
 use pdlink::security::Secret;
@@ -298,9 +298,11 @@ impl RawPeer {
 fn claim_of(prefill: &Worker, params: &TransferParams) -> ToPrefill {
     ToPrefill::Claim(Claim {
         transfer_id: params.pdlink.transfer_id,
-        incarnation: prefill.runtime.incarnation(),
-        geometry_digest: params.pdlink.geometry_digest,
-        weight_version: 1,
+        basis: Basis::Params {
+            incarnation: prefill.runtime.incarnation(),
+            geometry_digest: params.pdlink.geometry_digest,
+            weight_version: 1,
+        },
         decode_weight_version: 1,
         tokens: params.remote_num_tokens,
     })

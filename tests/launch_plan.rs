@@ -206,6 +206,7 @@ fn native_connector_settings_are_accepted_by_every_version() {
                 "digest_sample_every": 16,
                 "tcp_streams": 2,
                 "inflight_max": 64,
+                "part_bytes_min": 262144,
                 "load_failure_policy": "fail",
             },
         });

@@ -38,6 +38,7 @@ exceptions! {
     DuplicateTransferError(LinkError),
     EndpointsError(LinkError),
     WrongRoleError(LinkError),
+    NotAsyncError(LinkError),
     BlockCountError(LinkError),
     StartError(LinkError),
     NoPathError(LinkError),
@@ -61,7 +62,7 @@ pub(crate) fn params(error: &ParamsError) -> PyErr {
         ParamsError::Foreign => ForeignParamsError::new_err(text),
         ParamsError::Version { .. } => ParamsVersionError::new_err(text),
         ParamsError::TooLarge { .. } => ParamsTooLargeError::new_err(text),
-        ParamsError::BrokenSeal { .. } => BrokenSealError::new_err(text),
+        ParamsError::BrokenEarlySeal { .. } | ParamsError::BrokenSeal { .. } => BrokenSealError::new_err(text),
         ParamsError::Cards(_) => CardsError::new_err(text),
     }
 }
@@ -75,6 +76,7 @@ pub(crate) fn kv(error: &KvError) -> PyErr {
         KvError::Duplicate { .. } => DuplicateTransferError::new_err(text),
         KvError::Endpoints { .. } => EndpointsError::new_err(text),
         KvError::WrongRole { .. } => WrongRoleError::new_err(text),
+        KvError::NotAsync { .. } => NotAsyncError::new_err(text),
         KvError::Extent { .. } => BlockCountError::new_err(text),
         KvError::Start(_) => StartError::new_err(text),
         KvError::NoPath { .. } => NoPathError::new_err(text),

@@ -26,6 +26,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<sender::WeightSender>()?;
     module.add_function(wrap_pyfunction!(request::parse_request, module)?)?;
     module.add_function(wrap_pyfunction!(request::new_transfer_id, module)?)?;
+    module.add_function(wrap_pyfunction!(maker::early_params, module)?)?;
     module.add_function(wrap_pyfunction!(log::init_log, module)?)?;
     errors::register(module)
 }

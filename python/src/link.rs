@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use pdlink::config::KvConfig;
 use pdlink::kv::{
-    End, KvError, KvLink, KvMetrics, KvRuntime, Offer, RankMemory, Report as Ended, RuntimeConfig, TransferHandle,
-    TransferParams,
+    Begin, BlockId, End, KvError, KvLink, KvMetrics, KvRequest as Parsed, KvRuntime, Offer, Progress, Prompt,
+    RankMemory, Report as Ended, RuntimeConfig, TransferHandle, TransferId, TransferParams,
 };
+use pdlink::memory::{Device, StreamMark};
 use pdlink::telemetry::names;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -44,6 +45,17 @@ pub(crate) struct Link {
     runtime: RwLock<Option<KvRuntime>>,
     ended: Arc<Mutex<Vec<Ended>>>,
     address: String,
+    /// The GPU that the KV is on.
+    device: Option<Arc<Device>>,
+    /// Prompts of this step that decode may have claimed.
+    step: Mutex<Vec<Chunk>>,
+}
+
+/// What one step computes of one prompt.
+struct Chunk {
+    transfer_id: TransferId,
+    blocks: Arc<Vec<Vec<BlockId>>>,
+    tokens: u32,
 }
 
 #[pymethods]
@@ -68,10 +80,64 @@ impl Link {
         serde_json::to_string(&card).map_err(|error| errors::settings("the card", &error))
     }
 
-    fn offer(&self, transfer_id: &str, request_id: String, blocks: Vec<Vec<u32>>, tokens: u32) -> PyResult<()> {
+    /// `stream`: that of the GPU on which the last of it is computed, where decode may have claimed it before.
+    #[pyo3(signature = (transfer_id, request_id, blocks, tokens, stream=None))]
+    fn offer(
+        &self,
+        transfer_id: &str,
+        request_id: String,
+        blocks: Vec<Vec<u32>>,
+        tokens: u32,
+        stream: Option<usize>,
+    ) -> PyResult<()> {
         let transfer_id = request::transfer_id(transfer_id)?;
+        let mark = self.mark(stream)?;
         let offer = Offer { transfer_id, request_id, blocks: block_ids(blocks), tokens };
-        self.with(|runtime| runtime.offer(offer).map(drop))
+        self.with(|runtime| runtime.offer_behind(mark, offer).map(drop))
+    }
+
+    /// Prefill: this prompt will be computed, and decode may claim it meanwhile.
+    fn begin(&self, transfer_id: &str, request_id: String, tokens: u32, fingerprint: u64) -> PyResult<()> {
+        let transfer_id = request::transfer_id(transfer_id)?;
+        let begin = Begin { transfer_id, request_id, prompt: Prompt { tokens, fingerprint } };
+        self.with(|runtime| runtime.begin(begin))
+    }
+
+    /// Prefill: what the step that begins computes of prompts that were begun: transfer, blocks, tokens in the end.
+    fn step(&self, chunks: Vec<(String, Vec<Vec<u32>>, u32)>) -> PyResult<()> {
+        let chunk = |(transfer_id, blocks, tokens): (String, _, u32)| {
+            let transfer_id = request::transfer_id(&transfer_id)?;
+            Ok(Chunk { transfer_id, blocks: Arc::new(block_ids(blocks)), tokens })
+        };
+        *locked(&self.step) = chunks.into_iter().map(chunk).collect::<PyResult<_>>()?;
+        Ok(())
+    }
+
+    /// Prefill: the step's prompts are computed in layers `first..end`, or will be once the GPU is through with what is on
+    /// `stream` now.
+    #[pyo3(signature = (first, end, stream=None))]
+    fn computed(&self, first: u32, end: u32, stream: Option<usize>) -> PyResult<()> {
+        let mark = self.mark(stream)?;
+        let progress = |chunk: &Chunk| Progress {
+            transfer_id: chunk.transfer_id,
+            blocks: Arc::clone(&chunk.blocks),
+            layers: first..end,
+            tokens: chunk.tokens,
+        };
+        let progress: Vec<Progress> = locked(&self.step).iter().map(progress).collect();
+        self.with(|runtime| {
+            runtime.progress_behind(mark, progress);
+            Ok(())
+        })
+    }
+
+    /// Prefill: a prompt that was begun was preempted, and will be computed again.
+    fn restart(&self, transfer_id: &str) -> PyResult<()> {
+        let transfer_id = request::transfer_id(transfer_id)?;
+        self.with(|runtime| {
+            runtime.restart(transfer_id);
+            Ok(())
+        })
     }
 
     /// Claims what the JSON text of `kv_transfer_params` names.
@@ -81,6 +147,20 @@ impl Link {
         })?;
         let params = TransferParams::parse(&value).map_err(|error| errors::params(&error))?;
         self.with(|runtime| runtime.expect(&params).map(drop))
+    }
+
+    /// Claims what the JSON text names and prefill is yet to compute.
+    fn expect_early(&self, params: &str, tokens: u32, fingerprint: u64) -> PyResult<()> {
+        let value = serde_json::from_str(params).map_err(|error| {
+            errors::MalformedParamsError::new_err(format!("kv_transfer_params are malformed: {error}"))
+        })?;
+        match Parsed::parse(Some(&value)).map_err(|error| errors::params(&error))? {
+            Parsed::Early(params) => {
+                let prompt = Prompt { tokens, fingerprint };
+                self.with(|runtime| runtime.expect_early(&params, prompt).map(drop))
+            }
+            _ => Err(errors::MalformedParamsError::new_err("kv_transfer_params are of another kind than expected")),
+        }
     }
 
     fn fetch(&self, transfer_id: &str, blocks: Vec<Vec<u32>>, first_token: u32) -> PyResult<()> {
@@ -155,6 +235,11 @@ impl Link {
 }
 
 impl Link {
+    /// None where the KV is not on a GPU: what is computed there is there.
+    fn mark(&self, stream: Option<usize>) -> PyResult<Option<StreamMark>> {
+        self.device.as_ref().zip(stream).map(|(device, stream)| regions::mark(device, stream)).transpose()
+    }
+
     fn with<T>(&self, call: impl FnOnce(&KvRuntime) -> Result<T, KvError>) -> PyResult<T> {
         let runtime = self.runtime.read().unwrap_or_else(PoisonError::into_inner);
         let result = runtime.as_ref().ok_or(KvError::ShutDown).and_then(call);
@@ -178,6 +263,7 @@ pub(crate) fn metric_names(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 fn start(link: LinkSettings, regions: Vec<Arc<pdlink::memory::Region>>) -> PyResult<Link> {
     let listener = link.listen()?;
     let secret = settings::secret(link.secret_file.as_ref())?;
+    let device = regions.iter().find_map(|region| region.device()).cloned();
     let rank = RankMemory { rank: link.rank, regions, layers: link.layers, num_blocks: link.num_blocks };
     let ended = Arc::new(Mutex::new(Vec::new()));
     let config = RuntimeConfig {
@@ -201,7 +287,7 @@ fn start(link: LinkSettings, regions: Vec<Arc<pdlink::memory::Region>>) -> PyRes
     let runtime = KvRuntime::start(config, Box::new(move |end| locked(&sink).push(end)));
     let runtime = runtime.map_err(|error| errors::kv(&error))?;
     let address = runtime.address();
-    Ok(Link { runtime: RwLock::new(Some(runtime)), ended, address })
+    Ok(Link { runtime: RwLock::new(Some(runtime)), ended, address, device, step: Mutex::default() })
 }
 
 fn report(runtime: Option<&KvRuntime>, ended: Ended) -> Report {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use pdlink::kv::{BlockId, ParamsMaker as Maker, RankCard};
+use pdlink::kv::{BlockId, EarlyParams, ParamsMaker as Maker, RankCard};
 use pyo3::prelude::*;
 
 use crate::{errors, request, settings};
@@ -30,6 +30,20 @@ impl ParamsMaker {
         let params = self.0.params(transfer_id, request_id, block_ids(blocks), tokens);
         Ok(params.to_json().to_string())
     }
+}
+
+/// The JSON text of parameters for decode's leg of a request that prefill is yet to compute; `endpoints` are those of prefill's
+/// ranks, in order. For routers: `pdlink proxy` makes the same.
+#[pyfunction]
+#[pyo3(signature = (transfer_id, endpoints, secret_file=None))]
+pub(crate) fn early_params(
+    transfer_id: &str,
+    endpoints: Vec<String>,
+    secret_file: Option<PathBuf>,
+) -> PyResult<String> {
+    let transfer_id = request::transfer_id(transfer_id)?;
+    let secret = settings::secret(secret_file.as_ref())?;
+    Ok(EarlyParams::sealed(transfer_id, endpoints, &secret).to_json().to_string())
 }
 
 /// Block ids in the runtime's words.

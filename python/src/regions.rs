@@ -4,7 +4,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use pdlink::ffi::cuda::Device;
-use pdlink::memory::{Region, to_u64};
+use pdlink::memory::{Region, StreamMark, to_u64};
 use pyo3::prelude::*;
 
 use crate::errors;
@@ -15,6 +15,15 @@ pub(crate) type Memory = (usize, usize, Py<PyAny>, Option<i32>);
 /// Borrows each stretch for as long as its region lives.
 pub(crate) fn borrow(memory: Vec<Memory>) -> PyResult<Vec<Arc<Region>>> {
     memory.into_iter().map(one).collect()
+}
+
+/// A mark behind all that PyTorch has put on this stream of the GPU, by `torch.cuda.Stream.cuda_stream`.
+pub(crate) fn mark(device: &Arc<Device>, stream: usize) -> PyResult<StreamMark> {
+    let stream = std::ptr::with_exposed_provenance_mut(stream);
+    // SAFETY: the caller asks PyTorch for the stream that it uses now, of the GPU that the KV is on: PyTorch keeps its streams
+    // for as long as the process lives, in the primary context.
+    let mark = unsafe { StreamMark::behind(device, stream) };
+    mark.map_err(|error| errors::settings("a mark in the engine's stream", &error))
 }
 
 fn one((address, len, owner, gpu): Memory) -> PyResult<Arc<Region>> {

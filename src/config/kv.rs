@@ -125,6 +125,10 @@ pub struct KvConfig {
     /// Most transfers in flight to one peer; more wait in order. Default 64.
     #[schemars(range(min = 1))]
     pub inflight_max: usize,
+    /// Concurrent dispatch: prefill pushes what it has computed ahead of its end in parts of at least so many bytes. Default
+    /// 262144. Smaller parts hide more of a short prompt's transfer, and cost a post each; there are never more than twice as
+    /// many as the model has layers.
+    pub part_bytes_min: u64,
     /// The `nccl` path.
     pub nccl: NcclConfig,
     /// The `nixl` path.
@@ -156,6 +160,7 @@ impl Default for KvConfig {
             copy_threads: None,
             tcp_streams: 2,
             inflight_max: 64,
+            part_bytes_min: 256 * 1024,
             nccl: NcclConfig::default(),
             nixl: NixlConfig::default(),
             load_failure_policy: LoadFailurePolicy::default(),

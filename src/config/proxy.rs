@@ -21,9 +21,21 @@ pub enum Policy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Dispatch {
-    /// Prefill, then decode.
+    /// Prefill, then decode with what prefill answered.
     #[default]
     Sequential,
+    /// Both at once: decode names its blocks while prefill computes, and prefill pushes each layer into them as it is done.
+    Concurrent,
+}
+
+impl Dispatch {
+    /// The name used in configuration, records and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sequential => "sequential",
+            Self::Concurrent => "concurrent",
+        }
+    }
 }
 
 /// The proxy's limits and habits. All times are upper bounds: no wait is longer (PX-3).

@@ -7,6 +7,7 @@
 
 mod admin;
 mod connection;
+mod early;
 mod error;
 mod handshake;
 mod listener;
@@ -18,6 +19,7 @@ mod wire;
 pub use crate::config::Role;
 pub use admin::{AdminClient, AdminHandler, AdminReply, admin_sink, connect};
 pub use connection::{Answerer, Connection, Inbound, Liveness, Message, Sink, connection};
+pub use early::{EarlyParams, PARAMS_VERSION};
 pub use error::ControlError;
 pub use handshake::{Hello, Identity, VERSIONS, Versions, accept, open};
 pub use listener::{CONNECTIONS_MAX, STRANGERS_MAX, Welcome, serve};

@@ -8,9 +8,8 @@ use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::oneshot;
 
-use super::request::{Event, Group, NewSequence, Slot, Slots, TokenEvent};
+use super::request::{Event, Group, NewSequence, Slot, Slots, Source, TokenEvent};
 use super::scheduler::Command;
-use crate::kv::TransferParams;
 use crate::openai::ApiError;
 
 /// When a client that met the bound should come back.
@@ -57,8 +56,8 @@ impl Front {
     }
 
     /// A request that names a transfer will not be served: prefill need not keep its blocks.
-    pub(super) fn decline(&self, params: Box<TransferParams>) {
-        self.send(Command::Decline(params));
+    pub(super) fn decline(&self, source: Source) {
+        self.send(Command::Decline(source));
     }
 
     /// Ends requests by name, or all; how many answers that were. `None` if the scheduler has ended.

@@ -65,12 +65,12 @@ impl KvCache {
         per_layer * u64::from(self.geometry().layers())
     }
 
-    /// Writes the KV of one position into the block that covers it.
-    pub(super) fn write(&self, blocks: &[BlockId], position: usize, context: Context) {
+    /// Writes one layer's KV of one position into the block that covers it.
+    pub(super) fn write(&self, blocks: &[BlockId], position: usize, layer: usize, context: Context) {
         let block = u64::from(blocks[position / self.block_size()].0);
         let token = (position % self.block_size()) as u64;
         let mut row = vec![0; self.row_bytes()];
-        for (memory, place, layer) in self.layers() {
+        for (memory, place) in self.ranks.iter().map(|memory| (memory, &memory.layers[layer])) {
             for (half, head, row_at) in self.rows(memory.rank, place) {
                 let name = Row { layer, half, head };
                 fill_row(&mut row, context, name);
@@ -90,7 +90,7 @@ impl KvCache {
 
     /// Overwrites blocks that nobody may read any more.
     pub(super) fn poison(&self, block: BlockId) {
-        for (memory, place, _) in self.layers() {
+        for (memory, place) in self.layers() {
             let at = place.base + u64::from(block.0) * place.block_stride;
             let region = &memory.regions[usize::from(place.region)];
             region.fill(at, place.block_stride, POISON).expect("a block of this cache");
@@ -101,10 +101,8 @@ impl KvCache {
         usize::try_from(layout::group(self.geometry()).content_bytes()).expect("checked with the geometry")
     }
 
-    fn layers(&self) -> impl Iterator<Item = (&RankMemory, &LayerPlacement, usize)> {
-        self.ranks
-            .iter()
-            .flat_map(|memory| memory.layers.iter().enumerate().map(move |(layer, place)| (memory, place, layer)))
+    fn layers(&self) -> impl Iterator<Item = (&RankMemory, &LayerPlacement)> {
+        self.ranks.iter().flat_map(|memory| memory.layers.iter().map(move |place| (memory, place)))
     }
 
     /// (half, head over all ranks, offset inside a block) of each row that a rank keeps for one token of one layer.
@@ -148,7 +146,7 @@ mod tests {
         let mut context = Context::start(Weights::base(0));
         for position in 0..TOKENS {
             context = context.then(u32::try_from(position).unwrap());
-            cache.write(&blocks, position, context);
+            (0..2).for_each(|layer| cache.write(&blocks, position, layer, context));
         }
         (cache, blocks)
     }

@@ -7,7 +7,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::model::{Candidate, Sampling, Weights};
 use super::tokenizer::Token;
-use crate::kv::{TransferId, TransferParams};
+use crate::kv::{EarlyParams, TransferId, TransferParams};
 use crate::openai::ApiError;
 
 /// One HTTP request: one sequence per prompt and choice.
@@ -33,7 +33,7 @@ pub(super) struct NewSequence {
     /// Already different for each choice.
     pub sampling: Sampling,
     pub source: Source,
-    pub hand_over: Option<TransferId>,
+    pub hand_over: Option<HandOver>,
     /// Its tokens are told as they come: what was said cannot be taken back.
     pub streams: bool,
     pub slot: Slot,
@@ -46,6 +46,16 @@ pub(super) enum Source {
     Local,
     /// Loaded from the prefill worker that these parameters name.
     Remote(Box<TransferParams>),
+    /// Pushed by the prefill worker that these parameters name, while it computes it.
+    Early(Box<EarlyParams>),
+}
+
+/// Prefill: the prompt's KV is for somebody else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct HandOver {
+    pub transfer_id: TransferId,
+    /// Whether it is claimed while it is computed.
+    pub early: bool,
 }
 
 /// What all answers of a request have in common.

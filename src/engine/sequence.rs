@@ -4,10 +4,10 @@ use super::model::{Candidate, Context, Logits, Sampling, Weights};
 use super::output::OutputText;
 use super::prefix_cache::BlockHash;
 use super::request::{
-    Event, Finish, FinishReason, NewSequence, Params, Slot, Source, StopReason, TokenEvent, TokenOut,
+    Event, Finish, FinishReason, HandOver, NewSequence, Params, Slot, StopReason, TokenEvent, TokenOut,
 };
 use super::tokenizer::{EOS, Token, token_text};
-use crate::kv::{BlockId, TransferHandle, TransferId, TransferParams};
+use crate::kv::{BlockId, Prompt, TransferHandle, TransferId, TransferParams};
 use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -27,7 +27,7 @@ pub(super) struct Sequence {
     pub index: usize,
     pub request_id: String,
     pub load: Load,
-    pub hand_over: Option<TransferId>,
+    pub hand_over: Option<HandOver>,
     pub params: Arc<Params>,
     /// Blocks that cover `tokens`, as far as they were taken.
     pub blocks: Vec<BlockId>,
@@ -99,6 +99,17 @@ impl Sequence {
 
     pub(super) fn prompt_len(&self) -> usize {
         self.prompt_len
+    }
+
+    /// What the prompt's KV depends on, in the link's words.
+    pub(super) fn prompt(&self) -> Prompt {
+        let tokens = u32::try_from(self.prompt_len).expect("prompts are shorter than 2^32 tokens");
+        Prompt { tokens, fingerprint: self.contexts[self.prompt_len - 1].word() }
+    }
+
+    /// The transfer that decode may claim while the prompt is computed.
+    pub(super) fn early(&self) -> Option<TransferId> {
+        self.hand_over.filter(|hand_over| hand_over.early).map(|hand_over| hand_over.transfer_id)
     }
 
     pub(super) fn last(&self) -> Token {
@@ -264,12 +275,4 @@ fn contexts(weights: Weights, tokens: &[Token]) -> Vec<Context> {
         context
     };
     tokens.iter().map(after).collect()
-}
-
-/// The transfer that a source names.
-pub(super) fn claimed_params(source: &Source) -> Option<&TransferParams> {
-    match source {
-        Source::Local => None,
-        Source::Remote(params) => Some(params),
-    }
 }

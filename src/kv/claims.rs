@@ -5,16 +5,18 @@
 
 use std::time::{Duration, Instant};
 
-use super::TransferFailure;
 use super::channel::SendEvent;
 use super::clients::Fit;
 use super::core::{Core, Timer, TimerKey};
-use super::messages::{Claim, Ending, ToDecode, ToPrefill};
+use super::messages::{Basis, Claim, Ending, ToDecode, ToPrefill};
 use super::past::Gone;
 use super::producer::Reader;
+use super::{KvError, TransferFailure};
+use crate::config::KvSendType;
 use crate::control::TransferId;
 
-/// How long a claim may be ahead of the offer: an engine hands its offers to its ranks with the next step.
+/// How long a claim may be ahead of the offer: an engine hands its offers to its ranks with the next step. What comes ahead
+/// of prefill itself may be so for as long as a transfer may take.
 const EARLY_MAX: Duration = Duration::from_secs(3);
 /// Transfers that may be asked for before they are offered. Past it a claim is refused at once.
 const EARLY_TRANSFERS_MAX: usize = 4096;
@@ -65,23 +67,33 @@ impl Core {
     fn check_claim(&mut self, client: u64, claim: &Claim) -> Result<ReaderAt, TransferFailure> {
         let (shared, transfer_id) = (&self.shared, claim.transfer_id);
         let peer = || shared.engine_id.clone();
-        if claim.incarnation != shared.incarnation {
-            let (named, current) = (claim.incarnation, shared.incarnation);
-            return Err(TransferFailure::StaleIncarnation { peer: peer(), named, current });
+        if let Basis::Params { incarnation: named, .. } = claim.basis
+            && named != shared.incarnation
+        {
+            return Err(TransferFailure::StaleIncarnation { peer: peer(), named, current: shared.incarnation });
         }
         if let Some(Err(why)) = self.clients.get(&client).map(|client| client.fit.as_ref()) {
             return Err(TransferFailure::Incompatible { peer: peer(), why: why.clone() });
         }
         let bad = |why: String| Err(TransferFailure::BadReference { peer: peer(), transfer_id, why });
-        if claim.geometry_digest != shared.geometry_digest {
-            return bad("its parameters were made for another model or geometry".to_owned());
+        match claim.basis {
+            Basis::Params { geometry_digest, .. } if geometry_digest != shared.geometry_digest => {
+                return bad("its parameters were made for another model or geometry".to_owned());
+            }
+            Basis::Early { .. } if shared.send_type != KvSendType::PutAsync => {
+                let why = KvError::NotAsync { transfer_id, send_type: shared.send_type.name() }.to_string();
+                return Err(TransferFailure::Incompatible { peer: peer(), why });
+            }
+            Basis::Params { .. } | Basis::Early { .. } => {}
         }
         let sending = self.sending.get(&transfer_id).ok_or_else(|| self.why_not(transfer_id))?;
         if claim.tokens != sending.offer.tokens {
             return bad(format!("{} tokens are asked for, {} were offered", claim.tokens, sending.offer.tokens));
         }
-        if claim.weight_version != sending.weight_version {
-            let (theirs, ours) = (sending.weight_version, claim.weight_version);
+        if let Basis::Params { weight_version: ours, .. } = claim.basis
+            && ours != sending.weight_version
+        {
+            let theirs = sending.weight_version;
             return bad(format!("weight version {ours} is asked for, {theirs} was offered"));
         }
         // KV-5: as it was made, as prefill serves now, and as decode serves.
@@ -89,6 +101,15 @@ impl Core {
             if version != sending.weight_version {
                 let (theirs, ours) = (sending.weight_version, version);
                 return Err(TransferFailure::WeightVersion { peer: peer(), theirs, ours });
+            }
+        }
+        if let Basis::Early { fingerprint: ours } = claim.basis {
+            match sending.begun.as_ref().map(|begun| begun.fingerprint) {
+                None => return bad("it is claimed early, and prefill was not told that it would be".to_owned()),
+                Some(theirs) if ours != theirs => {
+                    return bad(format!("decode's prompt ({ours:016x}) is not prefill's ({theirs:016x})"));
+                }
+                Some(_) => {}
             }
         }
         self.reader_for(client, transfer_id)
@@ -191,7 +212,9 @@ impl Core {
 
     fn keep_early(&mut self, client: u64, transfer_id: TransferId, message: ToPrefill) {
         if !self.early.contains_key(&transfer_id) {
-            let timer = self.set_timer(None, Some(Instant::now() + EARLY_MAX), Timer::Early(transfer_id));
+            let is_refused_soon = matches!(&message, ToPrefill::Claim(Claim { basis: Basis::Params { .. }, .. }));
+            let at_most = if is_refused_soon { EARLY_MAX } else { self.kv.transfer_timeout };
+            let timer = self.set_timer(None, Some(Instant::now() + at_most), Timer::Early(transfer_id));
             self.early.insert(transfer_id, Early { timer, said: Vec::new() });
         }
         if let Some(early) = self.early.get_mut(&transfer_id) {

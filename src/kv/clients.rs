@@ -144,7 +144,9 @@ impl Core {
                 return PushPath::Ready(Arc::clone(link), Arc::clone(plan));
             }
             Some(PushLink::Connecting(waiting)) => {
-                waiting.push((transfer_id, reader));
+                if !waiting.contains(&(transfer_id, reader)) {
+                    waiting.push((transfer_id, reader));
+                }
                 return PushPath::Waiting;
             }
             Some(PushLink::Ready(..)) | None => {}

@@ -5,12 +5,12 @@ use std::time::Instant;
 
 use super::channel::{Gather, GatherAction, Mode, ReceiveAction, ReceiveEvent};
 use super::core::{Core, Expect, Timer, TimerKey};
-use super::messages::{Claim, Ending, Granted, ToDecode, ToPrefill};
+use super::messages::{Basis, Claim, Ending, Granted, ToDecode, ToPrefill};
 use super::moved::Moved;
 use super::past::Gone;
 use super::shares::Split;
 use super::{BlockId, End, Extent, PairPlan, TransferFailure};
-use crate::config::{KvSendType, Path};
+use crate::config::{Dispatch, KvSendType, Path};
 use crate::control::{ControlError, TransferId};
 use crate::telemetry::{Side, TransferRecord};
 use crate::transport::{Grant, Link, TransferTicket, TransportError};
@@ -28,6 +28,8 @@ pub(super) struct Receiving {
     pub(super) digest: bool,
     timer: Option<TimerKey>,
     fetched: Option<Instant>,
+    /// Concurrent dispatch: when the last part's prefill ended.
+    ready: Option<Instant>,
     record: TransferRecord,
 }
 
@@ -98,10 +100,13 @@ impl Core {
         let (dst, own) = (self.split, self.own_part);
         let meeting = self.meeting(expect.src, dst);
         let sources = meeting.sources_of(own);
-        let peer_of = |number: u32| expect.runtimes[number as usize].endpoint.as_str();
+        let peer_of = |number: u32| expect.runtimes[number as usize].0.as_str();
         let peers: Vec<&str> = sources.iter().map(|number| peer_of(*number)).collect();
         let mut record = self.blank_record(transfer_id, Side::Decode);
         record.tokens = expect.tokens.into();
+        if matches!(expect.runtimes.first(), Some((_, Basis::Early { .. }))) {
+            record.dispatch = Dispatch::Concurrent;
+        }
         let receiving = Receiving {
             machine: Gather::new(transfer_id, &peers, self.kv.transfer_timeout, now),
             serial: self.next_serial(),
@@ -113,6 +118,7 @@ impl Core {
             digest: false,
             timer: None,
             fetched: None,
+            ready: None,
             record,
         };
         self.receiving.insert(transfer_id, receiving);
@@ -129,24 +135,18 @@ impl Core {
             return self.drive_all_receiving(transfer_id, &ReceiveEvent::Abort);
         }
         for number in sources {
-            let named = &expect.runtimes[*number as usize];
-            self.claim_at(
-                &named.endpoint,
-                Claim {
-                    transfer_id,
-                    incarnation: named.incarnation,
-                    geometry_digest: expect.geometry_digest,
-                    weight_version: expect.weight_version,
-                    decode_weight_version: self.weight_version(),
-                    tokens: expect.tokens,
-                },
-            );
+            let (endpoint, basis) = &expect.runtimes[*number as usize];
+            let decode_weight_version = self.weight_version();
+            let claim = Claim { transfer_id, basis: *basis, decode_weight_version, tokens: expect.tokens };
+            self.claim_at(endpoint, claim);
         }
         self.drive_all_receiving(transfer_id, &ReceiveEvent::Tick);
     }
 
     fn claim_at(&mut self, peer: &str, claim: Claim) {
-        self.leave_older_incarnation(peer, claim.incarnation);
+        if let Basis::Params { incarnation, .. } = claim.basis {
+            self.leave_older_incarnation(peer, incarnation);
+        }
         self.need_peer(peer).transfers.insert(claim.transfer_id);
         self.tell_peer(peer, &ToPrefill::Claim(claim));
         self.plan_renewal(peer);
@@ -194,6 +194,7 @@ impl Core {
         // Late otherwise: the transfer was ended here, and prefill told, before this was on its way.
         let Some(part) = receiving.part_of(peer) else { return };
         let event = match message {
+            ToDecode::Begun { weight_version, .. } => return self.begun(transfer_id, part, weight_version),
             ToDecode::Granted(granted) => return self.granted(transfer_id, part, granted),
             ToDecode::Refused { failure, .. } => ReceiveEvent::Refused(failure),
             ToDecode::Confirmed { digest, .. } => ReceiveEvent::Confirmed { digest },
@@ -207,11 +208,59 @@ impl Core {
         self.drive_receiving(transfer_id, part, event);
     }
 
+    /// Concurrent dispatch: the claim fits, and the prompt is being computed.
+    fn begun(&mut self, transfer_id: TransferId, part: usize, weight_version: u64) {
+        let event = match self.meet(transfer_id, part, weight_version) {
+            Some(Ok(Mode::Push)) => ReceiveEvent::Begun,
+            Some(Ok(Mode::Pull)) => return,
+            Some(Err(failure)) => ReceiveEvent::Outdated(failure),
+            None => return,
+        };
+        self.drive_receiving(transfer_id, part, event);
+    }
+
     fn granted(&mut self, transfer_id: TransferId, part: usize, granted: Granted) {
-        let ours = self.weight_version();
+        let Some(met) = self.meet(transfer_id, part, granted.weight_version) else { return };
         let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
         let of_part = &mut receiving.parts[part];
-        let Some(reached) = self.peers.get(&of_part.peer).and_then(|entry| entry.reached()) else { return };
+        let event = match met {
+            Err(failure) => ReceiveEvent::Outdated(failure),
+            Ok(_) if granted.tokens != receiving.tokens => {
+                let why = "another number of tokens was granted than asked for".to_owned();
+                ReceiveEvent::Outdated(TransferFailure::BadReference { peer: of_part.peer.clone(), transfer_id, why })
+            }
+            Ok(mode) => ReceiveEvent::Granted(mode),
+        };
+        of_part.granted = Some(granted);
+        if receiving.record.dispatch == Dispatch::Concurrent {
+            receiving.ready = Some(Instant::now());
+        }
+        let is_placed = receiving.machine.state(part) == "placed";
+        // Prefill's blocks are known only now, and with them where each group begins.
+        let event = match is_placed.then(|| self.first_tokens(transfer_id, part)) {
+            Some(Err(failure)) => ReceiveEvent::Outdated(failure),
+            Some(Ok(from)) => {
+                if let Some(receiving) = self.receiving.get_mut(&transfer_id) {
+                    receiving.parts[part].from = from;
+                }
+                event
+            }
+            None => event,
+        };
+        self.drive_receiving(transfer_id, part, event);
+    }
+
+    /// Takes over how the part's peer is reached, and holds it against what was expected of it.
+    fn meet(
+        &mut self,
+        transfer_id: TransferId,
+        part: usize,
+        weight_version: u64,
+    ) -> Option<Result<Mode, TransferFailure>> {
+        let ours = self.weight_version();
+        let receiving = self.receiving.get_mut(&transfer_id)?;
+        let of_part = &mut receiving.parts[part];
+        let reached = self.peers.get(&of_part.peer)?.reached()?;
         let mode = if reached.send_type == KvSendType::Get { Mode::Pull } else { Mode::Push };
         let is_as_named = (reached.split, reached.part) == (of_part.src, of_part.number);
         of_part.link = Some(Arc::clone(&reached.link));
@@ -220,23 +269,16 @@ impl Core {
         of_part.transport = reached.transport;
         receiving.record.peer_engine_id = Some(reached.engine_id.clone());
         receiving.record.path = Some(reached.path);
-        receiving.record.weight_version = granted.weight_version;
-        let (peer, theirs) = (of_part.peer.clone(), granted.weight_version);
-        let bad = |why: &str| {
-            let (peer, why) = (peer.clone(), why.to_owned());
-            ReceiveEvent::Outdated(TransferFailure::BadReference { peer, transfer_id, why })
-        };
-        let event = if theirs != ours {
-            ReceiveEvent::Outdated(TransferFailure::WeightVersion { peer, theirs, ours })
-        } else if granted.tokens != receiving.tokens {
-            bad("another number of tokens was granted than asked for")
-        } else if !is_as_named {
-            bad("it holds other ranks than the parameters say")
-        } else {
-            ReceiveEvent::Granted(mode)
-        };
-        of_part.granted = Some(granted);
-        self.drive_receiving(transfer_id, part, event);
+        receiving.record.weight_version = weight_version;
+        let peer = of_part.peer.clone();
+        if weight_version != ours {
+            return Some(Err(TransferFailure::WeightVersion { peer, theirs: weight_version, ours }));
+        }
+        if !is_as_named {
+            let why = "it holds other ranks than the parameters say".to_owned();
+            return Some(Err(TransferFailure::BadReference { peer, transfer_id, why }));
+        }
+        Some(Ok(mode))
     }
 
     pub(super) fn abort_receiving(&mut self, transfer_id: TransferId) -> bool {
@@ -359,7 +401,7 @@ impl Core {
             }
         }
         let moved = receiving.parts.iter().map(|part| &part.moved);
-        Moved::add_up(moved, receiving.fetched, None, &mut receiving.record);
+        Moved::add_up(moved, receiving.fetched, None, receiving.ready, &mut receiving.record);
         if end == End::Released {
             receiving.record.path = None;
         }
@@ -388,12 +430,16 @@ impl Core {
         let lost = |peer: &str| TransferFailure::PeerLost { peer: peer.to_owned(), why: "it is gone".to_owned() };
         let Some(receiving) = self.receiving.get(&transfer_id) else { return Err(lost("prefill")) };
         let of_part = &receiving.parts[part];
-        let (Some(plan), Some(granted)) = (&of_part.plan, &of_part.granted) else { return Err(lost(&of_part.peer)) };
+        let Some(plan) = &of_part.plan else { return Err(lost(&of_part.peer)) };
+        let src_blocks = match &of_part.granted {
+            Some(granted) => std::borrow::Cow::Borrowed(&granted.blocks),
+            None => std::borrow::Cow::Owned(plan.stand_in(receiving.tokens)),
+        };
         let extent = Extent {
-            src_blocks: &super::run_list::by_group(&granted.blocks),
+            src_blocks: &super::run_list::by_group(&src_blocks),
             dst_blocks: &super::run_list::by_group(&receiving.blocks),
             first_token: receiving.first_token,
-            tokens: granted.tokens,
+            tokens: receiving.tokens,
         };
         let (peer, bad) = (of_part.peer.clone(), |error: super::LayoutError| error.to_string());
         ask(plan, extent).map_err(|error| TransferFailure::BadReference { peer, transfer_id, why: bad(error) })

@@ -37,6 +37,11 @@ impl Core {
     fn take_slot(&mut self, transfer_id: TransferId, part: usize) {
         let Some(receiving) = self.receiving.get_mut(&transfer_id) else { return };
         let of_part = &mut receiving.parts[part];
+        if of_part.granted.is_none() {
+            // Still being computed: prefill's own speed bounds how many of these move, and their turn must not be held up by
+            // what waits for it.
+            return self.start_copy(transfer_id, part);
+        }
         let Some(peer) = self.peers.get_mut(&of_part.peer) else { return };
         if peer.copying >= self.kv.inflight_max {
             return peer.waiting.push_back((transfer_id, part));

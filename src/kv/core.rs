@@ -20,8 +20,8 @@ use super::peers::{Peer, Reached};
 use super::producer::Sending;
 use super::runtime::{ReportSink, Shared, locked};
 use super::shares::{Meeting, Split};
-use super::{BlockId, End, Offer, PairPlan, RankEndpoint, Report, TransferFailure, siblings};
-use crate::config::{DigestPolicy, KvConfig, KvSendType, Path};
+use super::{Basis, Begin, BlockId, End, Offer, PairPlan, Progress, Report, TransferFailure, siblings};
+use crate::config::{DigestPolicy, Dispatch, KvConfig, KvSendType, Path};
 use crate::control::{
     AbortAnswer, AdminAnswer, AdminClient, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello,
     Identity, Inbound, Liveness, Part, Sink, TransferId, VERSIONS, Welcome, admin_sink, serve, to_body,
@@ -40,9 +40,23 @@ const BATCH: usize = 256;
 
 /// What the engine asks.
 pub(super) enum Command {
-    Offer { offer: Offer, weight_version: u64 },
+    Begin {
+        begin: Begin,
+        weight_version: u64,
+    },
+    /// Of one layer, or some, and all requests of a step.
+    Progress(Vec<Progress>),
+    Restart(TransferId),
+    Offer {
+        offer: Offer,
+        weight_version: u64,
+    },
     Expect(Expect),
-    Fetch { transfer_id: TransferId, blocks: Vec<Vec<BlockId>>, first_token: u32 },
+    Fetch {
+        transfer_id: TransferId,
+        blocks: Vec<Vec<BlockId>>,
+        first_token: u32,
+    },
     Release(TransferId),
     Abort(TransferId),
     WeightVersion(u64),
@@ -52,11 +66,10 @@ pub(super) enum Command {
 /// What the parameters of an expected transfer say.
 pub(super) struct Expect {
     pub(super) transfer_id: TransferId,
-    /// The runtimes of prefill, in order.
-    pub(super) runtimes: Vec<RankEndpoint>,
+    /// The runtimes of prefill, in order, and by what each is claimed at.
+    pub(super) runtimes: Vec<(String, Basis)>,
     /// How prefill's ranks are spread over them.
     pub(super) src: Split,
-    pub(super) geometry_digest: u64,
     pub(super) weight_version: u64,
     pub(super) tokens: u32,
 }
@@ -167,6 +180,7 @@ pub(super) struct Settings {
     pub(super) inflight_max: usize,
     digest: DigestPolicy,
     digest_sample_every: u32,
+    pub(super) part_bytes_min: u64,
 }
 
 impl Core {
@@ -190,6 +204,7 @@ impl Core {
             inflight_max: kv.inflight_max.max(1),
             digest: kv.digest,
             digest_sample_every: kv.digest_sample_every.max(1),
+            part_bytes_min: kv.part_bytes_min,
         };
         let info = PeerInfo {
             geometry: shared.layout.geometry().clone(),
@@ -317,6 +332,9 @@ impl Core {
 
     fn command(&mut self, command: Command) {
         match command {
+            Command::Begin { begin, weight_version } => self.begin(begin, weight_version),
+            Command::Progress(progress) => progress.into_iter().for_each(|progress| self.progress(progress)),
+            Command::Restart(transfer_id) => self.restart(transfer_id),
             Command::Offer { offer, weight_version } => self.offer(offer, weight_version),
             Command::Expect(expect) => self.expect(&expect),
             Command::Fetch { transfer_id, blocks, first_token } => self.fetch(transfer_id, blocks, first_token),
@@ -364,7 +382,7 @@ impl Core {
         }
         match self.past.of(transfer_id) {
             Some(Gone::Ended | Gone::Expired | Gone::Aborted) => AbortAnswer::Ended,
-            Some(Gone::AbortedEarly) | None => {
+            Some(Gone::AbortedEarly | Gone::ReleasedEarly) | None => {
                 self.abort_early(transfer_id);
                 AbortAnswer::Unknown
             }
@@ -426,14 +444,30 @@ impl Core {
     }
 
     /// The one report of a transfer (KV-1), its record and its count. The engine may act on it before this returns.
-    pub(super) fn report(&mut self, transfer_id: TransferId, end: End, blocks: usize, mut record: TransferRecord) {
+    pub(super) fn report(&mut self, transfer_id: TransferId, end: End, blocks: usize, record: TransferRecord) {
         let side = record.side;
         let gone = match end {
             End::Expired => Gone::Expired,
             End::Aborted => Gone::Aborted,
             _ => Gone::Ended,
         };
-        let (outcome, name) = match &end {
+        self.record_end(transfer_id, &end, record);
+        self.past.remember(transfer_id, gone);
+        self.shared.leave(side, transfer_id, blocks);
+        (self.reports)(Report { transfer_id, side, end });
+    }
+
+    /// A transfer that prefill had only begun has ended: the engine hears of it if it offers it all the same.
+    pub(super) fn end_begun(&mut self, transfer_id: TransferId, end: &End, record: TransferRecord) {
+        self.record_end(transfer_id, end, record);
+        let gone = if *end == End::Released { Gone::ReleasedEarly } else { Gone::AbortedEarly };
+        self.past.remember(transfer_id, gone);
+        self.shared.leave_begun(transfer_id);
+    }
+
+    fn record_end(&mut self, transfer_id: TransferId, end: &End, mut record: TransferRecord) {
+        let side = record.side;
+        let (outcome, name) = match end {
             End::Sent | End::Received => (TransferOutcome::Done, "done"),
             End::Released => (TransferOutcome::Done, "released"),
             End::Aborted => (TransferOutcome::Aborted, "aborted"),
@@ -441,7 +475,7 @@ impl Core {
             End::Failed { failure, .. } => (TransferOutcome::Failed(failure.to_string()), failure.name()),
         };
         record.outcome = outcome;
-        match &end {
+        match end {
             End::Failed { failure, fenced } => {
                 tracing::warn!(%transfer_id, side = side.name(), fenced, %failure, "transfer failed");
             }
@@ -449,9 +483,6 @@ impl Core {
         }
         self.shared.metrics.ended(&record, name);
         locked(&self.shared.records).push(transfer_id, record);
-        self.past.remember(transfer_id, gone);
-        self.shared.leave(side, transfer_id, blocks);
-        (self.reports)(Report { transfer_id, side, end });
     }
 
     /// What a record says before anything has happened.
@@ -471,6 +502,8 @@ impl Core {
             wait_us: 0,
             copy_us: 0,
             validate_us: 0,
+            dispatch: Dispatch::Sequential,
+            exposed_us: 0,
             digest_checked: false,
             weight_version: self.weight_version(),
             outcome: TransferOutcome::Aborted,

@@ -26,6 +26,11 @@ pub enum KvError {
         "transfer {transfer_id}: {tokens} tokens in {given} blocks; at least 1 and at most {BLOCKS_MAX} are allowed"
     )]
     Extent { transfer_id: TransferId, tokens: u32, given: usize },
+    #[error(
+        "transfer {transfer_id} was dispatched concurrently, and this worker sends KV by {send_type}: set `kv_send_type = \
+         \"PUT_ASYNC\"` on both sides, or `[proxy] dispatch = \"sequential\"`"
+    )]
+    NotAsync { transfer_id: TransferId, send_type: &'static str },
     #[error("cannot start the KV runtime: {0}")]
     Start(String),
     #[error("none of the paths {wanted} can be used with this worker's memory; offered here: {offered}")]

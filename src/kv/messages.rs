@@ -13,6 +13,9 @@
 //! A decode runtime says this to every prefill runtime that it reads. One that nobody reads gets `Ended` at once, from one
 //! decode runtime, and no claim.
 //!
+//! With concurrent dispatch (push only) the claim may come while prefill computes. Prefill then answers `Begun`, decode
+//! says `Place` at once, prefill pushes part after part, and `Granted` follows when prefill has ended.
+//!
 //! `Renew` goes out for all claimed transfers at once. `Ended` may come from decode at any time, `Refused` and `Over` from
 //! prefill.
 
@@ -65,12 +68,19 @@ pub enum ToPrefill {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claim {
     pub transfer_id: TransferId,
-    pub incarnation: u64,
-    pub geometry_digest: u64,
-    /// Of the parameters, and of decode itself.
-    pub weight_version: u64,
+    pub basis: Basis,
+    /// Of decode itself.
     pub decode_weight_version: u64,
     pub tokens: u32,
+}
+
+/// What a claim is made by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Basis {
+    /// Prefill's own parameters, and what they say.
+    Params { incarnation: u64, geometry_digest: u64, weight_version: u64 },
+    /// The router's word that prefill is at it (concurrent dispatch), and the fingerprint of decode's own prompt.
+    Early { fingerprint: u64 },
 }
 
 /// Where prefill is to write.
@@ -101,6 +111,11 @@ pub enum Ending {
 /// From prefill to decode.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToDecode {
+    /// The claim fits, and the prompt is being computed. Decode may name its blocks; the grant follows.
+    Begun {
+        transfer_id: TransferId,
+        weight_version: u64,
+    },
     Granted(Granted),
     /// The claim, or a later message, is refused; nothing is held for decode.
     Refused {
@@ -160,6 +175,7 @@ impl ToDecode {
     pub fn transfer_id(&self) -> TransferId {
         match self {
             Self::Granted(Granted { transfer_id, .. })
+            | Self::Begun { transfer_id, .. }
             | Self::Refused { transfer_id, .. }
             | Self::Confirmed { transfer_id, .. }
             | Self::Pushed { transfer_id, .. }

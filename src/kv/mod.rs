@@ -7,7 +7,7 @@
 //!   blocks to runs), `digest`;
 //! - *what is said*: `params` and `card` (through the router), `messages` (between two runtimes);
 //! - *what may happen*: `channel`, pure machines for each side;
-//! - *what is done*: `core`, the thread that owns all of it, with `producer`, `claims`, `pushes` and `clients` on prefill,
+//! - *what is done*: `core`, the thread that owns all of it, with `producer`, `claims`, `pushes`, `parts` and `clients` on prefill,
 //!   `consumer`, `copies` and `peers` on decode, and `siblings` between the ranks of one worker.
 //!
 //! Invariants KV-1 to KV-9 are stated in `docs/architecture.md`; the machines and the tests name those that they hold.
@@ -26,10 +26,12 @@ mod error;
 mod geometry;
 mod layout;
 mod link;
+mod marks;
 mod messages;
 mod metrics;
 mod moved;
 mod params;
+mod parts;
 mod past;
 mod peers;
 mod producer;
@@ -45,18 +47,18 @@ mod siblings;
 #[path = "../../tests/support/kv_cache.rs"]
 mod testing;
 
-pub use crate::control::{Role, RuntimeStatus, TransferId};
+pub use crate::control::{EarlyParams, Role, RuntimeStatus, TransferId};
 pub use card::{ParamsMaker, RankCard};
 pub use digest::{Span, digest, row as digest_row, row_key as digest_row_key};
 pub use error::KvError;
 pub use geometry::{BlockId, Geometry, GroupGeometry, GroupKind, HeadRange, LayerPlacement};
 pub use layout::{Layout, LayoutError, MemoryMap, RankMemory};
-pub use link::{KvLink, Offer, TransferHandle};
-pub use messages::{Claim, Ending, Granted, InfoError, PeerInfo, Place, ToDecode, ToPrefill};
+pub use link::{Begin, KvLink, Offer, Progress, Prompt, TransferHandle};
+pub use messages::{Basis, Claim, Ending, Granted, InfoError, PeerInfo, Place, ToDecode, ToPrefill};
 pub use metrics::KvMetrics;
 pub use params::{
     BLOCKS_MAX, GROUPS_MAX, KvRequest, PARAMS_VERSION, ParamsError, PdlinkParams, RankEndpoint, TransferParams,
 };
 pub use report::{End, Report, TransferFailure};
-pub use run_list::{Extent, PairPlan};
+pub use run_list::{Extent, PairPlan, Part};
 pub use runtime::{KvRuntime, ReportSink, RuntimeConfig};

@@ -17,20 +17,21 @@ pub(super) struct Moved {
 }
 
 impl Moved {
-    /// Takes over what the path says of its copy.
+    /// Adds what the path says of its copy, or of a part of it.
     pub(super) fn note(&mut self, copied: &Copied) {
-        self.bytes = copied.bytes;
-        self.posts = copied.posts;
-        self.started = Some(copied.started);
+        self.bytes += copied.bytes;
+        self.posts += copied.posts;
+        self.started.get_or_insert(copied.started);
         self.finished = Some(copied.finished);
     }
 
     /// Enters all parts into the record of a transfer that waited since `since`, and ends now. `begun` stands in for the
-    /// first byte where this side does not see it.
+    /// first byte where this side does not see it; `ready` is when prefill ended, where parts may have moved before.
     pub(super) fn add_up<'a>(
         all: impl Iterator<Item = &'a Self> + Clone,
         since: Option<Instant>,
         begun: Option<Instant>,
+        ready: Option<Instant>,
         record: &mut TransferRecord,
     ) {
         record.bytes = all.clone().map(|moved| moved.bytes).sum();
@@ -40,6 +41,7 @@ impl Moved {
         let finished = all.filter_map(|moved| moved.finished).max();
         record.wait_us = micros(since, started);
         record.copy_us = micros(started, finished);
+        record.exposed_us = micros(ready, finished);
         record.validate_us = micros(finished, Some(Instant::now()));
     }
 }

@@ -8,11 +8,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::BlockId;
-use crate::control::TransferId;
-use crate::security::{Secret, prove, proves};
+use crate::control::{EarlyParams, TransferId};
+use crate::security::{Secret, is_sealed, seal};
 
 /// Version of the `pdlink` object.
-pub const PARAMS_VERSION: u32 = 2;
+pub use crate::control::PARAMS_VERSION;
+
 /// Most blocks one transfer may have, over all KV groups: 8 M tokens at vLLM's block size 16 and one group.
 pub const BLOCKS_MAX: usize = 512 * 1024;
 /// Most KV groups of one cache.
@@ -26,10 +27,12 @@ const SEAL_PURPOSE: &str = "transfer parameters";
 pub enum KvRequest {
     /// None, or none that ask for anything: prefill and decode by itself.
     Plain,
-    /// `do_remote_decode`: hold the KV after prefill, under this id.
-    Prefill { transfer_id: TransferId },
+    /// `do_remote_decode`: hold the KV after prefill, under this id. `early`: decode claims it meanwhile.
+    Prefill { transfer_id: TransferId, early: bool },
     /// `do_remote_prefill`: load the KV.
     Decode(Box<TransferParams>),
+    /// The same, of a prompt that prefill is yet to compute, or computes now.
+    Early(Box<EarlyParams>),
 }
 
 /// What decode needs to fetch one request's KV.
@@ -92,6 +95,10 @@ pub enum ParamsError {
     TooLarge { what: &'static str, is: usize, max: usize },
     #[error("kv_transfer_params of transfer {transfer_id} were edited on the way, or made under another run's secret")]
     BrokenSeal { transfer_id: TransferId },
+    #[error(
+        "the early kv_transfer_params of transfer {transfer_id} were edited on the way, or made under another run's secret"
+    )]
+    BrokenEarlySeal { transfer_id: TransferId },
     #[error("kv_transfer_params cannot be made from these rank cards: {0}")]
     Cards(String),
 }
@@ -113,8 +120,16 @@ impl KvRequest {
                 let pdlink = object.get("pdlink").ok_or(ParamsError::Foreign)?;
                 let text = pdlink.get("transfer_id").and_then(Value::as_str);
                 let text = text.ok_or_else(|| ParamsError::Malformed("`pdlink.transfer_id` is missing".to_owned()))?;
-                let parsed = text.parse::<TransferId>();
-                parsed.map(|transfer_id| Self::Prefill { transfer_id }).map_err(|error| malformed(&error))
+                let transfer_id = text.parse::<TransferId>().map_err(|error| malformed(&error))?;
+                let early = match pdlink.get("early") {
+                    None | Some(Value::Null) => false,
+                    Some(Value::Bool(early)) => *early,
+                    Some(_) => return Err(ParamsError::Malformed("`pdlink.early` is no boolean".to_owned())),
+                };
+                Ok(Self::Prefill { transfer_id, early })
+            }
+            (true, false) if object.get("pdlink").is_some_and(|pdlink| pdlink.get("early").is_some()) => {
+                parse_early(value).map(|params| Self::Early(Box::new(params)))
             }
             (true, false) => TransferParams::parse(value).map(|params| Self::Decode(Box::new(params))),
         }
@@ -127,12 +142,7 @@ impl TransferParams {
         if value.get("pdlink").is_none_or(Value::is_null) {
             return Err(ParamsError::Foreign);
         }
-        // The version is read first: another version's object may have another shape.
-        let theirs = value.pointer("/pdlink/version").and_then(Value::as_u64);
-        let theirs = theirs.ok_or_else(|| ParamsError::Malformed("`pdlink.version` is missing".to_owned()))?;
-        if theirs != u64::from(PARAMS_VERSION) {
-            return Err(ParamsError::Version { theirs: u32::try_from(theirs).unwrap_or(u32::MAX) });
-        }
+        check_version(value)?;
         check_bounds(value)?;
         Self::deserialize(value).map_err(|error| malformed(&error))
     }
@@ -144,20 +154,16 @@ impl TransferParams {
 
     /// Fills in the seal.
     pub fn sealed(mut self, secret: &Secret) -> Self {
-        let seal = prove(secret, SEAL_PURPOSE, &[&self.sealed_bytes()]);
-        self.pdlink.seal = seal.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.pdlink.seal = seal(secret, SEAL_PURPOSE, &[&self.sealed_bytes()]);
         self
     }
 
     /// Whether a process that holds `secret` made these parameters, and nobody has edited them since.
     pub fn check_seal(&self, secret: &Secret) -> Result<(), ParamsError> {
-        let digit = |byte: &u8| char::from(*byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
-        let pairs = self.pdlink.seal.as_bytes().chunks(2);
-        let seal: Option<Vec<u8>> = pairs.map(|pair| Some(digit(pair.first()?)? * 16 + digit(pair.get(1)?)?)).collect();
-        match seal {
-            Some(seal) if proves(secret, SEAL_PURPOSE, &[&self.sealed_bytes()], &seal) => Ok(()),
-            _ => Err(ParamsError::BrokenSeal { transfer_id: self.pdlink.transfer_id }),
+        if is_sealed(secret, SEAL_PURPOSE, &[&self.sealed_bytes()], &self.pdlink.seal) {
+            return Ok(());
         }
+        Err(ParamsError::BrokenSeal { transfer_id: self.pdlink.transfer_id })
     }
 
     fn sealed_bytes(&self) -> Vec<u8> {
@@ -167,6 +173,31 @@ impl TransferParams {
     }
 }
 
+/// Reads the parameters of a prompt that is yet to be computed. Whoever claims by them checks the seal.
+fn parse_early(value: &Value) -> Result<EarlyParams, ParamsError> {
+    check_version(value)?;
+    let early = value.pointer("/pdlink").ok_or(ParamsError::Foreign)?;
+    let params = EarlyParams::read(early).map_err(|error| malformed(&error))?;
+    within("pdlink.early.endpoints", params.endpoints.len(), RANKS_MAX)?;
+    let texts = params.endpoints.iter().chain([&params.seal]);
+    within("the longest text", texts.map(String::len).max().unwrap_or(0), TEXT_BYTES_MAX)?;
+    Ok(params)
+}
+
+/// The version is read first: another version's object may have another shape.
+fn check_version(value: &Value) -> Result<(), ParamsError> {
+    let theirs = value.pointer("/pdlink/version").and_then(Value::as_u64);
+    let theirs = theirs.ok_or_else(|| ParamsError::Malformed("`pdlink.version` is missing".to_owned()))?;
+    if theirs == u64::from(PARAMS_VERSION) {
+        return Ok(());
+    }
+    Err(ParamsError::Version { theirs: u32::try_from(theirs).unwrap_or(u32::MAX) })
+}
+
+fn within(what: &'static str, is: usize, max: usize) -> Result<(), ParamsError> {
+    if is > max { Err(ParamsError::TooLarge { what, is, max }) } else { Ok(()) }
+}
+
 fn malformed(error: &dyn std::fmt::Display) -> ParamsError {
     ParamsError::Malformed(error.to_string())
 }
@@ -174,7 +205,6 @@ fn malformed(error: &dyn std::fmt::Display) -> ParamsError {
 /// Refuses what is too large before anything is copied out of it.
 fn check_bounds(value: &Value) -> Result<(), ParamsError> {
     let count = |pointer: &str| value.pointer(pointer).and_then(Value::as_array).map_or(0, Vec::len);
-    let within = |what, is, max| if is > max { Err(ParamsError::TooLarge { what, is, max }) } else { Ok(()) };
     let list = |pointer: &str| value.pointer(pointer).and_then(Value::as_array).into_iter().flatten();
     let blocks = list("/remote_block_ids").map(|group| group.as_array().map_or(0, Vec::len)).sum();
     within("remote_block_ids", blocks, BLOCKS_MAX)?;
@@ -313,7 +343,10 @@ mod tests {
         let id = "0123456789abcdef0123456789abcdef";
         let prefill = json!({"do_remote_decode": true, "do_remote_prefill": false, "remote_engine_id": null,
             "remote_block_ids": null, "remote_host": null, "remote_port": null, "pdlink": {"transfer_id": id}});
-        assert_eq!(KvRequest::parse(Some(&prefill)), Ok(KvRequest::Prefill { transfer_id: id.parse().unwrap() }));
+        assert_eq!(
+            KvRequest::parse(Some(&prefill)),
+            Ok(KvRequest::Prefill { transfer_id: id.parse().unwrap(), early: false })
+        );
         assert_eq!(KvRequest::parse(None), Ok(KvRequest::Plain));
         assert_eq!(KvRequest::parse(Some(&Value::Null)), Ok(KvRequest::Plain));
         assert_eq!(KvRequest::parse(Some(&json!({}))), Ok(KvRequest::Plain));

@@ -15,6 +15,8 @@ const RECORDS_MAX: usize = 4096;
 pub(super) enum Gone {
     /// Aborted before it was offered or expected here.
     AbortedEarly,
+    /// Decode had it already, before prefill had computed it.
+    ReleasedEarly,
     /// Aborted while it was in progress.
     Aborted,
     /// Its lease ended.

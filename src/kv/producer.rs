@@ -7,11 +7,13 @@ use std::time::Instant;
 use super::channel::{Hold, HoldAction, SendAction, SendEvent};
 use super::core::{Core, Timer, TimerKey};
 use super::digesting::Work;
-use super::messages::{Granted, Place, ToDecode, ToPrefill};
+use super::messages::{Ending, Granted, Place, ToDecode, ToPrefill};
 use super::moved::Moved;
+use super::parts::{Computed, Sent};
 use super::past::Gone;
 use super::shares::Split;
-use super::{Offer, TransferFailure};
+use super::{Begin, Offer, Progress, TransferFailure};
+use crate::config::Dispatch;
 use crate::control::TransferId;
 use crate::telemetry::{Side, TransferRecord};
 use crate::transport::{Link, TransferTicket};
@@ -20,7 +22,10 @@ use crate::transport::{Link, TransferTicket};
 pub(super) struct Sending {
     pub(super) machine: Hold,
     pub(super) serial: u64,
+    /// Without blocks until prefill has ended.
     pub(super) offer: Offer,
+    /// Concurrent dispatch: how far prefill is.
+    pub(super) begun: Option<Begun>,
     pub(super) weight_version: u64,
     /// The decode worker that has claimed it: its engine id, and how it spreads its ranks.
     pub(super) claimant: Option<(String, Split)>,
@@ -32,6 +37,14 @@ pub(super) struct Sending {
     pub(super) record: TransferRecord,
 }
 
+/// A transfer that was claimed, or may have been, before its prompt was computed.
+pub(super) struct Begun {
+    pub(super) fingerprint: u64,
+    pub(super) computed: Computed,
+    /// When prefill ended.
+    ready: Option<Instant>,
+}
+
 /// One runtime of decode that reads here.
 pub(super) struct Reader {
     /// Which of decode's runtimes it is.
@@ -40,6 +53,8 @@ pub(super) struct Reader {
     pub(super) client: Option<u64>,
     pub(super) place: Option<Place>,
     pub(super) push: Option<(Arc<dyn Link>, TransferTicket)>,
+    /// Concurrent dispatch: what of it has been pushed, once a part was.
+    pub(super) sent: Option<Sent>,
     /// For each KV group the first token that a digest covers.
     from: Vec<u32>,
     pub(super) moved: Moved,
@@ -47,7 +62,7 @@ pub(super) struct Reader {
 
 impl Reader {
     pub(super) fn new(number: u32) -> Self {
-        Self { number, client: None, place: None, push: None, from: Vec::new(), moved: Moved::default() }
+        Self { number, client: None, place: None, push: None, sent: None, from: Vec::new(), moved: Moved::default() }
     }
 }
 
@@ -59,34 +74,124 @@ impl Sending {
 }
 
 impl Core {
+    /// A prompt is about to be computed, and may have been claimed already.
+    pub(super) fn begin(&mut self, begin: Begin, weight_version: u64) {
+        let transfer_id = begin.transfer_id;
+        if self.past.of(transfer_id) == Some(Gone::AbortedEarly) {
+            // KV-9: the abort was faster. What the engine offers all the same will be told so.
+            return self.shared.leave_begun(transfer_id);
+        }
+        let (request_id, tokens) = (begin.request_id, begin.prompt.tokens);
+        let offer = Offer { transfer_id, request_id, blocks: Vec::new(), tokens };
+        let machine = Hold::begun(transfer_id, self.kv.lease, Instant::now());
+        let mut sending = self.sending(machine, offer, weight_version);
+        sending.record.dispatch = Dispatch::Concurrent;
+        sending.begun =
+            Some(Begun { fingerprint: begin.prompt.fingerprint, computed: Computed::default(), ready: None });
+        self.sending.insert(transfer_id, sending);
+        if weight_version != self.weight_version() {
+            self.outdate(transfer_id, self.weight_version());
+        }
+        self.hear_early(transfer_id);
+    }
+
+    /// More of it is final: whoever has named blocks is sent what is worth a post.
+    pub(super) fn progress(&mut self, progress: Progress) {
+        let transfer_id = progress.transfer_id;
+        let layers = self.shared.layout.geometry().layers();
+        let Some(sending) = self.sending.get_mut(&transfer_id) else { return };
+        let Some(begun) = sending.begun.as_mut().filter(|begun| begun.ready.is_none()) else { return };
+        if progress.layers.end > layers {
+            return tracing::error!(%transfer_id, ?progress.layers, layers, "progress of layers that there are not");
+        }
+        begun.computed.note(progress);
+        self.push_on(transfer_id);
+    }
+
+    /// The engine has taken the blocks away, and will compute the prompt again.
+    pub(super) fn restart(&mut self, transfer_id: TransferId) {
+        let Some(sending) = self.sending.get_mut(&transfer_id) else { return };
+        if let Some(begun) = &mut sending.begun {
+            begun.computed.void();
+        }
+        sending.readers.iter_mut().filter_map(|reader| reader.sent.as_mut()).for_each(Sent::void);
+    }
+
+    fn push_on(&mut self, transfer_id: TransferId) {
+        for reader in 0..self.sending.get(&transfer_id).map_or(0, |sending| sending.readers.len()) {
+            self.start_push(transfer_id, reader);
+        }
+    }
+
     pub(super) fn offer(&mut self, offer: Offer, weight_version: u64) {
-        let (now, transfer_id) = (Instant::now(), offer.transfer_id);
-        let mut record = self.blank_record(transfer_id, Side::Prefill);
-        record.blocks = offer.blocks.iter().map(|group| group.len() as u64).sum();
+        let transfer_id = offer.transfer_id;
+        if self.sending.get(&transfer_id).is_some_and(|sending| sending.begun.is_some()) {
+            return self.complete(offer, weight_version);
+        }
+        let machine = Hold::new(transfer_id, self.kv.lease, Instant::now());
+        let mut sending = self.sending(machine, offer, weight_version);
+        sending.record.blocks = sending.offer.blocks.iter().map(|group| group.len() as u64).sum();
+        self.sending.insert(transfer_id, sending);
+        match self.past.of(transfer_id) {
+            // KV-9: the abort was faster than the offer.
+            Some(Gone::AbortedEarly) => self.drive_all_sending(transfer_id, &SendEvent::Abort),
+            Some(Gone::ReleasedEarly) => self.drive_all_sending(transfer_id, &SendEvent::PeerEnded(Ending::Released)),
+            _ if weight_version != self.weight_version() => self.outdate(transfer_id, self.weight_version()),
+            _ => self.drive_all_sending(transfer_id, &SendEvent::Tick),
+        }
+        self.hear_early(transfer_id);
+    }
+
+    fn sending(&mut self, machine: Hold, offer: Offer, weight_version: u64) -> Sending {
+        let mut record = self.blank_record(offer.transfer_id, Side::Prefill);
         record.tokens = offer.tokens.into();
         record.weight_version = weight_version;
-        let sending = Sending {
-            machine: Hold::new(transfer_id, self.kv.lease, now),
+        Sending {
+            machine,
             serial: self.next_serial(),
             offer,
+            begun: None,
             weight_version,
             claimant: None,
             readers: Vec::new(),
             timer: None,
-            offered: now,
+            offered: Instant::now(),
             claimed: None,
             record,
-        };
-        self.sending.insert(transfer_id, sending);
-        if self.past.of(transfer_id) == Some(Gone::AbortedEarly) {
-            // KV-9: the abort was faster than the offer.
-            self.drive_all_sending(transfer_id, &SendEvent::Abort);
-        } else if weight_version != self.weight_version() {
-            self.outdate(transfer_id, self.weight_version());
-        } else {
-            self.drive_all_sending(transfer_id, &SendEvent::Tick);
         }
-        self.hear_early(transfer_id);
+    }
+
+    /// What was begun is computed: the blocks are complete, and held from now on.
+    fn complete(&mut self, offer: Offer, weight_version: u64) {
+        let (now, transfer_id) = (Instant::now(), offer.transfer_id);
+        let groups = &self.shared.layout.geometry().groups;
+        let Some(sending) = self.sending.get_mut(&transfer_id) else { return };
+        let begun_with = std::mem::replace(&mut sending.offer, offer).tokens;
+        let Sending { offer, readers, record, begun, .. } = sending;
+        if let Some(begun) = begun {
+            begun.ready = Some(now);
+        }
+        record.blocks = offer.blocks.iter().map(|group| group.len() as u64).sum();
+        // Decode could not know where the blocks begin when it named its own.
+        for (from, (group, blocks)) in
+            readers.iter_mut().flat_map(|reader| reader.from.iter_mut().zip(groups.iter().zip(&offer.blocks)))
+        {
+            *from = group.covered_from(blocks.len(), offer.tokens).map_or(*from, |first| first.max(*from));
+        }
+        let wrong = (begun_with != offer.tokens).then(|| {
+            let why = format!("{begun_with} tokens were begun, {} are offered", offer.tokens);
+            TransferFailure::BadReference { peer: self.shared.engine_id.clone(), transfer_id, why }
+        });
+        let started_with = sending.weight_version;
+        let actions = sending.machine.ready(now);
+        self.do_all_sending(transfer_id, actions);
+        if let Some(failure) = wrong {
+            return self.drive_all_sending(transfer_id, &SendEvent::Outdated(failure));
+        }
+        if [weight_version, self.weight_version()] != [started_with; 2] {
+            return self.outdate(transfer_id, self.weight_version().max(weight_version));
+        }
+        self.push_on(transfer_id);
     }
 
     /// What a decode worker says.
@@ -103,7 +208,11 @@ impl Core {
         if let ToPrefill::Claim(claim) = message {
             return self.claim(client, claim);
         }
-        match self.reader_of(transfer_id, client) {
+        // One that has ended waits for the others alone. Its peer may not have heard of it, and must not wait for a word (KV-7).
+        let goes_on = |reader: &usize| {
+            self.sending.get(&transfer_id).is_some_and(|sending| sending.machine.state(*reader) != "ended")
+        };
+        match self.reader_of(transfer_id, client).filter(goes_on) {
             Some(reader) => self.hear_reader(transfer_id, reader, message),
             None => self.hear_of_unclaimed(client, transfer_id, message),
         }
@@ -158,6 +267,11 @@ impl Core {
         let Some(sending) = self.sending.get_mut(&transfer_id) else { return false };
         let tokens = sending.offer.tokens;
         let groups = &self.shared.layout.geometry().groups;
+        if !sending.machine.is_ready() && groups.len() == from.len() && from.iter().all(|from| *from <= tokens) {
+            // Held against the blocks once they are known.
+            sending.readers[reader].from = from;
+            return true;
+        }
         let possible = groups.len() == from.len()
             && groups.iter().zip(&sending.offer.blocks).zip(&from).all(|((group, blocks), from)| {
                 group.covered_from(blocks.len(), tokens).is_some_and(|first| first <= *from) && *from <= tokens
@@ -199,10 +313,13 @@ impl Core {
         }
     }
 
-    /// KV-5: what other weights made is no longer granted. What is granted already goes on: decode holds it against its
-    /// own version when it has landed.
+    /// KV-5: what other weights made is no longer granted, and what they have begun is not gone on with. What is granted
+    /// already goes on: decode holds it against its own version when it has landed.
     pub(super) fn outdate_sending(&mut self, version: u64) {
-        let outdated = |sending: &Sending| sending.weight_version != version && sending.machine.is_unclaimed();
+        let outdated = |sending: &Sending| {
+            let goes_on = sending.machine.is_ready() && !sending.machine.is_unclaimed();
+            sending.weight_version != version && !goes_on
+        };
         let transfers = self.sending.iter().filter(|(_, sending)| outdated(sending)).map(|(id, _)| *id);
         for transfer_id in transfers.collect::<Vec<_>>() {
             self.outdate(transfer_id, version);
@@ -256,6 +373,7 @@ impl Core {
         let Some(sending) = self.sending.get(&transfer_id) else { return };
         let client = sending.readers.get(reader).and_then(|reader| reader.client);
         let message = match action {
+            SendAction::TellBegun => ToDecode::Begun { transfer_id, weight_version: sending.weight_version },
             SendAction::Grant => ToDecode::Granted(Granted {
                 transfer_id,
                 blocks: sending.offer.blocks.clone(),
@@ -305,7 +423,11 @@ impl Core {
             }
         }
         let moved = sending.readers.iter().map(|reader| &reader.moved);
-        Moved::add_up(moved, Some(sending.offered), sending.claimed, &mut sending.record);
+        let ready = sending.begun.as_ref().and_then(|begun| begun.ready);
+        Moved::add_up(moved, Some(sending.offered), sending.claimed, ready, &mut sending.record);
+        if !sending.machine.is_ready() {
+            return self.end_begun(transfer_id, &end, sending.record);
+        }
         self.report(transfer_id, end, sending.offer.blocks.iter().map(Vec::len).sum(), sending.record);
     }
 }

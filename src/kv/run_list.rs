@@ -9,6 +9,7 @@
 //! sides, and half a granule would be more runs, not fewer bytes that matter.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::layout::{check_blocks, covered_from};
@@ -20,6 +21,8 @@ use crate::transport::{Run, RunList, Segment};
 #[derive(Debug, Clone)]
 pub struct PairPlan {
     groups: Vec<GroupPlan>,
+    /// For each layer what [`GroupPlan::strided`] has for all: what parts of a transfer are made of.
+    layers: Vec<Vec<Strided>>,
     /// What is moved, as decode holds it.
     pub(super) taken: Arc<Scope>,
 }
@@ -70,31 +73,44 @@ pub struct Extent<'a> {
     pub tokens: u32,
 }
 
+/// Some layers of some tokens: what a prefill in progress has ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    pub layers: Range<u32>,
+    /// Multiples of [`PairPlan::granule`], but for the end of the last part.
+    pub tokens: Range<u32>,
+}
+
 impl PairPlan {
     /// Plans copies from `src` to `dst`, which must fit ([`Layout::check_feeds`]).
     pub fn new(src: &Layout, dst: &Layout) -> Result<Self, LayoutError> {
         src.check_feeds(dst)?;
+        let mut by_layer = Vec::new();
         let groups = src.groups().zip(dst.groups()).map(|((group, layers), (dst_group, _))| {
             let side = |layout: &Layout, group: &GroupGeometry| Side {
                 group: group.clone(),
                 num_blocks: layout.map().num_blocks,
             };
             let granule = group.block_size.min(dst_group.block_size);
-            let mut patterns: BTreeMap<StrideKey, Vec<Run>> = BTreeMap::new();
+            let mut of_layers = vec![Patterns::new(); layers.len()];
             for share in shared(group, src, dst) {
                 let heads = Heads::of(&share, group, src, dst);
                 let src_layers = &src.placements(share.src_rank)[layers.clone()];
                 let dst_layers = &dst.placements(share.dst_rank)[layers.clone()];
-                for (src, dst) in src_layers.iter().zip(dst_layers) {
+                for ((src, dst), patterns) in src_layers.iter().zip(dst_layers).zip(&mut of_layers) {
                     let pattern = patterns.entry(StrideKey::of(src, dst)).or_default();
                     add_granule(pattern, group, granule, &heads, src, dst);
                 }
             }
-            let strided =
-                patterns.into_iter().map(|(key, pattern)| Strided { key, pattern: merged(pattern) }).collect();
+            by_layer.extend(of_layers.iter().map(|patterns| strided(patterns.clone())));
+            let mut patterns = Patterns::new();
+            for (key, pattern) in of_layers.into_iter().flatten() {
+                patterns.entry(key).or_default().extend(pattern);
+            }
+            let strided = strided(patterns);
             GroupPlan { src: side(src, group), dst: side(dst, dst_group), granule, strided }
         });
-        Ok(Self { groups: groups.collect(), taken: Arc::new(Scope::taken(src, dst)) })
+        Ok(Self { groups: groups.collect(), layers: by_layer, taken: Arc::new(Scope::taken(src, dst)) })
     }
 
     /// For each KV group the first token that moves; the number of tokens, if none does. Checks every block id.
@@ -108,12 +124,75 @@ impl PairPlan {
         let mut segments: Vec<Segment> = Vec::new();
         for (number, (group, (src, dst))) in self.groups.iter().zip(self.lists(&extent)?).enumerate() {
             let from = group.first_token(src, dst, extent.first_token, extent.tokens)?;
+            let first =
+                |side: &Side, blocks: &[BlockId]| side.group.covered_from(blocks.len(), extent.tokens).unwrap_or(0);
+            let (src, dst) = ((src, first(&group.src, src)), (dst, first(&group.dst, dst)));
             let granules = group.granules(src, dst, from, extent.tokens);
             for strided in &group.strided {
                 let runs = &mut segment(&mut segments, number > 0, &strided.key).runs;
                 for pattern in &strided.pattern {
                     add_runs(runs, *pattern, &granules, &strided.key);
                 }
+            }
+        }
+        Ok(RunList { segments })
+    }
+
+    /// Whether parts of a transfer can be told by layers and tokens: one block table, and every token's KV in a place of its
+    /// own until the end.
+    pub fn has_parts(&self) -> bool {
+        let plain = |group: &GroupPlan| {
+            let [src, dst] = [&group.src.group, &group.dst.group];
+            src.kind != GroupKind::State && src.window.is_none() && dst.window.is_none()
+        };
+        matches!(&self.groups[..], [group] if plain(group))
+    }
+
+    /// Tokens that move together.
+    pub fn granule(&self) -> u32 {
+        self.groups.iter().map(|group| group.granule).max().unwrap_or(1)
+    }
+
+    /// Bytes of one token in one layer, of what this pair moves.
+    pub fn row_bytes(&self) -> u64 {
+        let of_pattern = |strided: &Strided| strided.pattern.iter().map(|run| run.len).sum::<u64>();
+        let granules: u64 = self.groups.iter().flat_map(|group| &group.strided).map(of_pattern).sum();
+        granules / u64::from(self.granule() * self.layers().max(1))
+    }
+
+    pub fn layers(&self) -> u32 {
+        u32::try_from(self.layers.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Blocks that stand for prefill's as long as nobody knows those: what is pushed lands in the same places.
+    pub fn stand_in(&self, tokens: u32) -> Vec<Vec<BlockId>> {
+        let blocks = |group: &GroupPlan| {
+            let count = group.src.group.blocks_for(tokens);
+            (0..count).map(|block| BlockId(block % group.src.num_blocks)).collect()
+        };
+        self.groups.iter().map(blocks).collect()
+    }
+
+    /// The runs of one part, where there are parts. `extent` is that of the whole, but that prefill's list may end with the
+    /// part, or later.
+    pub fn part(&self, extent: Extent<'_>, part: &Part) -> Result<RunList, LayoutError> {
+        let (src, dst) = self.lists(&extent)?.next().ok_or(LayoutError::Groups { given: 0, groups: 1 })?;
+        let group = &self.groups[0];
+        check_blocks(src, group.src.num_blocks)?;
+        check_blocks(dst, group.dst.num_blocks)?;
+        let Range { start: from, end: to } = part.tokens;
+        covered_from(&group.src.group, src.len().min(group.src.group.blocks_for(to) as usize), to, 0)?;
+        let dst_first = covered_from(&group.dst.group, dst.len(), extent.tokens, from)?;
+        let granules = group.granules((src, 0), (dst, dst_first), from, to);
+        let mut patterns = Patterns::new();
+        for strided in self.layers.iter().take(part.layers.end as usize).skip(part.layers.start as usize).flatten() {
+            patterns.entry(strided.key).or_default().extend(&strided.pattern);
+        }
+        let mut segments = Vec::new();
+        for strided in strided(patterns) {
+            let runs = &mut segment(&mut segments, false, &strided.key).runs;
+            for pattern in &strided.pattern {
+                add_runs(runs, *pattern, &granules, &strided.key);
             }
         }
         Ok(RunList { segments })
@@ -169,33 +248,37 @@ impl GroupPlan {
         Ok(first.max(src_first).max(dst_first))
     }
 
-    /// The granules of tokens `from..`, which both lists cover.
-    fn granules(&self, src: &[BlockId], dst: &[BlockId], from: u32, tokens: u32) -> Vec<Granule> {
-        let (Some(src_last), Some(dst_last)) = (src.last(), dst.last()) else { return Vec::new() };
-        if from >= tokens {
+    /// The granules of tokens `from..to`, which both lists cover; each list with its first token.
+    fn granules(&self, src: (&[BlockId], u32), dst: (&[BlockId], u32), from: u32, to: u32) -> Vec<Granule> {
+        let (Some(src_last), Some(dst_last)) = (src.0.last(), dst.0.last()) else { return Vec::new() };
+        if from >= to {
             return Vec::new();
         }
         if self.src.group.kind == GroupKind::State {
             let (src_block, dst_block) = (src_last.0.into(), dst_last.0.into());
             return vec![Granule { src_block, src_token: 0, dst_block, dst_token: 0 }];
         }
-        let side = |side: &Side, blocks: &[BlockId]| {
-            (side.group.block_size, side.group.covered_from(blocks.len(), tokens).unwrap_or(0))
-        };
-        let (src_side, dst_side) = (side(&self.src, src), side(&self.dst, dst));
-        let at = |blocks: &[BlockId], (block_size, first): (u32, u32), token: u32| {
+        let at = |(blocks, first): (&[BlockId], u32), block_size: u32, token: u32| {
             let block = blocks[((token - first) / block_size) as usize];
             (u64::from(block.0), u64::from(token % block_size))
         };
-        (from..tokens)
+        let (src_size, dst_size) = (self.src.group.block_size, self.dst.group.block_size);
+        (from..to)
             .step_by(self.granule as usize)
             .map(|token| {
-                let (src_block, src_token) = at(src, src_side, token);
-                let (dst_block, dst_token) = at(dst, dst_side, token);
+                let (src_block, src_token) = at(src, src_size, token);
+                let (dst_block, dst_token) = at(dst, dst_size, token);
                 Granule { src_block, src_token, dst_block, dst_token }
             })
             .collect()
     }
+}
+
+/// Runs of one granule, by the strides that go with them.
+type Patterns = BTreeMap<StrideKey, Vec<Run>>;
+
+fn strided(patterns: Patterns) -> Vec<Strided> {
+    patterns.into_iter().map(|(key, pattern)| Strided { key, pattern: merged(pattern) }).collect()
 }
 
 /// The lists of all groups, borrowed.
@@ -410,6 +493,53 @@ mod tests {
                     let (from, to) = (&src.regions[usize::from(segment.src_region)],
                         &dst.regions[usize::from(segment.dst_region)]);
                     from.copy_to(run.src, to, run.dst, run.len).unwrap();
+                }
+            }
+            prop_assert_eq!(dst.bytes(), want);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+        /// However it is cut into parts, and whatever stands for prefill's blocks: the same bytes land, in places that were
+        /// permitted.
+        #[test]
+        fn parts_add_up_to_the_whole(
+            (src_shape, src_arr, dst_shape, dst_arr, tokens, first_token, seed) in pairs(), chunk in 1..17u32, few in 1..4u32,
+        ) {
+            let src = Cache::patterned(&src_shape, src_arr, seed);
+            let dst = Cache::patterned(&dst_shape, dst_arr, !seed);
+            let src_blocks = src_shape.scattered_blocks(tokens, seed);
+            let dst_blocks = dst_shape.scattered_blocks(tokens - first_token, seed ^ 1);
+            let extent = Extent { src_blocks: &[&src_blocks], dst_blocks: &[&dst_blocks], first_token, tokens };
+            let want = oracle_copy(&src, &dst, extent);
+            let plan = PairPlan::new(&src.layout, &dst.layout).unwrap();
+            prop_assert!(plan.has_parts());
+            let stand_in = plan.stand_in(tokens);
+            let permitted = plan.runs(Extent { src_blocks: &by_group(&stand_in), ..extent }).unwrap();
+            let mut allowed: Vec<(u16, u64, u64)> = Vec::new();
+            for segment in &permitted.segments {
+                allowed.extend(segment.runs.iter().map(|run| (segment.dst_region, run.dst, run.dst + run.len)));
+            }
+            let step = chunk * plan.granule();
+            for from in (first_token..tokens).step_by(step as usize) {
+                let to = (from + step).min(tokens);
+                let known = &src_blocks[..to.div_ceil(src_shape.block_size) as usize];
+                for layer in (0..plan.layers()).step_by(few as usize) {
+                    let part = Part { layers: layer..(layer + few).min(plan.layers()), tokens: from..to };
+                    for segment in plan.part(Extent { src_blocks: &[known], ..extent }, &part).unwrap().segments {
+                        for run in &segment.runs {
+                            let (from, to) = (&src.regions[usize::from(segment.src_region)],
+                                &dst.regions[usize::from(segment.dst_region)]);
+                            from.copy_to(run.src, to, run.dst, run.len).unwrap();
+                            let bytes = run.dst..run.dst + run.len;
+                            let is_allowed = |at: u64| allowed.iter().any(|(region, first, end)| {
+                                *region == segment.dst_region && (*first..*end).contains(&at)
+                            });
+                            prop_assert!(is_allowed(bytes.start) && is_allowed(bytes.end - 1));
+                        }
+                    }
                 }
             }
             prop_assert_eq!(dst.bytes(), want);

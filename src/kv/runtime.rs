@@ -15,18 +15,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 
 use super::core::{Command, Core, Event, Expect};
-use super::link::{KvLink, Offer, TransferHandle};
+use super::link::{Begin, KvLink, Offer, Progress, Prompt, TransferHandle};
+use super::marks::Marks;
 use super::past::Records;
 use super::push_gate::PushGate;
 use super::run_list::by_group;
 use super::shares::Split;
 use super::{
-    BLOCKS_MAX, BlockId, Geometry, KvError, KvMetrics, Layout, ParamsMaker, RankCard, RankEndpoint, RankMemory, Report,
-    TransferParams,
+    BLOCKS_MAX, Basis, BlockId, Geometry, KvError, KvMetrics, Layout, ParamsError, ParamsMaker, RankCard, RankMemory,
+    Report, TransferParams,
 };
 use crate::config::{KvConfig, KvSendType, Role};
-use crate::control::{RuntimeStatus, TransferId, WeightsDoor};
-use crate::memory::{GpuDigests, Region};
+use crate::control::{EarlyParams, RuntimeStatus, TransferId, WeightsDoor};
+use crate::memory::{GpuDigests, Region, StreamMark};
 use crate::security::Secret;
 use crate::telemetry::{Side, TransferRecord};
 use crate::transport::{Setup, Transport, offers};
@@ -68,6 +69,8 @@ pub struct KvRuntime {
     events: mpsc::UnboundedSender<Event>,
     /// A push that takes longer has failed, or is about to.
     push_max: Duration,
+    /// Where the KV is on a GPU: what waits for it.
+    marks: Option<Marks>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -76,6 +79,7 @@ pub(super) struct Shared {
     pub(super) engine_id: String,
     pub(super) incarnation: u64,
     pub(super) role: Role,
+    pub(super) send_type: KvSendType,
     pub(super) layout: Arc<Layout>,
     pub(super) regions: Vec<Arc<Region>>,
     pub(super) secret: Secret,
@@ -94,6 +98,8 @@ pub(super) struct Shared {
 #[derive(Default)]
 struct Live {
     transfers: HashSet<(Side, TransferId)>,
+    /// Those of prefill's that are not offered yet.
+    begun: HashSet<TransferId>,
     held_blocks: u64,
 }
 
@@ -117,6 +123,35 @@ impl Shared {
         live.held_blocks += blocks as u64;
         self.metrics.gauge(live.held_blocks, live.transfers.len() as u64);
         Ok(())
+    }
+
+    /// Enters what prefill is about to compute.
+    fn enter_begun(&self, transfer_id: TransferId) -> Result<(), KvError> {
+        self.enter(Side::Prefill, transfer_id, 0)?;
+        locked(&self.live).begun.insert(transfer_id);
+        Ok(())
+    }
+
+    /// Enters an offer: a new transfer, or one that was begun. Says which.
+    fn enter_offer(&self, transfer_id: TransferId, blocks: usize) -> Result<bool, KvError> {
+        {
+            let mut live = locked(&self.live);
+            if live.begun.remove(&transfer_id) {
+                live.held_blocks += blocks as u64;
+                self.metrics.gauge(live.held_blocks, live.transfers.len() as u64);
+                return Ok(true);
+            }
+        }
+        self.enter(Side::Prefill, transfer_id, blocks).map(|()| false)
+    }
+
+    /// Lets go of a transfer that was begun, unless the engine has offered it meanwhile: then it waits for its report.
+    pub(super) fn leave_begun(&self, transfer_id: TransferId) {
+        let mut live = locked(&self.live);
+        if live.begun.remove(&transfer_id) {
+            live.transfers.remove(&(Side::Prefill, transfer_id));
+            self.metrics.gauge(live.held_blocks, live.transfers.len() as u64);
+        }
     }
 
     /// Lets go of a transfer and the blocks held for it.
@@ -167,6 +202,7 @@ impl KvRuntime {
             engine_id: config.engine_id,
             incarnation: incarnation(),
             role: config.role,
+            send_type: config.send_type,
             layout: Arc::new(layout),
             regions,
             secret: config.secret,
@@ -213,8 +249,14 @@ impl KvRuntime {
             .name("pdlink-kv".to_owned())
             .spawn(move || runtime.block_on(core.run(listener, queue)))
             .map_err(|error| start("the thread", &error))?;
+        let marks = match shared.regions.iter().any(|region| region.device().is_some()) {
+            true => {
+                Some(Marks::start(events.clone()).map_err(|error| start("the thread that waits for the GPU", &error))?)
+            }
+            false => None,
+        };
         let push_max = Duration::from_millis(config.kv.transfer_timeout_ms);
-        Ok(Self { shared, card, params, events, push_max, thread: Mutex::new(Some(thread)) })
+        Ok(Self { shared, card, params, events, push_max, marks, thread: Mutex::new(Some(thread)) })
     }
 
     /// `host:port` of the control listener, as peers are told.
@@ -236,6 +278,38 @@ impl KvRuntime {
     pub fn wait_for_pushes(&self) {
         if let Some(pushes) = &self.shared.pushes {
             pushes.wait(self.push_max);
+        }
+    }
+
+    /// The same as [`KvLink::progress`], of KV that a GPU may still be writing: it is final once the GPU has come to `mark`.
+    pub fn progress_behind(&self, mark: Option<StreamMark>, progress: Vec<Progress>) {
+        let transfers = progress.iter().map(|progress| progress.transfer_id).collect();
+        // After the runtime has gone there is nobody to push.
+        let _ = self.behind(mark, transfers, Command::Progress(progress));
+    }
+
+    /// The same as [`KvLink::offer`], with blocks that are final once the GPU has come to `mark`.
+    pub fn offer_behind(&self, mark: Option<StreamMark>, offer: Offer) -> Result<TransferParams, KvError> {
+        if self.shared.role == Role::Decode {
+            return Err(KvError::WrongRole { what: "offering KV", role: "decode" });
+        }
+        self.check_offer(&offer)?;
+        let transfer_id = offer.transfer_id;
+        let blocks = offer.blocks.iter().map(Vec::len).sum();
+        let params = self.params.params(transfer_id, offer.request_id.clone(), offer.blocks.clone(), offer.tokens);
+        let is_begun = self.shared.enter_offer(transfer_id, blocks)?;
+        let command = Command::Offer { offer, weight_version: params.pdlink.weight_version };
+        // What nobody can have claimed yet is final by the time that anybody does: decode hears of it with the first token.
+        let told = if is_begun { self.behind(mark, vec![transfer_id], command) } else { self.command(command) };
+        told.inspect_err(|_| self.shared.leave(Side::Prefill, transfer_id, blocks))?;
+        Ok(params)
+    }
+
+    /// Tells the thread in the order in which the engine's stream comes to it.
+    fn behind(&self, mark: Option<StreamMark>, transfers: Vec<TransferId>, command: Command) -> Result<(), KvError> {
+        match &self.marks {
+            Some(marks) => marks.tell(mark, transfers, command).then_some(()).ok_or(KvError::ShutDown),
+            None => self.command(command),
         }
     }
 
@@ -267,60 +341,105 @@ impl KvRuntime {
         Ok(())
     }
 
-    /// Where the parts of the KV are to be had: one runtime for each rank of prefill, or one for all.
-    fn sources(&self, params: &TransferParams) -> Result<(Split, Vec<RankEndpoint>), KvError> {
-        let (ranks, tp_size) = (&params.pdlink.ranks, params.tp_size);
-        let mut distinct: Vec<&str> = ranks.iter().map(|rank| rank.endpoint.as_str()).collect();
+    /// How the ranks of prefill, of which each is named by its address, are spread over runtimes: one for each, or one for
+    /// all.
+    fn split_of(&self, tp_size: u32, endpoints: &[&str]) -> Result<Split, KvError> {
+        let mut distinct = endpoints.to_vec();
         distinct.sort_unstable();
         distinct.dedup();
         let held = match distinct.len() {
-            _ if ranks.len() != tp_size as usize => None,
+            _ if endpoints.is_empty() || endpoints.len() != tp_size as usize => None,
             1 => Some(tp_size),
-            count if count == ranks.len() => Some(1),
+            count if count == endpoints.len() => Some(1),
             _ => None,
         };
         let Some(held) = held else {
-            return Err(KvError::Endpoints { tp_size, named: ranks.len(), distinct: distinct.len() });
+            return Err(KvError::Endpoints { tp_size, named: endpoints.len(), distinct: distinct.len() });
         };
         self.shared.layout.check_ranks_of(tp_size)?;
-        Ok((Split { tp_size, held }, ranks.iter().step_by(held as usize).cloned().collect()))
+        Ok(Split { tp_size, held })
+    }
+
+    fn expect_at(&self, expect: Expect) -> Result<TransferHandle, KvError> {
+        let transfer_id = expect.transfer_id;
+        self.shared.enter(Side::Decode, transfer_id, 0)?;
+        let told = self.command(Command::Expect(expect));
+        told.inspect_err(|_| self.shared.leave(Side::Decode, transfer_id, 0))?;
+        Ok(TransferHandle { transfer_id })
+    }
+
+    fn check_expects(&self) -> Result<(), KvError> {
+        if self.shared.role == Role::Prefill {
+            return Err(KvError::WrongRole { what: "expecting KV", role: "prefill" });
+        }
+        Ok(())
     }
 }
 
 impl KvLink for KvRuntime {
-    fn offer(&self, offer: Offer) -> Result<TransferParams, KvError> {
+    fn begin(&self, begin: Begin) -> Result<(), KvError> {
+        let (transfer_id, send_type) = (begin.transfer_id, self.shared.send_type);
         if self.shared.role == Role::Decode {
-            return Err(KvError::WrongRole { what: "offering KV", role: "decode" });
+            return Err(KvError::WrongRole { what: "computing KV for others", role: "decode" });
         }
-        self.check_offer(&offer)?;
-        let transfer_id = offer.transfer_id;
-        let blocks = offer.blocks.iter().map(Vec::len).sum();
-        let params = self.params.params(transfer_id, offer.request_id.clone(), offer.blocks.clone(), offer.tokens);
-        self.shared.enter(Side::Prefill, transfer_id, blocks)?;
-        let weight_version = params.pdlink.weight_version;
-        self.command(Command::Offer { offer, weight_version })
-            .inspect_err(|_| self.shared.leave(Side::Prefill, transfer_id, blocks))?;
-        Ok(params)
+        if send_type != KvSendType::PutAsync {
+            return Err(KvError::NotAsync { transfer_id, send_type: send_type.name() });
+        }
+        self.shared.enter_begun(transfer_id)?;
+        let weight_version = self.shared.weight_version.load(Relaxed);
+        let told = self.command(Command::Begin { begin, weight_version });
+        told.inspect_err(|_| self.shared.leave_begun(transfer_id))
+    }
+
+    fn progress(&self, progress: Progress) {
+        self.progress_behind(None, vec![progress]);
+    }
+
+    fn restart(&self, transfer_id: TransferId) {
+        let _ = self.behind(None, vec![transfer_id], Command::Restart(transfer_id));
+    }
+
+    fn offer(&self, offer: Offer) -> Result<TransferParams, KvError> {
+        self.offer_behind(None, offer)
+    }
+
+    fn expect_early(&self, params: &EarlyParams, prompt: Prompt) -> Result<TransferHandle, KvError> {
+        self.check_expects()?;
+        let transfer_id = params.transfer_id;
+        if !params.check_seal(&self.shared.secret) {
+            return Err(ParamsError::BrokenEarlySeal { transfer_id }.into());
+        }
+        let endpoints: Vec<&str> = params.endpoints.iter().map(String::as_str).collect();
+        let src = self.split_of(u32::try_from(endpoints.len()).unwrap_or(u32::MAX), &endpoints)?;
+        let basis = Basis::Early { fingerprint: prompt.fingerprint };
+        let named = params.endpoints.iter().step_by(src.held as usize);
+        self.expect_at(Expect {
+            transfer_id,
+            runtimes: named.map(|endpoint| (endpoint.clone(), basis)).collect(),
+            src,
+            weight_version: self.shared.weight_version.load(Relaxed),
+            tokens: prompt.tokens,
+        })
     }
 
     fn expect(&self, params: &TransferParams) -> Result<TransferHandle, KvError> {
-        if self.shared.role == Role::Prefill {
-            return Err(KvError::WrongRole { what: "expecting KV", role: "prefill" });
-        }
+        self.check_expects()?;
         params.check_seal(&self.shared.secret)?;
-        let (src, runtimes) = self.sources(params)?;
-        let transfer_id = params.pdlink.transfer_id;
-        self.shared.enter(Side::Decode, transfer_id, 0)?;
-        let command = Command::Expect(Expect {
-            transfer_id,
-            runtimes,
-            src,
-            geometry_digest: params.pdlink.geometry_digest,
-            weight_version: params.pdlink.weight_version,
-            tokens: params.remote_num_tokens,
+        let ranks = &params.pdlink.ranks;
+        let endpoints: Vec<&str> = ranks.iter().map(|rank| rank.endpoint.as_str()).collect();
+        let src = self.split_of(params.tp_size, &endpoints)?;
+        let (geometry_digest, weight_version) = (params.pdlink.geometry_digest, params.pdlink.weight_version);
+        let named = ranks.iter().step_by(src.held as usize).map(|rank| {
+            let incarnation = rank.incarnation;
+            (rank.endpoint.clone(), Basis::Params { incarnation, geometry_digest, weight_version })
         });
-        self.command(command).inspect_err(|_| self.shared.leave(Side::Decode, transfer_id, 0))?;
-        Ok(TransferHandle { transfer_id })
+        self.expect_at(Expect {
+            transfer_id: params.pdlink.transfer_id,
+            runtimes: named.collect(),
+            src,
+            weight_version,
+            tokens: params.remote_num_tokens,
+        })
     }
 
     fn fetch(&self, handle: TransferHandle, blocks: Vec<Vec<BlockId>>, first_token: u32) {

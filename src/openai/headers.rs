@@ -8,6 +8,8 @@ pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub const X_PDLINK_TRANSFER_ID: HeaderName = HeaderName::from_static("x-pdlink-transfer-id");
 /// Which version of the weights made the answer: the one that it began with.
 pub const X_PDLINK_WEIGHT_VERSION: HeaderName = HeaderName::from_static("x-pdlink-weight-version");
+/// Whether both legs went out at once: `sequential` or `concurrent`. Put on the client's response by the proxy.
+pub const X_PDLINK_DISPATCH: HeaderName = HeaderName::from_static("x-pdlink-dispatch");
 /// Requests of one session keep their worker.
 pub const X_SESSION_ID: HeaderName = HeaderName::from_static("x-session-id");
 

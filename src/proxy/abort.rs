@@ -33,12 +33,14 @@ pub(crate) struct Transfer {
     prefill: Arc<Worker>,
     /// What prefill answered.
     pub(crate) params: Option<Bytes>,
+    /// Where its runtime listens, if that was known before.
+    runtime: Option<String>,
     open: bool,
 }
 
 impl Transfer {
-    pub(crate) fn open(shared: &Arc<Shared>, id: TransferId, prefill: &Arc<Worker>) -> Self {
-        Self { shared: Arc::clone(shared), id, prefill: Arc::clone(prefill), params: None, open: true }
+    pub(crate) fn open(shared: &Arc<Shared>, id: TransferId, prefill: &Arc<Worker>, runtime: Option<String>) -> Self {
+        Self { shared: Arc::clone(shared), id, prefill: Arc::clone(prefill), params: None, runtime, open: true }
     }
 
     /// Nothing is held any more, or decode looks after it.
@@ -54,7 +56,12 @@ impl Drop for Transfer {
         if !self.open || self.shared.connector != Connector::Native {
             return;
         }
-        let abandoned = Abandoned { id: self.id, prefill: self.prefill.number, params: self.params.take() };
+        let abandoned = Abandoned {
+            id: self.id,
+            prefill: self.prefill.number,
+            params: self.params.take(),
+            runtime: self.runtime.take(),
+        };
         if self.shared.abandoned.try_send(abandoned).is_err() {
             self.shared.metrics.aborted("dropped");
         }
@@ -67,6 +74,7 @@ pub(crate) struct Abandoned {
     id: TransferId,
     prefill: usize,
     params: Option<Bytes>,
+    runtime: Option<String>,
 }
 
 impl Abandoned {
@@ -89,7 +97,9 @@ pub(crate) async fn tell(shared: Arc<Shared>, secret: Secret, mut queue: mpsc::R
             abandoned = queue.recv(), if telling.len() < AT_ONCE_MAX => {
                 let Some(abandoned) = abandoned else { break };
                 let known = shared.runtimes.get(abandoned.prefill).cloned().flatten();
-                let client = known.or_else(|| learn(&mut learned, &secret, abandoned.address()?));
+                // What the worker itself said of its runtime is better than what was derived.
+                let told = abandoned.runtime.clone().and_then(|runtime| learn(&mut learned, &secret, runtime));
+                let client = told.or(known).or_else(|| learn(&mut learned, &secret, abandoned.address()?));
                 let Some(client) = client else {
                     shared.metrics.aborted("unreachable");
                     continue;

@@ -30,6 +30,7 @@ pub(crate) struct Line {
     pub(crate) duration: Duration,
     pub(crate) request_id: Box<str>,
     pub(crate) transfer_id: Option<TransferId>,
+    pub(crate) dispatch: Option<&'static str>,
     pub(crate) prefill: Option<Arc<Worker>>,
     pub(crate) decode: Option<Arc<Worker>>,
 }
@@ -96,6 +97,7 @@ fn write_line(line: &Line) {
         duration_us = u64::try_from(line.duration.as_micros()).unwrap_or(u64::MAX),
         request_id = &*line.request_id,
         transfer_id = line.transfer_id.map(tracing::field::display),
+        dispatch = line.dispatch,
         prefill = line.prefill.as_ref().map(|worker| worker.name()),
         decode = line.decode.as_ref().map(|worker| worker.name()),
     );
@@ -117,6 +119,7 @@ mod tests {
             duration: Duration::ZERO,
             request_id: "r".into(),
             transfer_id: None,
+            dispatch: None,
             prefill: None,
             decode: None,
         };

@@ -10,6 +10,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use super::plan::{Plan, Shape, sampling_of};
 use super::upstream::write_headers;
 use super::worker::Worker;
+use crate::config::Dispatch;
 use crate::control::TransferId;
 use crate::openai::headers::{X_PDLINK_TRANSFER_ID, X_REQUEST_ID};
 use crate::openai::splice::{BodyError, Field, Fields, RequestBody, Spliced};
@@ -54,6 +55,7 @@ pub(crate) fn prefill_body<'a>(
     plan: Plan,
     body: &'a RequestBody,
     transfer: TransferId,
+    dispatch: Dispatch,
 ) -> Result<Spliced<'a>, BodyError> {
     let mut inserted = Vec::with_capacity(320);
     inserted.extend_from_slice(br#""stream":false"#);
@@ -78,7 +80,11 @@ pub(crate) fn prefill_body<'a>(
         if connector == Connector::Native {
             inserted.extend_from_slice(br#","pdlink":{"transfer_id":""#);
             inserted.extend_from_slice(&hex(transfer));
-            inserted.extend_from_slice(br#""}"#);
+            inserted.push(b'"');
+            if dispatch == Dispatch::Concurrent {
+                inserted.extend_from_slice(br#","early":true"#);
+            }
+            inserted.push(b'}');
         }
         inserted.push(b'}');
     }
@@ -159,7 +165,7 @@ mod tests {
     fn legs(connector: Connector, shape: Shape, text: &str, params: Option<&[u8]>) -> (String, String) {
         let body = RequestBody::scan(Bytes::copy_from_slice(text.as_bytes())).expect("valid");
         let plan = Plan::of(shape, &body, Mode::Disaggregated, 0).expect("valid");
-        let prefill = prefill_body(connector, plan, &body, ID).expect("valid").join();
+        let prefill = prefill_body(connector, plan, &body, ID, Dispatch::Sequential).expect("valid").join();
         let decode = decode_body(plan, &body, params).join();
         (String::from_utf8(prefill).expect("UTF-8"), String::from_utf8(decode).expect("UTF-8"))
     }
@@ -176,6 +182,15 @@ mod tests {
             decode,
             r#"{"kv_transfer_params":{"x":1},"model":"m","messages":[{"role":"user"}],"stream":true,"stream_options":{"include_usage":true},"max_completion_tokens":9,"min_tokens":2,"temperature":0}"#
         );
+    }
+
+    #[test]
+    fn prefill_is_told_of_an_early_claim() {
+        let body = RequestBody::scan(Bytes::from_static(br#"{"prompt":"a"}"#)).expect("valid");
+        let plan = Plan::of(Shape::Completion, &body, Mode::Disaggregated, 0).expect("valid");
+        let leg = prefill_body(Connector::Native, plan, &body, ID, Dispatch::Concurrent).expect("valid").join();
+        let leg = String::from_utf8(leg).expect("UTF-8");
+        assert!(leg.contains(r#""pdlink":{"transfer_id":"abababababababababababababababab","early":true}}"#), "{leg}");
     }
 
     #[test]

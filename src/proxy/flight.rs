@@ -14,9 +14,10 @@ use super::access::{self, Line};
 use super::dialect::hex;
 use super::shared::Lane;
 use super::worker::{Load, Worker};
+use crate::config::Dispatch;
 use crate::control::TransferId;
 use crate::openai::ApiError;
-use crate::openai::headers::{REQUEST_ID_BYTES_MAX, X_PDLINK_TRANSFER_ID, X_REQUEST_ID};
+use crate::openai::headers::{REQUEST_ID_BYTES_MAX, X_PDLINK_DISPATCH, X_PDLINK_TRANSFER_ID, X_REQUEST_ID};
 
 /// What a client that found the proxy full, or a role empty, is told to wait.
 pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -35,6 +36,8 @@ pub(crate) struct Flight {
     /// The worker that answers.
     pub(crate) load: Option<Load>,
     pub(crate) prefill: Option<Arc<Worker>>,
+    /// How its last pair of legs went out; none for one that went to decode alone.
+    pub(crate) dispatch: Option<Dispatch>,
     pub(crate) status: u16,
     pub(crate) bytes: u64,
     /// How it ended; a flight that ends without saying was left by its client.
@@ -54,6 +57,7 @@ impl Flight {
             transfer: None,
             load: None,
             prefill: None,
+            dispatch: None,
             status: 0,
             bytes: 0,
             end: "client_left",
@@ -82,6 +86,9 @@ impl Flight {
             let value = HeaderValue::from_bytes(&hex(id)).expect("hex digits are a header value");
             headers.insert(X_PDLINK_TRANSFER_ID, value);
         }
+        if let Some(dispatch) = self.dispatch {
+            headers.insert(X_PDLINK_DISPATCH, HeaderValue::from_static(dispatch.name()));
+        }
     }
 
     fn log(&self, duration: Duration) {
@@ -95,6 +102,7 @@ impl Flight {
             // A copy: the header's own text lies in the connection's buffer, which the next request needs.
             request_id: self.request_id.to_str().unwrap_or("-").into(),
             transfer_id: self.transfer_id,
+            dispatch: self.dispatch.map(Dispatch::name),
             prefill: self.prefill.clone(),
             decode: self.load.as_ref().map(|load| Arc::clone(load.worker())),
         });

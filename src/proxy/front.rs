@@ -24,7 +24,7 @@ use super::shared::{Gate, Lane, Limits, Shared};
 use super::weights::{self, Desk, Orders};
 use super::worker::{Worker, WorkerAddress, base_url};
 use super::{doubt, probe, routes};
-use crate::config::{ProxyConfig, WeightsConfig};
+use crate::config::{Dispatch, ProxyConfig, WeightsConfig};
 use crate::control::{AdminClient, Role};
 use crate::security::Secret;
 
@@ -163,6 +163,11 @@ fn default_threads() -> usize {
 
 fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>, weights: Desk) -> Result<Arc<Shared>, ProxyError> {
     let config = &setup.config;
+    if config.dispatch == Dispatch::Concurrent && setup.connector != Connector::Native {
+        let why = "is \"concurrent\", which pdlink's own connector alone can do; set `dispatch = \"sequential\"`, or use \
+                   `--connector-impl native`";
+        return Err(ProxyError::Setting { key: "dispatch", why: why.to_owned() });
+    }
     let mut limits = Limits::of(config)?;
     limits.inflight_max = fitting(limits.inflight_max);
     let quarantine = Duration::try_from_secs_f64(config.quarantine_s)
@@ -209,6 +214,7 @@ fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>, weights: Desk) 
         gate: Gate { token: config.admin_token.clone(), apart: setup.admin_listener.is_some() },
         weights,
         metrics: Metrics::new(),
+        secret: setup.secret.clone(),
         abandoned,
         inflight: AtomicUsize::new(0),
         draining: AtomicBool::new(false),

@@ -6,17 +6,23 @@
 //!        └── failed: another pair ◄─┴──────────────────────────────────────┘
 //! ```
 //!
+//! With concurrent dispatch both legs go out at once, decode's with parameters of our own making, and both are waited for: the
+//! first that fails takes the other with it. A decode leg that fails may have failed of prefill; so prefill's word is waited
+//! for a moment, and its failure is the one that counts.
+//!
 //! Everything that must be undone when this is left half-way (by a failure, or by the client, whose leaving drops this
 //! future) undoes itself: a leg's socket closes, a worker's load is given back, an open transfer is aborted.
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::abort::Transfer;
-use super::dialect::{self, pair_headers};
+use super::dialect::{self, Connector, pair_headers};
 use super::flight::{Flight, RETRY_AFTER};
 use super::merge;
 use super::metrics::Leg;
@@ -24,12 +30,15 @@ use super::plan::{Alone, Plan, expects_params};
 use super::pool::Hints;
 use super::shared::Lane;
 use super::upstream::{Deadline, Exchange, Outgoing, UpstreamError, exchange};
-use super::worker::Load;
-use crate::control::{Role, TransferId};
+use super::worker::{Load, Worker};
+use crate::config::Dispatch;
+use crate::control::{EarlyParams, Role, TransferId};
 use crate::openai::scan::Kind;
-use crate::openai::splice::{Field, RequestBody};
+use crate::openai::splice::{Field, RequestBody, Spliced};
 use crate::openai::{ApiError, splice};
 
+/// How long prefill may take to say why decode has failed.
+const CAUSE_WAIT: Duration = Duration::from_millis(200);
 /// Most of a refusal or failure that is read and passed on.
 const REFUSAL_BYTES_MAX: usize = 1 << 20;
 
@@ -44,6 +53,15 @@ pub(crate) enum Answer {
     Held(Held),
 }
 
+impl Answer {
+    fn is_success(&self) -> bool {
+        match self {
+            Self::Flowing { exchange, .. } => exchange.head.status.is_success(),
+            Self::Held(held) => held.status.is_success(),
+        }
+    }
+}
+
 /// A worker's answer that was read whole.
 #[derive(Debug)]
 pub(crate) struct Held {
@@ -56,6 +74,8 @@ pub(crate) struct Held {
 struct Failure {
     leg: Leg,
     worker: Option<usize>,
+    /// Whose fault it is, until it has been held against the worker.
+    blamed: Option<Load>,
     retry: bool,
     /// Whether the worker may have seen the request.
     reached: bool,
@@ -94,15 +114,19 @@ impl Failure {
         };
         let message = format!("no {role} worker can serve now{hint}");
         let error = ApiError::unavailable(message, RETRY_AFTER);
-        Self { leg, worker: None, retry: false, reached: false, answer: None, error }
+        Self::own(leg, error)
     }
 
-    fn of(leg: Leg, load: &mut Load, error: &UpstreamError) -> Self {
+    /// One that is no worker's fault.
+    fn own(leg: Leg, error: ApiError) -> Self {
+        Self { leg, worker: None, blamed: None, retry: false, reached: false, answer: None, error }
+    }
+
+    fn of(leg: Leg, load: Load, error: &UpstreamError) -> Self {
         if let UpstreamError::OutOfSockets { .. } = error {
             let error = ApiError::unavailable(error.to_string(), RETRY_AFTER);
-            return Self { leg, worker: None, retry: false, reached: false, answer: None, error };
+            return Self::own(leg, error);
         }
-        load.failed(std::time::Instant::now());
         let worker = load.worker();
         let role = worker.role.name();
         let message = format!("{role} worker {}: {error}", worker.name());
@@ -115,11 +139,19 @@ impl Failure {
         };
         let reached = !matches!(error, UpstreamError::Connect { .. } | UpstreamError::ConnectTimeout { .. });
         let error = ApiError::new(status, message);
-        Self { leg, worker: Some(worker.number), retry, reached, answer: None, error }
+        Self { leg, worker: Some(worker.number), blamed: Some(load), retry, reached, answer: None, error }
+    }
+
+    /// This is the failure that counts: it is held against the worker.
+    fn stand(&mut self) {
+        if let Some(mut load) = self.blamed.take() {
+            load.failed(std::time::Instant::now());
+        }
     }
 
     /// What the client gets of it: the worker's own words if there are any.
-    fn end(self) -> Result<Answer, ApiError> {
+    fn end(mut self) -> Result<Answer, ApiError> {
+        self.stand();
         self.answer.map(|held| Answer::Held(*held)).ok_or(self.error)
     }
 }
@@ -133,10 +165,10 @@ impl Job<'_> {
             left -= 1;
             match self.attempt(plan, body, &avoid).await {
                 Ok(answer) => return Ok(answer),
-                Err(failure) if failure.retry && left > 0 => self.again(&failure, &mut avoid),
-                Err(failure) if failure.retry && failure.leg == Leg::prefill && self.may_prefill_locally() => {
+                Err(mut failure) if failure.retry && left > 0 => self.again(&mut failure, &mut avoid),
+                Err(mut failure) if failure.retry && failure.leg == Leg::prefill && self.may_prefill_locally() => {
                     // The pool is down and nobody has noticed yet: as good a reason as when it is known.
-                    self.again(&failure, &mut avoid);
+                    self.again(&mut failure, &mut avoid);
                     let Some(decode) = self.pick(Role::Decode, &avoid) else { return failure.end() };
                     return self.alone(Alone::PrefillDown, plan, body, decode).await.or_else(Failure::end);
                 }
@@ -163,16 +195,17 @@ impl Job<'_> {
                 None => Err(Failure::nobody(Leg::decode, "")),
             };
             match answer {
-                Ok(answer) => return Ok(answer),
-                Err(failure) if failure.retry && left > 0 && (reads || !failure.reached) => {
-                    self.again(&failure, &mut avoid);
+                Ok(answered) => return Ok(self.take(answered)),
+                Err(mut failure) if failure.retry && left > 0 && (reads || !failure.reached) => {
+                    self.again(&mut failure, &mut avoid);
                 }
                 Err(failure) => return failure.end(),
             }
         }
     }
 
-    fn again(&mut self, failure: &Failure, avoid: &mut Vec<usize>) {
+    fn again(&mut self, failure: &mut Failure, avoid: &mut Vec<usize>) {
+        failure.stand();
         avoid.extend(failure.worker);
         // Dropped while open: prefill is told to free what it holds for the attempt that failed.
         self.flight.transfer = None;
@@ -202,33 +235,112 @@ impl Job<'_> {
     /// One decode worker does everything.
     async fn alone(&mut self, reason: Alone, plan: Plan, body: &RequestBody, decode: Load) -> Result<Answer, Failure> {
         self.lane.shared.metrics.alone(reason);
+        self.flight.dispatch = None;
         let plan = Plan { merge_logprobs: false, ..plan };
         let headers = pair_headers(self.lane.shared.connector, self.common, &self.flight.request_id, None);
         let spliced = dialect::decode_body(plan, body, None);
-        self.decode_leg(decode, &headers, &pieces(&spliced)).await
+        let answered = self.decode_leg(decode, &headers, &pieces(&spliced)).await?;
+        Ok(self.take(answered))
     }
 
     async fn pair(&mut self, plan: Plan, body: &RequestBody, prefill: Load, decode: Load) -> Result<Answer, Failure> {
-        let connector = self.lane.shared.connector;
+        let shared = &self.lane.shared;
+        let is_early = shared.limits.dispatch == Dispatch::Concurrent && shared.connector == Connector::Native;
+        let met = if is_early { prefill.worker().rendezvous.known() } else { None };
+        let dispatch = if met.is_some() { Dispatch::Concurrent } else { Dispatch::Sequential };
+        shared.metrics.dispatched(dispatch);
         let id = TransferId::random();
         let pair = Some((&**prefill.worker(), &**decode.worker(), id));
-        let headers = pair_headers(connector, self.common, &self.flight.request_id, pair);
+        let headers = pair_headers(shared.connector, self.common, &self.flight.request_id, pair);
+        let runtime = met.as_ref().and_then(|met| met.first().cloned());
         self.flight.transfer_id = Some(id);
+        self.flight.dispatch = Some(dispatch);
         self.flight.prefill = Some(Arc::clone(prefill.worker()));
-        self.flight.transfer = Some(Transfer::open(&self.lane.shared, id, prefill.worker()));
+        self.flight.transfer = Some(Transfer::open(shared, id, prefill.worker(), runtime));
+        let asked = dialect::prefill_body(shared.connector, plan, body, id, dispatch);
+        let asked = asked.map_err(|error| unreadable(&error))?;
+        match met {
+            Some(met) => self.together(plan, body, &asked, (prefill, decode), &headers, (id, &met)).await,
+            None => self.in_turn(plan, body, &asked, (prefill, decode), &headers).await,
+        }
+    }
 
+    /// Prefill, then decode with what prefill answered.
+    async fn in_turn(
+        &mut self,
+        plan: Plan,
+        body: &RequestBody,
+        asked: &Spliced<'_>,
+        (prefill, decode): (Load, Load),
+        headers: &[u8],
+    ) -> Result<Answer, Failure> {
+        let worker = Arc::clone(prefill.worker());
         // While the weights change no hand-off begins (WT-2).
         let handoff = self.lane.shared.weights.handoffs.begin().await;
-        let prefilled = self.prefill_leg(plan, body, id, prefill, &headers).await?;
+        let prefilled = self.prefill_leg(plan, asked, prefill, headers).await?;
         drop(handoff);
-        if prefilled.params.is_none() && expects_params(connector) {
+        if prefilled.params.is_none() && expects_params(self.lane.shared.connector) {
             if let Some(transfer) = &mut self.flight.transfer {
                 transfer.close();
             }
             return self.alone(Alone::NothingHeld, plan, body, decode).await;
         }
+        if let (Dispatch::Concurrent, Some(params)) = (self.lane.shared.limits.dispatch, &prefilled.params) {
+            worker.rendezvous.learn(params);
+        }
+        if let Some(transfer) = &mut self.flight.transfer {
+            transfer.params.clone_from(&prefilled.params);
+        }
         let spliced = dialect::decode_body(plan, body, prefilled.params.as_deref());
-        let answer = self.decode_leg(decode, &headers, &pieces(&spliced)).await?;
+        let answered = self.decode_leg(decode, headers, &pieces(&spliced)).await?;
+        self.finish(answered, prefilled).await
+    }
+
+    /// Both at once. Decode's first byte needs all of prefill's KV, so waiting for both costs nothing.
+    async fn together(
+        &mut self,
+        plan: Plan,
+        body: &RequestBody,
+        asked: &Spliced<'_>,
+        (prefill, decode): (Load, Load),
+        headers: &[u8],
+        (id, met): (TransferId, &[String]),
+    ) -> Result<Answer, Failure> {
+        let worker = Arc::clone(prefill.worker());
+        let early = EarlyParams::sealed(id, met.to_vec(), &self.lane.shared.secret).to_json().to_string();
+        let spliced = dialect::decode_body(plan, body, Some(early.as_bytes()));
+        let pieces = pieces(&spliced);
+        let handoff = self.lane.shared.weights.handoffs.begin().await;
+        let prefill = async {
+            let prefilled = self.prefill_leg(plan, asked, prefill, headers).await;
+            drop(handoff);
+            prefilled
+        };
+        let ended = both(prefill, self.decode_leg(decode, headers, &pieces)).await;
+        if ended.is_err() {
+            // It may listen elsewhere by now. The next request to it finds out.
+            worker.rendezvous.forget();
+        }
+        match ended? {
+            (Some(Prefilled { params: None, .. }), _) => Err(self.holds_nothing(&worker)),
+            (Some(prefilled), answered) => self.finish(answered, prefilled).await,
+            // Refused by decode. The transfer is open still, and prefill is told to give it up.
+            (None, answered) => Ok(self.take(answered)),
+        }
+    }
+
+    /// Takes the answer for the client, and the worker that gives it.
+    fn take(&mut self, (answer, decode): (Answer, Load)) -> Answer {
+        if let (Some(transfer), true) = (&mut self.flight.transfer, answer.is_success()) {
+            // From here decode's runtime answers for the KV, and tells prefill's if the client leaves.
+            transfer.close();
+        }
+        self.flight.load = Some(decode);
+        answer
+    }
+
+    async fn finish(&mut self, answered: (Answer, Load), prefilled: Prefilled) -> Result<Answer, Failure> {
+        let answer = self.take(answered);
         match prefilled.prompt_logprobs {
             Some(logprobs) => self.merge(answer, &logprobs).await,
             None => Ok(answer),
@@ -236,30 +348,31 @@ impl Job<'_> {
     }
 
     async fn prefill_leg(
-        &mut self,
+        &self,
         plan: Plan,
-        body: &RequestBody,
-        id: TransferId,
+        asked: &Spliced<'_>,
         mut prefill: Load,
         headers: &[u8],
     ) -> Result<Prefilled, Failure> {
         let shared = &self.lane.shared;
-        let spliced = dialect::prefill_body(shared.connector, plan, body, id);
-        let spliced = spliced.map_err(|error| unreadable(&error))?;
         let started = Instant::now();
         let deadline = Deadline::after(started, shared.limits.prefill).or(self.whole);
-        let pieces = pieces(&spliced);
+        let pieces = pieces(asked);
         let request = Outgoing { method: self.method, path: self.path, headers, body: &pieces };
         let worker = Arc::clone(prefill.worker());
         let asked =
             exchange(&self.lane.sockets, worker.number, &worker.origin, request, shared.limits.connect, deadline);
-        let mut answer = asked.await.map_err(|error| Failure::of(Leg::prefill, &mut prefill, &error))?;
+        let mut answer = match asked.await {
+            Ok(answer) => answer,
+            Err(error) => return Err(Failure::of(Leg::prefill, prefill, &error)),
+        };
         if !answer.head.status.is_success() {
-            return Err(self.refused(Leg::prefill, &mut prefill, answer, deadline).await);
+            return Err(self.refused(Leg::prefill, prefill, answer, deadline).await);
         }
-        let read = answer.whole(shared.limits.body_bytes_max);
-        let text = deadline.bound("whole answer", read).await;
-        let text = text.map_err(|error| Failure::of(Leg::prefill, &mut prefill, &error))?;
+        let text = match deadline.bound("whole answer", answer.whole(shared.limits.body_bytes_max)).await {
+            Ok(text) => text,
+            Err(error) => return Err(Failure::of(Leg::prefill, prefill, &error)),
+        };
         self.lane.sockets.finish(worker.number, answer);
         prefill.succeeded();
         shared.metrics.prefill_seconds.observe(started.elapsed().as_secs_f64());
@@ -267,17 +380,10 @@ impl Job<'_> {
     }
 
     /// Takes what decode and the client need out of prefill's answer.
-    fn read_prefill(&mut self, plan: Plan, text: Bytes, worker: &super::worker::Worker) -> Result<Prefilled, Failure> {
+    fn read_prefill(&self, plan: Plan, text: Bytes, worker: &Worker) -> Result<Prefilled, Failure> {
         let shared = &self.lane.shared;
-        let failed = |why: String| Failure {
-            leg: Leg::prefill,
-            worker: Some(worker.number),
-            retry: true,
-            reached: true,
-            answer: None,
-            error: ApiError::new(StatusCode::BAD_GATEWAY, format!("prefill worker {}: {why}", worker.name())),
-        };
-        let answer = RequestBody::scan(text).map_err(|error| failed(format!("its answer cannot be read: {error}")))?;
+        let answer = RequestBody::scan(text);
+        let answer = answer.map_err(|error| unusable(worker, &format!("its answer cannot be read: {error}")))?;
         let params = match answer.raw_bytes(Field::KvTransferParams) {
             // A copy: the answer's own bytes lie in the connection's buffer, which its next request needs.
             Some((params, Kind::Object)) => Some(Bytes::copy_from_slice(&params)),
@@ -287,20 +393,21 @@ impl Job<'_> {
             shared.metrics.prefill_without_params.inc();
             tracing::warn!(worker = worker.name(), "prefill answered without kv_transfer_params: it holds no KV");
             if !self.may_prefill_locally() {
-                let why = "it answered without kv_transfer_params, so it holds no KV; check its --kv-transfer-config, \
-                           or set `[proxy] local_prefill`";
-                return Err(failed(why.to_owned()));
+                return Err(self.holds_nothing(worker));
             }
-        }
-        if let Some(transfer) = &mut self.flight.transfer {
-            transfer.params.clone_from(&params);
         }
         let prompt_logprobs = if plan.merge_logprobs { merge::logprobs_of(&answer) } else { None };
         Ok(Prefilled { params, prompt_logprobs })
     }
 
+    fn holds_nothing(&self, worker: &Worker) -> Failure {
+        let why = "it answered without kv_transfer_params, so it holds no KV; check its --kv-transfer-config, or set `[proxy] \
+                   local_prefill`";
+        unusable(worker, why)
+    }
+
     /// Sends the leg whose answer the client gets, and waits for the first byte of its body.
-    async fn decode_leg(&mut self, mut decode: Load, headers: &[u8], body: &[&[u8]]) -> Result<Answer, Failure> {
+    async fn decode_leg(&self, decode: Load, headers: &[u8], body: &[&[u8]]) -> Result<(Answer, Load), Failure> {
         let shared = &self.lane.shared;
         let started = Instant::now();
         let deadline = Deadline::after(started, shared.limits.first_byte).or(self.whole);
@@ -308,23 +415,23 @@ impl Job<'_> {
         let worker = Arc::clone(decode.worker());
         let asked =
             exchange(&self.lane.sockets, worker.number, &worker.origin, request, shared.limits.connect, deadline);
-        let mut answer = asked.await.map_err(|error| Failure::of(Leg::decode, &mut decode, &error))?;
+        let mut answer = match asked.await {
+            Ok(answer) => answer,
+            Err(error) => return Err(Failure::of(Leg::decode, decode, &error)),
+        };
         if answer.head.status.is_server_error() {
-            return Err(self.refused(Leg::decode, &mut decode, answer, deadline).await);
+            return Err(self.refused(Leg::decode, decode, answer, deadline).await);
         }
-        let first = deadline.bound("first byte", answer.data()).await;
-        let first = first.map_err(|error| Failure::of(Leg::decode, &mut decode, &error))?;
+        let first = match deadline.bound("first byte", answer.data()).await {
+            Ok(first) => first,
+            Err(error) => return Err(Failure::of(Leg::decode, decode, &error)),
+        };
         shared.metrics.first_byte_seconds.observe(started.elapsed().as_secs_f64());
-        if let (Some(transfer), true) = (&mut self.flight.transfer, answer.head.status.is_success()) {
-            // From here decode's runtime answers for the KV, and tells prefill's if the client leaves.
-            transfer.close();
-        }
-        self.flight.load = Some(decode);
-        Ok(Answer::Flowing { exchange: answer, first })
+        Ok((Answer::Flowing { exchange: answer, first }, decode))
     }
 
     /// A worker's refusal or failure. 4xx is the client's business and passed on as it is.
-    async fn refused(&self, leg: Leg, load: &mut Load, mut answer: Exchange, deadline: Deadline) -> Failure {
+    async fn refused(&self, leg: Leg, mut load: Load, mut answer: Exchange, deadline: Deadline) -> Failure {
         let status = answer.head.status;
         let body = match deadline.bound("whole answer", answer.whole(REFUSAL_BYTES_MAX)).await {
             Ok(body) => body,
@@ -333,8 +440,8 @@ impl Job<'_> {
         let worker = Arc::clone(load.worker());
         let failed = !status.is_client_error();
         // A paused server says 503 to everybody; that is no fault of its own.
-        if failed && status != StatusCode::SERVICE_UNAVAILABLE {
-            load.failed(std::time::Instant::now());
+        let is_blamed = failed && status != StatusCode::SERVICE_UNAVAILABLE;
+        if is_blamed {
             tracing::warn!(worker = worker.name(), status = status.as_u16(), "worker failed a request");
         } else if !failed {
             load.succeeded();
@@ -345,6 +452,7 @@ impl Job<'_> {
         Failure {
             leg,
             worker: Some(worker.number),
+            blamed: is_blamed.then_some(load),
             retry: failed,
             reached: true,
             answer: Some(Box::new(Held { status, headers, body })),
@@ -362,8 +470,11 @@ impl Job<'_> {
         let rest = Deadline::after(Instant::now(), self.lane.shared.limits.idle).or(self.whole);
         let rest = rest.bound("whole answer", exchange.whole(bytes_max)).await;
         let mut load = self.flight.load.take();
-        let rest = match (rest, &mut load) {
-            (Ok(rest), _) => rest,
+        let rest = match (rest, load.take()) {
+            (Ok(rest), answering) => {
+                load = answering;
+                rest
+            }
             (Err(error), Some(load)) => return Err(Failure::of(Leg::decode, load, &error)),
             (Err(_), None) => return Err(Failure::nobody(Leg::decode, "")),
         };
@@ -383,11 +494,39 @@ impl Job<'_> {
 /// Only a body that was scanned before comes here, so this is about its inner object.
 fn unreadable(error: &splice::BodyError) -> Failure {
     let error = ApiError { param: error.param().map(str::to_owned), ..ApiError::bad_request(error.to_string()) };
-    Failure { leg: Leg::prefill, worker: None, retry: false, reached: false, answer: None, error }
+    Failure::own(Leg::prefill, error)
+}
+
+/// Prefill answered, but nothing that one could go on with.
+fn unusable(worker: &Worker, why: &str) -> Failure {
+    let error = ApiError::new(StatusCode::BAD_GATEWAY, format!("prefill worker {}: {why}", worker.name()));
+    Failure { worker: Some(worker.number), retry: true, reached: true, ..Failure::own(Leg::prefill, error) }
+}
+
+/// Waits for both legs. Where decode refuses the request there is nothing of prefill.
+async fn both(
+    prefill: impl Future<Output = Result<Prefilled, Failure>>,
+    decode: impl Future<Output = Result<(Answer, Load), Failure>>,
+) -> Result<(Option<Prefilled>, (Answer, Load)), Failure> {
+    let (mut prefill, mut decode) = (pin!(prefill), pin!(decode));
+    tokio::select! {
+        prefilled = &mut prefill => {
+            let prefilled = prefilled?;
+            Ok((Some(prefilled), decode.await?))
+        }
+        answered = &mut decode => match answered {
+            Ok(answered) if answered.0.is_success() => Ok((Some(prefill.await?), answered)),
+            Ok(answered) => Ok((None, answered)),
+            Err(failure) => match timeout(CAUSE_WAIT, prefill).await {
+                Ok(Err(cause)) => Err(cause),
+                _ => Err(failure),
+            },
+        },
+    }
 }
 
 /// The parts of a body as they are written.
-fn pieces<'a>(spliced: &'a splice::Spliced<'a>) -> Vec<&'a [u8]> {
+fn pieces<'a>(spliced: &'a Spliced<'a>) -> Vec<&'a [u8]> {
     let mut pieces = Vec::with_capacity(spliced.kept.len() + 1);
     if !spliced.head.is_empty() {
         pieces.push(spliced.head.as_slice());

@@ -13,6 +13,7 @@ use prometheus_client::registry::Registry;
 use super::health::Standing;
 use super::plan::Alone;
 use super::worker::Worker;
+use crate::config::Dispatch;
 use crate::telemetry::names;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -38,6 +39,11 @@ struct LegLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabels {
     reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DispatchLabels {
+    dispatch: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -72,6 +78,7 @@ pub(crate) struct Metrics {
     pub(crate) first_byte_seconds: Histogram,
     retries: Family<LegLabels, Counter>,
     alone: Family<ReasonLabels, Counter>,
+    dispatches: Family<DispatchLabels, Counter>,
     pub(crate) prefill_without_params: Counter,
     aborts: Family<OutcomeLabels, Counter>,
     pub(crate) streams_broken: Counter,
@@ -105,6 +112,7 @@ impl Metrics {
             first_byte_seconds: seconds(),
             retries: Family::default(),
             alone: Family::default(),
+            dispatches: Family::default(),
             prefill_without_params: Counter::default(),
             aborts: Family::default(),
             streams_broken: Counter::default(),
@@ -143,6 +151,7 @@ impl Metrics {
         registry.register(names::PROXY_FIRST_BYTE_SECONDS, "Decode to first byte", self.first_byte_seconds.clone());
         registry.register(names::PROXY_RETRIES, "Legs tried on another pair", self.retries.clone());
         registry.register(names::PROXY_ALONE, "Requests one worker served alone", self.alone.clone());
+        registry.register(names::PROXY_DISPATCHES, "Pairs of legs sent out", self.dispatches.clone());
         let without = self.prefill_without_params.clone();
         registry.register(names::PROXY_PREFILL_WITHOUT_PARAMS, "Prefill answers that held no KV", without);
         registry.register(names::PROXY_ABORTS, "Transfers given up", self.aborts.clone());
@@ -162,6 +171,10 @@ impl Metrics {
 
     pub(crate) fn retried(&self, leg: Leg) {
         self.retries.get_or_create(&LegLabels { leg }).inc();
+    }
+
+    pub(crate) fn dispatched(&self, dispatch: Dispatch) {
+        self.dispatches.get_or_create(&DispatchLabels { dispatch: dispatch.name() }).inc();
     }
 
     pub(crate) fn alone(&self, reason: Alone) {

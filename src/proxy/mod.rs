@@ -28,6 +28,7 @@ mod metrics;
 mod plan;
 mod pool;
 mod probe;
+mod rendezvous;
 mod routes;
 mod server;
 mod shared;

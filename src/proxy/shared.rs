@@ -15,8 +15,9 @@ use super::upstream::Sockets;
 use super::weights::Desk;
 use super::worker::Worker;
 use super::{Mode, ProxyError};
-use crate::config::{Policy, ProxyConfig};
+use crate::config::{Dispatch, Policy, ProxyConfig};
 use crate::control::{AdminClient, Role};
+use crate::security::Secret;
 
 /// The times and bounds of `[proxy]`, ready for use.
 #[derive(Debug, Clone)]
@@ -35,6 +36,7 @@ pub(crate) struct Limits {
     pub(crate) local_prefill: bool,
     pub(crate) short_below_bytes: u64,
     pub(crate) access_log: bool,
+    pub(crate) dispatch: Dispatch,
 }
 
 impl Limits {
@@ -60,6 +62,7 @@ impl Limits {
             local_prefill: config.local_prefill,
             short_below_bytes: config.local_prefill_below_bytes,
             access_log: config.access_log,
+            dispatch: config.dispatch,
         })
     }
 }
@@ -88,6 +91,8 @@ pub(crate) struct Shared {
     pub(crate) runtimes: Box<[Option<AdminClient>]>,
     pub(crate) gate: Gate,
     pub(crate) weights: Desk,
+    /// Seals the parameters that decode gets before prefill has answered.
+    pub(crate) secret: Secret,
     pub(crate) metrics: Metrics,
     pub(crate) abandoned: mpsc::Sender<Abandoned>,
     pub(crate) inflight: AtomicUsize,

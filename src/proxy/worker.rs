@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::ProxyError;
 use super::health::{Health, Rules};
+use super::rendezvous::Rendezvous;
 use super::upstream::Origin;
 use crate::control::Role;
 
@@ -37,6 +38,8 @@ pub(crate) struct Worker {
     pub(crate) address: WorkerAddress,
     pub(crate) origin: Origin,
     pub(crate) health: Health,
+    /// Where its runtimes listen, once it has said so.
+    pub(crate) rendezvous: Rendezvous,
     inflight: AtomicUsize,
     pub(crate) served: AtomicU64,
     pub(crate) failed: AtomicU64,
@@ -53,6 +56,7 @@ impl Worker {
             address,
             origin,
             health: Health::new(rules),
+            rendezvous: Rendezvous::default(),
             inflight: AtomicUsize::new(0),
             served: AtomicU64::new(0),
             failed: AtomicU64::new(0),

@@ -34,6 +34,19 @@ pub fn proves(secret: &Secret, purpose: &str, transcript: &[&[u8]], proof: &[u8]
     mac(secret, purpose, transcript).verify_slice(proof).is_ok()
 }
 
+/// A proof as text, for what travels in JSON: 64 hex digits.
+pub fn seal(secret: &Secret, purpose: &str, transcript: &[&[u8]]) -> String {
+    prove(secret, purpose, transcript).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Whether `text` is what [`seal`] gives.
+pub fn is_sealed(secret: &Secret, purpose: &str, transcript: &[&[u8]], text: &str) -> bool {
+    let digit = |byte: &u8| char::from(*byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let pairs = text.as_bytes().chunks(2);
+    let proof: Option<Vec<u8>> = pairs.map(|pair| Some(digit(pair.first()?)? * 16 + digit(pair.get(1)?)?)).collect();
+    proof.is_some_and(|proof| proves(secret, purpose, transcript, &proof))
+}
+
 /// Every part is preceded by its length: no two transcripts run together into the same bytes.
 fn mac(secret: &Secret, purpose: &str, transcript: &[&[u8]]) -> Hmac<Sha256> {
     let mut mac = Hmac::<Sha256>::new_from_slice(secret.bytes()).expect("HMAC takes a key of any length");

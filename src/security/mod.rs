@@ -8,6 +8,6 @@ mod challenge;
 mod secret;
 mod token;
 
-pub use challenge::{NONCE_BYTES, Nonce, PROOF_BYTES, Proof, nonce, prove, proves};
+pub use challenge::{NONCE_BYTES, Nonce, PROOF_BYTES, Proof, is_sealed, nonce, prove, proves, seal};
 pub use secret::{SECRET_FILE_ENV, Secret, SecretError};
 pub use token::tokens_equal;

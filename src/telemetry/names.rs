@@ -46,6 +46,8 @@ pub const PROXY_FIRST_BYTE_SECONDS: &str = "pdlink_proxy_first_byte_seconds";
 pub const PROXY_RETRIES: &str = "pdlink_proxy_retries";
 /// Requests that one worker served alone, prefill included, by `reason`.
 pub const PROXY_ALONE: &str = "pdlink_proxy_alone";
+/// Pairs of legs that were sent out, by `dispatch`: `sequential` or `concurrent`.
+pub const PROXY_DISPATCHES: &str = "pdlink_proxy_dispatches";
 /// Prefill legs that were answered without transfer parameters: the worker held no KV.
 pub const PROXY_PREFILL_WITHOUT_PARAMS: &str = "pdlink_proxy_prefill_without_params";
 /// Transfers given up after prefill was asked, by `outcome` of telling its runtime.

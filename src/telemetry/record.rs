@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Path;
+use crate::config::{Dispatch, Path};
 
 /// Which end of a transfer wrote the record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -61,6 +61,11 @@ pub struct TransferRecord {
     pub copy_us: u64,
     /// From the last byte to prefill's confirmation, in microseconds.
     pub validate_us: u64,
+    /// Whether decode claimed it while prefill was still to compute it, or computing it.
+    pub dispatch: Dispatch,
+    /// With concurrent dispatch: from prefill's end to the last byte, in microseconds. The rest was moved under prefill, and
+    /// is in `copy_us` too.
+    pub exposed_us: u64,
     /// Whether a digest was compared (KV-4).
     pub digest_checked: bool,
     pub weight_version: u64,

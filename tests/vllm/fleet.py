@@ -121,6 +121,8 @@ class Server:
     send_type: str = "GET"
     connector: str = "PdlinkConnector"
     paths: tuple[str, ...] = ("shm", "tcp")
+    kv: dict[str, object] = field(default_factory=dict)
+    """Further settings of `[kv]`."""
     ports: list[int] = field(default_factory=lambda: free_ports(2))
     """HTTP, then one KV port for each tensor-parallel rank."""
     pid: int = 0
@@ -140,7 +142,7 @@ class Server:
     def start(self) -> Server:
         argv = ["serve", str(self.model), "--port", str(self.ports[0]), *COMMON, *self.flags]
         if self.role is not None:
-            kv = {**KV, "paths": self.paths}
+            kv = {**KV, "paths": self.paths, **self.kv}
             extra = {"kv_host": "127.0.0.1", "kv_ports": self.ports[1:], "kv": kv, "send_type": self.send_type}
             transfer = {
                 "kv_connector": self.connector,
@@ -187,13 +189,13 @@ class Server:
 
 
 class Proxy:
-    def __init__(self, prefill: Server, decode: Server, env: dict[str, str], name: str = "proxy"):
+    def __init__(self, prefill: Server, decode: Server, env: dict[str, str], name: str = "proxy", flags: tuple[str, ...] = ()):
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         command = [
             *(str(BIN / "pdlink"), "proxy", "--port", str(port), "--prefill", prefill.url, "--decode", decode.url),
             *("--prefill-kv-addrs", prefill.kv_address, "--decode-kv-addrs", decode.kv_address),
-            *("--connector-impl", "native"),
+            *("--connector-impl", "native", *flags),
         ]
         self._log = open(LOGS / f"{name}.log", "w")
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=env)

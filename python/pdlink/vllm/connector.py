@@ -136,7 +136,9 @@ class PdlinkConnector(KVConnectorBase_V1, SupportsHMA):
         """No request is scheduled before all of its KV is there."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """KV is taken from the cache itself, block by block, once prefill has ended."""
+        """KV is taken from the cache itself: once prefill has ended, or layer by layer where decode has claimed it already."""
+        if self._worker is not None:
+            self._worker.layer_saved(layer_name)
 
     def wait_for_save(self) -> None:
         """Blocks stay as they are until they are reported as sent; with `PUT` the next step waits for it."""

@@ -50,6 +50,8 @@ class CacheMap:
     groups: list[Group]
     layers: list[dict[str, int]]
     """Group by group."""
+    names: list[str]
+    """Of the layers, in the same order."""
     num_blocks: int
     memory: list[tuple[int, int, Any, int | None]]
     """(address, bytes, owner, number of its GPU) of each storage."""
@@ -88,6 +90,7 @@ def describe(
         geometry={"model": model, "tp_size": tp_size, "groups": described},
         groups=found,
         layers=[view.placement for views in groups.values() for view in views],
+        names=[view.name for views in groups.values() for view in views],
         num_blocks=kv_cache_config.num_blocks * splits.pop(),
         memory=memory.storages,
     )

@@ -23,6 +23,11 @@ def fingerprint(request: Request) -> str:
     return digest.hexdigest()[:16]
 
 
+def number(request: Request) -> int:
+    """The fingerprint as the runtime has it."""
+    return int(fingerprint(request), 16)
+
+
 def label(request: Request) -> str:
     """The request's name in the sealed parameters: for people who read logs, and for `differs`."""
     return f"{request.request_id}{_SEPARATOR}{fingerprint(request)}"

@@ -35,11 +35,33 @@ class Hold:
 
 
 @dataclass
+class Early:
+    """Decode: a request whose KV prefill is yet to compute."""
+
+    request_id: str
+    transfer_id: str
+    params: str
+    tokens: int
+    fingerprint: int
+
+
+@dataclass
+class Begin:
+    """Prefill: a request that decode may claim while its prompt is computed."""
+
+    transfer_id: str
+    label: str
+    tokens: int
+    fingerprint: int
+
+
+@dataclass
 class StepMeta(KVConnectorMetadata):
     """One step's orders to every worker, carried out in this order."""
 
     expects: list[tuple[str, str, str]] = field(default_factory=list)
     """Decode: request, transfer id, JSON text of the parameters."""
+    earlies: list[Early] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
     """Decode: a request whose parameters are no good, and why. Its load will fail."""
     fetches: list[Fetch] = field(default_factory=list)
@@ -47,13 +69,21 @@ class StepMeta(KVConnectorMetadata):
     """Decode: requests that ended, or need nothing, before blocks were there."""
     aborts: list[str] = field(default_factory=list)
     """Decode: requests that ended while their KV was being loaded."""
+    begins: list[Begin] = field(default_factory=list)
+    restarts: list[str] = field(default_factory=list)
+    """Prefill: transfers whose request was preempted, and is computed anew in this step."""
+    chunks: list[tuple[str, Blocks, int]] = field(default_factory=list)
+    """Prefill: transfer, blocks, and up to which token this step computes it."""
+    withdrawals: list[str] = field(default_factory=list)
+    """Prefill: transfers that were begun, and whose request ended without anything to hand over."""
     holds: list[Hold] = field(default_factory=list)
     closes: list[tuple[str, bool]] = field(default_factory=list)
     """Prefill: a request with a hold has ended; True: nobody will come for it."""
 
     def __bool__(self) -> bool:
-        orders = (self.expects, self.refusals, self.fetches, self.drops, self.aborts, self.holds, self.closes)
-        return any(orders)
+        decode = (self.expects, self.earlies, self.refusals, self.fetches, self.drops, self.aborts)
+        prefill = (self.begins, self.restarts, self.chunks, self.withdrawals, self.holds, self.closes)
+        return any(decode + prefill)
 
 
 @dataclass

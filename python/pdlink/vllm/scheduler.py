@@ -2,7 +2,8 @@
 
 There is no runtime in this process. A request meets one of two lives here:
 
-- *prefill*: its blocks are held when the step that completes its prompt has been made, before the answer with the
+- *prefill*: it is announced as soon as vLLM knows of it, where decode may claim it meanwhile (concurrent dispatch), and what
+  each step computes of it is told; its blocks are held when the step that completes its prompt has been made, before the answer with the
   parameters can reach anybody, so that decode never comes too early;
 - *decode*: it is announced to the workers as soon as vLLM knows of it, which keeps prefill's lease alive while it waits for
   blocks; then claimed as an asynchronous load. Parameters that are no good in any way are claimed too, and fail as a load:
@@ -25,7 +26,7 @@ from .. import _native
 from . import prompt
 from .config import LinkConfig
 from .geometry import transfer_group_ids
-from .protocol import Blocks, Card, Fetch, Hold, StepMeta, WorkerMeta
+from .protocol import Begin, Blocks, Card, Early, Fetch, Hold, StepMeta, WorkerMeta
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -57,6 +58,8 @@ class _Prefill:
 
     request: Request
     transfer_id: str
+    early: bool = False
+    """Decode may claim it while it is computed."""
     blocks: Blocks = field(default_factory=list)
     held: bool = False
 
@@ -110,18 +113,23 @@ class SchedulerSide:
         text = json.dumps(params)
         asked = _native.parse_request(text)
         if asked.kind == "prefill":
-            self._note_prefill(request, asked.transfer_id)
+            self._note_prefill(request, asked.transfer_id, asked.early)
+        elif asked.kind == "early":
+            self._note_early(request, asked, text)
         elif asked.kind == "decode":
             self._note_load(request, asked, text)
         else:
             self._plain.add(request.request_id)
 
-    def _note_prefill(self, request: Request, transfer_id: str) -> None:
+    def _note_prefill(self, request: Request, transfer_id: str, early: bool = False) -> None:
         if not self._config.prefills:
             raise _native.WrongRoleError("holding KV for others: this worker only does decode")
         if request.prompt_token_ids is None:
             raise _native.MalformedParamsError("a prompt given as embeddings cannot be told from another")
-        self._prefills[request.request_id] = _Prefill(request, transfer_id)
+        self._prefills[request.request_id] = _Prefill(request, transfer_id, early)
+        if early:
+            begin = Begin(transfer_id, prompt.label(request), request.num_prompt_tokens, prompt.number(request))
+            self._meta.begins.append(begin)
 
     def _note_load(self, request: Request, asked: _native.KvRequest, text: str) -> None:
         label = asked.remote_request_id or ""
@@ -135,6 +143,12 @@ class SchedulerSide:
             )
         self._loads[request.request_id] = _Load()
         self._meta.expects.append((request.request_id, asked.transfer_id or "", text))
+
+    def _note_early(self, request: Request, asked: _native.KvRequest, text: str) -> None:
+        """Whether it is the same prompt is for the two workers to see: prefill has not told of it yet."""
+        self._loads[request.request_id] = _Load()
+        tokens, fingerprint = request.num_prompt_tokens, prompt.number(request)
+        self._meta.earlies.append(Early(request.request_id, asked.transfer_id or "", text, tokens, fingerprint))
 
     # ---------------------------------------------------------------- decode: loading
 
@@ -190,9 +204,21 @@ class SchedulerSide:
             self._collect(prefill, new_blocks, resumed)
             request = prefill.request
             end = request.num_computed_tokens + scheduled.get(request_id, 0)
+            self._tell_chunk(prefill, end, resumed)
             # With one token to come no later step can take the blocks away. Otherwise they are held when it ends.
             if request.max_tokens == 1 and not prefill.held and end >= request.num_prompt_tokens:
                 self._hold(prefill)
+
+    def _tell_chunk(self, prefill: _Prefill, end: int, resumed: bool) -> None:
+        """What this step computes of a prompt that decode may have claimed."""
+        if not prefill.early or prefill.held:
+            return
+        if resumed:
+            self._meta.restarts.append(prefill.transfer_id)
+        tokens = min(end, prefill.request.num_prompt_tokens)
+        # A cache of several block tables is pushed when all of it is there.
+        if prefill.request.num_computed_tokens < tokens and len(self._groups) == 1:
+            self._meta.chunks.append((prefill.transfer_id, self._cut(prefill.blocks, 0, tokens), tokens))
 
     def _collect(self, prefill: _Prefill, new_blocks: Any, resumed: bool) -> None:
         # What was offered stays as it was offered: `finished` compares.
@@ -257,6 +283,8 @@ class SchedulerSide:
         ours = self._cut([list(block_ids[group]) for group in self._groups], 0, request.num_prompt_tokens)
         if not prefill.held:
             if not complete:
+                if prefill.early:
+                    self._meta.withdrawals.append(prefill.transfer_id)
                 return False, None
             prefill.blocks = ours
             self._hold(prefill)

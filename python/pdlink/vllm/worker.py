@@ -19,7 +19,7 @@ from .. import _native
 from .config import LinkConfig
 from .geometry import CacheMap, describe
 from .metrics import PdlinkStats
-from .protocol import Blocks, Card, Fetch, Hold, StepMeta, WorkerMeta
+from .protocol import Blocks, Card, Early, Fetch, Hold, StepMeta, WorkerMeta
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +69,10 @@ class WorkerSide:
         self._offered: dict[str, str] = {}
         self._dropping: dict[str, str] = {}
         self._holds: list[Hold] = []
+        # Concurrent dispatch: whether this step computes prompts that decode may have claimed, and the number of each layer.
+        self._has_chunks = False
+        self._layers: dict[str, int] = {}
+        self._early: set[str] = set()
         self._closes: list[tuple[str, bool]] = []
         self._results = Results()
         self._stats = PdlinkStats()
@@ -102,6 +106,7 @@ class WorkerSide:
             "weight_version": 0,
         }
         self._map = cache
+        self._layers = {name: number for number, name in enumerate(cache.names)}
         self._link = _native.Link(json.dumps(settings), cache.memory)
         groups = [_words(group) for group in cache.geometry["groups"]]
         logger.info("KV link of rank %d (%s) at %s: %s", config.tp_rank, config.role, self._link.address, "; ".join(groups))
@@ -126,6 +131,8 @@ class WorkerSide:
             self._loads[request_id] = _Load(failure=reason)
         for request_id, transfer_id, params in meta.expects:
             self._expect(request_id, transfer_id, params)
+        for early in meta.earlies:
+            self._expect_early(early)
         for fetch in meta.fetches:
             self._fetch(fetch)
         for request_id in meta.drops:
@@ -134,6 +141,7 @@ class WorkerSide:
             load = self._loads.get(request_id)
             if load is not None and load.transfer_id is not None and self._link is not None:
                 self._link.abort(load.transfer_id)
+        self._begin_prompts(meta)
         self._holds += meta.holds
         self._closes += meta.closes
         if self._link is not None:
@@ -141,6 +149,10 @@ class WorkerSide:
 
     def finish(self) -> Results:
         """Offers what the step has computed, and hands out the reports since the last step."""
+        if self._has_chunks:
+            # Also of layers that had no hook, in a CUDA graph say.
+            self._computed(0, len(self._layers))
+            self._has_chunks = False
         for hold in self._holds:
             self._offer(hold)
         for request_id, unwanted in self._closes:
@@ -162,6 +174,16 @@ class WorkerSide:
         else:
             load.transfer_id = transfer_id
             self._expected[transfer_id] = request_id
+
+    def _expect_early(self, early: Early) -> None:
+        load = self._loads[early.request_id] = _Load()
+        try:
+            self._running().expect_early(early.params, early.tokens, early.fingerprint)
+        except _native.PdlinkError as error:
+            load.failure = str(error)
+        else:
+            load.transfer_id = early.transfer_id
+            self._expected[early.transfer_id] = early.request_id
 
     def _fetch(self, fetch: Fetch) -> None:
         load = self._loads.get(fetch.request_id)
@@ -206,16 +228,59 @@ class WorkerSide:
 
     # ---------------------------------------------------------------- prefill
 
+    def _begin_prompts(self, meta: StepMeta) -> None:
+        """Concurrent dispatch: what is going to be computed, and what this step computes of it."""
+        link = self._link
+        if link is None:
+            return
+        for begin in meta.begins:
+            try:
+                link.begin(begin.transfer_id, begin.label, begin.tokens, begin.fingerprint)
+                self._early.add(begin.transfer_id)
+            except _native.PdlinkError as error:
+                logger.warning("transfer %s cannot be claimed early: %s", begin.transfer_id, error)
+        for transfer_id in meta.restarts:
+            link.restart(transfer_id)
+        for transfer_id in meta.withdrawals:
+            self._early.discard(transfer_id)
+            link.abort(transfer_id)
+        if meta.chunks:
+            link.step([(transfer_id, self._in_our_blocks(blocks, tokens), tokens) for transfer_id, blocks, tokens in meta.chunks])
+            self._has_chunks = True
+
+    def layer_saved(self, layer_name: str) -> None:
+        """The step's KV of one layer is in the cache, or will be when the GPU comes to what its stream has by now."""
+        if self._has_chunks and (number := self._layers.get(layer_name)) is not None:
+            self._computed(number, number + 1)
+
+    def _computed(self, first: int, end: int) -> None:
+        if self._link is not None:
+            self._link.computed(first, end, self._stream())
+
+    def _stream(self) -> int | None:
+        """The GPU's stream that the engine computes on, by its handle."""
+        if self._map is None or not self._map.on_gpu:
+            return None
+        import torch
+
+        return torch.cuda.current_stream(self._map.memory[0][3]).cuda_stream
+
     def _offer(self, hold: Hold) -> None:
         held = self._held[hold.request_id] = _Held()
         try:
             if hold.transfer_id in self._offered:
                 raise _native.DuplicateTransferError(f"transfer {hold.transfer_id} is in progress here already")
             blocks = self._in_our_blocks(hold.blocks, hold.tokens)
-            self._running().offer(hold.transfer_id, hold.label, blocks, hold.tokens)
+            # What decode may have claimed already must be final when it is told so.
+            stream = self._stream() if hold.transfer_id in self._early else None
+            self._early.discard(hold.transfer_id)
+            self._running().offer(hold.transfer_id, hold.label, blocks, hold.tokens, stream)
         except _native.PdlinkError as error:
             logger.warning("the KV of request %s is not held: %s", hold.request_id, error)
             held.ended = True
+            if self._link is not None and hold.transfer_id not in self._offered:
+                # Decode may wait for it.
+                self._link.abort(hold.transfer_id)
         else:
             self._offered[hold.transfer_id] = hold.request_id
 

@@ -3,6 +3,7 @@
 //! A rule that breaks names the key to change, where it was given, and the mend. A rule says nothing about a key whose value
 //! was refused already.
 
+mod dispatch;
 mod engine;
 mod gpus;
 mod kv;
@@ -42,6 +43,7 @@ pub(super) fn judge(config: &Config, given: &Node, origins: &Origins, tainted: &
     weights::judge(&mut bench);
     update::judge(&mut bench);
     kv::judge(&mut bench);
+    dispatch::judge(&mut bench);
     services::judge(&mut bench);
     engine::judge(&mut bench);
     bench.verdict

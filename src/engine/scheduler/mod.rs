@@ -30,10 +30,10 @@ use std::sync::Arc;
 use super::blocks::Blocks;
 use super::metrics::EngineMetrics;
 use super::model::Weights;
-use super::request::{FinishReason, Group};
+use super::request::{FinishReason, Group, Source};
 use super::sequence::Sequence;
 use crate::config::{InFlight, LoadFailurePolicy};
-use crate::kv::{BlockId, KvLink, Report, TransferId, TransferParams};
+use crate::kv::{BlockId, KvLink, Report, TransferId};
 pub(super) use step::Outcome;
 pub(super) use thread::{Pace, SchedulerThread};
 pub(super) use weights::Done;
@@ -53,7 +53,7 @@ pub(super) enum Command {
     /// Ends requests by the name the client gave them, or all. Answers how many sequences were ended.
     AbortNamed(Option<Vec<String>>, tokio::sync::oneshot::Sender<usize>),
     /// A request that names a transfer was refused before it came here: prefill's blocks must not wait for it.
-    Decline(Box<TransferParams>),
+    Decline(Source),
     ResetPrefixCache(tokio::sync::oneshot::Sender<bool>),
     /// Take no more steps.
     Pause(InFlight, Done),
@@ -132,7 +132,7 @@ impl Scheduler {
                 let ended = self.abort(|s| named(&s.external_id), |held| named(&held.external_id));
                 let _ = answer.send(ended);
             }
-            Command::Decline(params) => self.decline(&params),
+            Command::Decline(source) => self.decline(&source),
             Command::ResetPrefixCache(answer) => {
                 let _ = answer.send(self.parts.blocks.reset_prefix_cache());
             }
@@ -154,7 +154,7 @@ impl Scheduler {
             let weights = self.parts.weights;
             let events = group.events.clone();
             let mut sequence = Sequence::new(new, group.id, external_id.clone(), events, weights);
-            match self.claim(&source, &sequence) {
+            match self.claim(&source, &sequence).and_then(|load| self.begin(&sequence).map(|()| load)) {
                 Ok(load) => sequence.load = load,
                 Err(error) => {
                     sequence.fail(error);
@@ -171,11 +171,13 @@ impl Scheduler {
         let mut ended = 0;
         for (_, sequence) in self.waiting.extract_if(.., |_, sequence| of(sequence)).collect::<Vec<_>>() {
             self.let_go(&sequence);
+            self.give_up(&sequence);
             sequence.end(None, String::new(), (FinishReason::Abort, None), None);
             ended += 1;
         }
         for (_, mut sequence) in self.running.extract_if(.., |_, sequence| of(sequence)).collect::<Vec<_>>() {
             self.parts.blocks.give_back(sequence.reset());
+            self.give_up(&sequence);
             sequence.end(None, String::new(), (FinishReason::Abort, None), None);
             ended += 1;
         }

@@ -1,11 +1,13 @@
 //! One step of the batch: prompts in chunks, one token for each that decodes.
 
+use std::sync::Arc;
+
 use super::super::model::Logits;
-use super::super::request::{FinishReason, StopReason, TokenOut};
+use super::super::request::{FinishReason, HandOver, StopReason, TokenOut};
 use super::super::sequence::Sequence;
 use super::transfer::refused;
 use super::{Held, Key, STEP_TOKENS_MAX, Scheduler};
-use crate::kv::Offer;
+use crate::kv::{Offer, Progress};
 
 /// What a step computed, to be told to clients once the time it takes has passed.
 #[derive(Debug, Default)]
@@ -82,6 +84,9 @@ impl Scheduler {
             }
             let (youngest, mut preempted) = self.running.pop_last().expect("at least this one runs");
             self.parts.blocks.give_back(preempted.reset());
+            if let Some(transfer_id) = preempted.early() {
+                self.parts.link.restart(transfer_id);
+            }
             self.parts.metrics.preempted.inc();
             outcome.preempted = true;
             self.waiting.insert(youngest, preempted);
@@ -96,8 +101,18 @@ impl Scheduler {
         let sequence = self.running.get_mut(&key).expect("it runs");
         let decodes = sequence.computed >= sequence.prompt_len() && take == 1;
         let prompt_tokens = sequence.prompt_len().saturating_sub(sequence.computed).min(take);
-        for position in sequence.computed..sequence.computed + take {
-            blocks.cache.write(&sequence.blocks, position, sequence.context(position));
+        let positions = sequence.computed..sequence.computed + take;
+        let early = sequence.early().map(|transfer_id| (transfer_id, Arc::new(vec![sequence.blocks.clone()])));
+        let tokens =
+            u32::try_from(positions.end.min(sequence.prompt_len())).expect("prompts are shorter than 2^32 tokens");
+        for layer in 0..blocks.cache.geometry().layers() {
+            for position in positions.clone() {
+                blocks.cache.write(&sequence.blocks, position, layer as usize, sequence.context(position));
+            }
+            if let Some((transfer_id, blocks)) = &early {
+                let (transfer_id, blocks) = (*transfer_id, Arc::clone(blocks));
+                self.parts.link.progress(Progress { transfer_id, blocks, layers: layer..layer + 1, tokens });
+            }
         }
         sequence.computed += take;
         self.parts.metrics.prompt_computed.inc_by(prompt_tokens as u64);
@@ -125,7 +140,7 @@ impl Scheduler {
     ) {
         let prompt_len = sequence.prompt_len();
         let mut blocks = sequence.reset();
-        let Some(transfer_id) = sequence.hand_over else {
+        let Some(HandOver { transfer_id, early }) = sequence.hand_over else {
             self.parts.blocks.give_back(blocks);
             return sequence.end(Some(token), text, end, None);
         };
@@ -145,6 +160,9 @@ impl Scheduler {
                     None => self.held.remove(&transfer_id),
                 };
                 self.parts.blocks.give_back(held.map(|held| held.blocks).unwrap_or_default());
+                if early {
+                    self.parts.link.abort(transfer_id);
+                }
                 sequence.fail(refused(&error));
             }
         }

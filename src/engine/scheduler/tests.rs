@@ -1,5 +1,8 @@
 //! The scheduler as a machine: commands and reports in, events out, blocks counted at the end.
 
+mod early;
+mod link;
+
 use std::sync::{Arc, Mutex};
 
 use prometheus_client::registry::Registry;
@@ -10,71 +13,14 @@ use crate::config::{ReferenceConfig, ReferenceLayout};
 use crate::control::RuntimeStatus;
 use crate::engine::kv_cache::KvCache;
 use crate::engine::model::Sampling;
-use crate::engine::request::{Event, NewSequence, Params, Slots, Source};
+use crate::engine::request::{Event, HandOver, NewSequence, Params, Slots, Source};
 use crate::engine::tokenizer::{Token, decode};
-use crate::kv::{End, KvError, Offer, PdlinkParams, TransferFailure, TransferHandle};
+use crate::kv::{
+    Begin, EarlyParams, End, KvError, Offer, PdlinkParams, Progress, Prompt, TransferFailure, TransferHandle,
+    TransferParams,
+};
 use crate::telemetry::{Side, TransferRecord};
-
-/// What the scheduler asked of the link, in order.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Call {
-    Offer { blocks: usize, tokens: u32 },
-    Expect,
-    Fetch { blocks: Vec<BlockId>, first_token: u32 },
-    Release,
-    Abort,
-}
-
-#[derive(Default)]
-struct FakeLink(Mutex<Vec<Call>>);
-
-impl FakeLink {
-    fn note(&self, call: Call) {
-        self.0.lock().unwrap().push(call);
-    }
-
-    fn calls(&self) -> Vec<Call> {
-        std::mem::take(&mut *self.0.lock().unwrap())
-    }
-}
-
-impl KvLink for FakeLink {
-    fn offer(&self, offer: Offer) -> Result<TransferParams, KvError> {
-        self.note(Call::Offer { blocks: offer.blocks[0].len(), tokens: offer.tokens });
-        Ok(params(offer.transfer_id, offer.tokens))
-    }
-
-    fn expect(&self, params: &TransferParams) -> Result<TransferHandle, KvError> {
-        self.note(Call::Expect);
-        Ok(TransferHandle { transfer_id: params.pdlink.transfer_id })
-    }
-
-    fn fetch(&self, _: TransferHandle, mut blocks: Vec<Vec<BlockId>>, first_token: u32) {
-        self.note(Call::Fetch { blocks: blocks.remove(0), first_token });
-    }
-
-    fn release(&self, _: TransferHandle) {
-        self.note(Call::Release);
-    }
-
-    fn abort(&self, _: TransferId) {
-        self.note(Call::Abort);
-    }
-
-    fn record(&self, _: TransferId) -> Option<TransferRecord> {
-        None
-    }
-
-    fn records(&self) -> Vec<TransferRecord> {
-        Vec::new()
-    }
-
-    fn status(&self) -> RuntimeStatus {
-        unreachable!("the scheduler does not ask")
-    }
-
-    fn set_weight_version(&self, _: u64) {}
-}
+use link::{Call, FakeLink};
 
 fn params(transfer_id: TransferId, tokens: u32) -> TransferParams {
     TransferParams {
@@ -115,13 +61,15 @@ pub(super) struct Ask {
     max_tokens: usize,
     source: Source,
     hand_over: Option<TransferId>,
+    /// Whether decode may claim it meanwhile.
+    early: bool,
     salt: Option<&'static str>,
     streams: bool,
 }
 
 pub(super) fn ask(prompt: usize, max_tokens: usize) -> Ask {
     let prompt = (0..prompt).map(|at| Token::try_from(at % 200).unwrap()).collect();
-    Ask { prompt, max_tokens, source: Source::Local, hand_over: None, salt: None, streams: false }
+    Ask { prompt, max_tokens, source: Source::Local, hand_over: None, early: false, salt: None, streams: false }
 }
 
 impl Ask {
@@ -218,7 +166,7 @@ impl Rig {
             params: Arc::new(params),
             sampling: Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 },
             source: ask.source,
-            hand_over: ask.hand_over,
+            hand_over: ask.hand_over.map(|transfer_id| HandOver { transfer_id, early: ask.early }),
             streams: ask.streams,
             slot: Slots::new(1).take(1).unwrap().remove(0),
         };
@@ -276,7 +224,7 @@ impl Rig {
         for (position, &token) in ask.prompt.iter().enumerate() {
             context = context.then(token);
             if position >= first {
-                cache.write(blocks, position - first, context);
+                (0..2).for_each(|layer| cache.write(blocks, position - first, layer, context));
             }
         }
     }

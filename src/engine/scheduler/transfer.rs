@@ -1,18 +1,25 @@
 //! What the scheduler asks of the link, and what it does with the link's reports.
 
 use super::super::request::Source;
-use super::super::sequence::{Load, Sequence, claimed_params};
+use super::super::sequence::{Load, Sequence};
 use super::{Filling, Key, Scheduler};
 use crate::config::LoadFailurePolicy;
-use crate::kv::{End, KvError, Report, TransferId, TransferParams};
+use crate::kv::{Begin, End, KvError, Prompt, Report, TransferId};
 use crate::openai::ApiError;
 use crate::telemetry::Side;
 
 impl Scheduler {
     /// Claims the transfer that a new sequence names, if it names one.
     pub(super) fn claim(&mut self, source: &Source, sequence: &Sequence) -> Result<Load, ApiError> {
-        let Some(params) = claimed_params(source) else { return Ok(Load::Local) };
         let link = &self.parts.link;
+        let params = match source {
+            Source::Local => return Ok(Load::Local),
+            Source::Early(params) => {
+                let handle = link.expect_early(params, sequence.prompt()).map_err(|error| refused(&error))?;
+                return Ok(Load::Claimed { handle });
+            }
+            Source::Remote(params) => params,
+        };
         let handle = link.expect(params).map_err(|error| refused(&error))?;
         let tokens = params.remote_num_tokens as usize;
         if tokens != sequence.prompt_len() {
@@ -24,10 +31,31 @@ impl Scheduler {
         Ok(Load::Claimed { handle })
     }
 
+    /// Prefill: says that a prompt is going to be computed, if decode may claim it meanwhile.
+    pub(super) fn begin(&self, sequence: &Sequence) -> Result<(), ApiError> {
+        let Some(transfer_id) = sequence.early() else { return Ok(()) };
+        let begin = Begin { transfer_id, request_id: sequence.request_id.clone(), prompt: sequence.prompt() };
+        self.parts.link.begin(begin).map_err(|error| refused(&error))
+    }
+
+    /// Prefill: a sequence ends before its prompt was offered. Decode must not wait for it.
+    pub(super) fn give_up(&self, sequence: &Sequence) {
+        if let Some(transfer_id) = sequence.early() {
+            self.parts.link.abort(transfer_id);
+        }
+    }
+
     /// Tells prefill that nobody will come.
-    pub(super) fn decline(&mut self, params: &TransferParams) {
-        if let Ok(handle) = self.parts.link.expect(params) {
-            self.parts.link.abort(handle.transfer_id);
+    pub(super) fn decline(&mut self, source: &Source) {
+        let link = &self.parts.link;
+        let claimed = match source {
+            Source::Local => return,
+            Source::Remote(params) => link.expect(params),
+            // The prompt was not even read: what it says of it does not matter.
+            Source::Early(params) => link.expect_early(params, Prompt { tokens: 0, fingerprint: 0 }),
+        };
+        if let Ok(handle) = claimed {
+            link.abort(handle.transfer_id);
         }
     }
 
@@ -143,7 +171,7 @@ impl Scheduler {
 pub(super) fn refused(error: &KvError) -> ApiError {
     let message = format!("the KV of this request cannot be handed over: {error}");
     match error {
-        KvError::Params(_) | KvError::WrongRole { .. } | KvError::Duplicate { .. } => {
+        KvError::Params(_) | KvError::WrongRole { .. } | KvError::Duplicate { .. } | KvError::NotAsync { .. } => {
             ApiError::bad_param("kv_transfer_params", message)
         }
         _ => ApiError::internal(message),

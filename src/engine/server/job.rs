@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::super::front::Answers;
 use super::super::model::Weights;
-use super::super::request::{NewSequence, Params, Source};
+use super::super::request::{HandOver, NewSequence, Params, Source};
 use super::super::tokenizer::Token;
 use super::State;
 use super::params::CommonFields;
@@ -66,8 +66,10 @@ pub(super) fn decline_unread(state: &State, object: &Value) {
 }
 
 fn decline(state: &State, transfer: &KvRequest) {
-    if let KvRequest::Decode(params) = transfer {
-        state.front.decline(params.clone());
+    match transfer {
+        KvRequest::Decode(params) => state.front.decline(Source::Remote(params.clone())),
+        KvRequest::Early(params) => state.front.decline(Source::Early(params.clone())),
+        KvRequest::Plain | KvRequest::Prefill { .. } => {}
     }
 }
 
@@ -109,7 +111,9 @@ fn checked(
                 source: source(state, transfer, prompt_logprobs),
                 streams: stream,
                 hand_over: match transfer {
-                    KvRequest::Prefill { transfer_id } => Some(*transfer_id),
+                    KvRequest::Prefill { transfer_id, early } => {
+                        Some(HandOver { transfer_id: *transfer_id, early: *early })
+                    }
                     _ => None,
                 },
                 slot: slots.next().expect("as many places as answers"),
@@ -139,11 +143,12 @@ fn checked(
 /// `prompt_logprobs` need the prompt computed here: KV that waits elsewhere is let go, as vLLM does.
 fn source(state: &State, transfer: &KvRequest, prompt_logprobs: Option<usize>) -> Source {
     match transfer {
-        KvRequest::Decode(params) if prompt_logprobs.is_some() => {
-            state.front.decline(params.clone());
+        KvRequest::Decode(_) | KvRequest::Early(_) if prompt_logprobs.is_some() => {
+            decline(state, transfer);
             Source::Local
         }
         KvRequest::Decode(params) => Source::Remote(params.clone()),
+        KvRequest::Early(params) => Source::Early(params.clone()),
         KvRequest::Plain | KvRequest::Prefill { .. } => Source::Local,
     }
 }
@@ -153,14 +158,18 @@ fn transfer(state: &State, value: Option<&Value>) -> Result<KvRequest, ApiError>
     let refuse = |message: String| ApiError::bad_param("kv_transfer_params", message);
     let request = match KvRequest::parse(value) {
         // A router that knows nothing of us sends NIXL's fields alone; then the id is ours to draw.
-        Err(ParamsError::Foreign) if asks_prefill(value) => KvRequest::Prefill { transfer_id: TransferId::random() },
+        Err(ParamsError::Foreign) if asks_prefill(value) => {
+            KvRequest::Prefill { transfer_id: TransferId::random(), early: false }
+        }
         other => other.map_err(|error| refuse(error.to_string()))?,
     };
     match (&request, state.role) {
         (KvRequest::Prefill { .. }, Role::Decode) => {
             Err(refuse("this worker does decode: it hands no KV over".to_owned()))
         }
-        (KvRequest::Decode(_), Role::Prefill) => Err(refuse("this worker does prefill: it loads no KV".to_owned())),
+        (KvRequest::Decode(_) | KvRequest::Early(_), Role::Prefill) => {
+            Err(refuse("this worker does prefill: it loads no KV".to_owned()))
+        }
         _ => Ok(request),
     }
 }

@@ -9,6 +9,8 @@ use super::driver::{CudaError, Event, NOT_READY, Stream};
 const NON_BLOCKING_STREAM: u32 = 1;
 /// Marks are only asked about, and take no time stamps.
 const WITHOUT_TIME: u32 = 2;
+/// Who waits for a mark sleeps, and leaves the processor to others.
+const BLOCKING: u32 = 1;
 
 /// What is put on it runs in order.
 #[derive(Debug)]
@@ -81,9 +83,30 @@ impl Mark {
         let mut event: Event = std::ptr::null_mut();
         device.current(|driver| {
             // SAFETY: writes one handle, destroyed in `drop`.
-            driver.check("cuEventCreate", unsafe { (driver.event_create)(&raw mut event, WITHOUT_TIME) })
+            driver.check("cuEventCreate", unsafe { (driver.event_create)(&raw mut event, WITHOUT_TIME | BLOCKING) })
         })?;
         Ok(Self { device: Arc::clone(device), event })
+    }
+
+    /// A mark behind everything that is on somebody else's stream now. Null is the default stream.
+    ///
+    /// # Safety
+    /// `stream` must be null or a living stream of `device`'s primary context.
+    pub unsafe fn behind(device: &Arc<Device>, stream: *mut c_void) -> Result<Self, CudaError> {
+        let mark = Self::new(device)?;
+        device.current(|driver| {
+            // SAFETY: the event is ours, and the caller vouches for the stream.
+            driver.check("cuEventRecord", unsafe { (driver.event_record)(mark.event, stream) })
+        })?;
+        Ok(mark)
+    }
+
+    /// Waits until everything before it has been done.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        self.device.current(|driver| {
+            // SAFETY: the handle is ours.
+            driver.check("cuEventSynchronize", unsafe { (driver.event_synchronize)(self.event) })
+        })
     }
 
     /// Whether everything before it has been done.

@@ -11,6 +11,8 @@ use crate::telemetry::Side;
 /// What happens to an expected transfer.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::kv) enum ReceiveEvent {
+    /// Concurrent dispatch: prefill computes it, and will push it into the blocks that are named; a grant follows.
+    Begun,
     Granted(Mode),
     Refused(TransferFailure),
     /// The engine has blocks for it.
@@ -102,6 +104,8 @@ pub(in crate::kv) struct Receive {
     timeout: Duration,
     /// None while only the engine can make it go on.
     deadline: Option<Instant>,
+    /// Whether prefill is still at work: how long that takes is not ours to bound.
+    is_begun: bool,
     state: State,
 }
 
@@ -111,7 +115,7 @@ impl Receive {
     /// `timeout` bounds each part in which we wait for the peer or for bytes.
     pub(in crate::kv) fn new(transfer_id: TransferId, peer: &str, timeout: Duration, now: Instant) -> Self {
         let state = State::Claiming { fetch: None };
-        Self { transfer_id, peer: peer.to_owned(), timeout, deadline: Some(now + timeout), state }
+        Self { transfer_id, peer: peer.to_owned(), timeout, deadline: Some(now + timeout), is_begun: false, state }
     }
 
     pub(in crate::kv) fn deadline(&self) -> Option<Instant> {
@@ -156,13 +160,28 @@ impl Receive {
             E::Fenced(fenced) => Ok(self.fenced(fenced)),
             E::CopyDone(result) => self.copy_done(result, now),
             E::DigestReady(ours) => Ok(self.digest_ready(ours)),
-            E::Granted(_) | E::Fetch { .. } | E::Confirmed { .. } | E::Pushed { .. } => self.proceed(event, now),
+            E::Begun | E::Granted(_) | E::Fetch { .. } | E::Confirmed { .. } | E::Pushed { .. } => {
+                self.proceed(event, now)
+            }
         }
     }
 
     fn proceed(&mut self, event: ReceiveEvent, now: Instant) -> Result<Actions, OutOfOrder> {
         use ReceiveEvent as E;
         match (&self.state, event) {
+            (State::Claiming { fetch }, E::Begun) => {
+                let fetch = *fetch;
+                (self.is_begun, self.deadline) = (true, None);
+                self.state = State::Ready(Mode::Push);
+                Ok(fetch.map_or_else(Vec::new, |digest| self.start(Mode::Push, digest)))
+            }
+            (State::Ready(_) | State::Placed { .. }, E::Granted(_)) if self.is_begun => {
+                self.is_begun = false;
+                self.deadline = matches!(self.state, State::Placed { .. }).then(|| now + self.timeout);
+                Ok(vec![])
+            }
+            // On its way while we stopped.
+            (State::Stopping { .. }, E::Granted(_)) if self.is_begun => Ok(vec![]),
             (State::Claiming { fetch: None }, E::Granted(mode)) => {
                 self.state = State::Ready(mode);
                 self.deadline = None;
@@ -179,7 +198,7 @@ impl Receive {
             }
             (State::Ready(mode), E::Fetch { digest }) => {
                 let mode = *mode;
-                self.deadline = Some(now + self.timeout);
+                self.deadline = (!self.is_begun).then(|| now + self.timeout);
                 Ok(self.start(mode, digest))
             }
             (State::Confirming { ours }, E::Confirmed { digest }) => match (*ours, digest) {
@@ -188,6 +207,9 @@ impl Receive {
                 (Some(ours), None) => Ok(self.compare(ours, !ours, false)),
                 (None, _) => Ok(self.received(false)),
             },
+            (State::Placed { .. }, E::Pushed { .. }) if self.is_begun => {
+                Err(OutOfOrder { state: "placed, not granted", event: "pushed" })
+            }
             (State::Placed { digest: false }, E::Pushed { .. }) => Ok(self.received(true)),
             (State::Placed { digest: true }, E::Pushed { digest: Some(theirs) }) => {
                 self.state = State::Checking { theirs };
@@ -342,6 +364,7 @@ impl Receive {
 impl ReceiveEvent {
     fn name(&self) -> &'static str {
         match self {
+            Self::Begun => "begun",
             Self::Granted(_) => "granted",
             Self::Refused(_) => "refused",
             Self::Fetch { .. } => "fetch",
@@ -526,6 +549,38 @@ mod tests {
                 vec![granted(), fetch(false), fetch(false)],
                 Err(OutOfOrder { state: "copying", event: "fetch" }),
             ),
+        ];
+        for (name, events, want) in cases {
+            assert_eq!(run(&events), want, "case: {name}");
+        }
+    }
+
+    #[test]
+    fn a_claim_may_come_before_the_kv_is_computed() {
+        let begun = || (1, E::Begun);
+        let (placed, granted) = (vec![begun(), (2, E::Fetch { digest: false })], (90, E::Granted(Mode::Push)));
+        let then = |more: &[(u64, E)]| [&placed, more].concat();
+        let pushed = |second| (second, E::Pushed { digest: None });
+        let cases: Vec<Case> = vec![
+            (
+                "blocks before the answer",
+                vec![placed[1].clone(), (3, E::Begun)],
+                Ok(vec![A::TellPlace { digest: false }]),
+            ),
+            ("prefill may take as long as it likes", then(&[(1000, E::Tick)]), Ok(vec![])),
+            ("the rest may not", then(&[granted.clone(), (110, E::Tick)]), {
+                Ok(vec![A::TellEnded(Ending::Failed(timed_out("placed"))), A::Fence])
+            }),
+            (
+                "granted before there were blocks",
+                vec![begun(), (2, E::Granted(Mode::Push)), (50, E::Fetch { digest: true })],
+                Ok(vec![A::TellPlace { digest: true }]),
+            ),
+            ("received", then(&[granted.clone(), pushed(91)]), Ok(vec![A::TellAccepted, A::Report(End::Received)])),
+            ("KV-3 not without the grant", then(&[pushed(3)]), {
+                Err(OutOfOrder { state: "placed, not granted", event: "pushed" })
+            }),
+            ("KV-7 a grant that crosses our abort", then(&[(3, E::Abort), granted]), Ok(vec![])),
         ];
         for (name, events, want) in cases {
             assert_eq!(run(&events), want, "case: {name}");

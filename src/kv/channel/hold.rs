@@ -17,6 +17,8 @@ pub(in crate::kv) struct Hold {
     /// One that nobody has claimed, until the first claim.
     readers: Vec<Reader>,
     is_claimed: bool,
+    /// Whether prefill has ended.
+    is_ready: bool,
     bad: Option<End>,
     is_over: bool,
 }
@@ -39,7 +41,24 @@ pub(in crate::kv) enum HoldAction {
 impl Hold {
     pub(in crate::kv) fn new(transfer_id: TransferId, lease: Duration, now: Instant) -> Self {
         let reader = Reader { machine: Send::new(transfer_id, lease, now), end: None };
-        Self { transfer_id, lease, readers: vec![reader], is_claimed: false, bad: None, is_over: false }
+        Self { transfer_id, lease, readers: vec![reader], is_claimed: false, is_ready: true, bad: None, is_over: false }
+    }
+
+    /// One whose KV is being computed (concurrent dispatch).
+    pub(in crate::kv) fn begun(transfer_id: TransferId, lease: Duration, now: Instant) -> Self {
+        let reader = Reader { machine: Send::begun(transfer_id, lease, now), end: None };
+        Self { readers: vec![reader], is_ready: false, ..Self::new(transfer_id, lease, now) }
+    }
+
+    /// Prefill has ended: the blocks are complete, and held.
+    pub(in crate::kv) fn ready(&mut self, now: Instant) -> Vec<HoldAction> {
+        self.is_ready = true;
+        self.on_all(&SendEvent::Ready, now)
+    }
+
+    /// Whether the blocks are complete.
+    pub(in crate::kv) fn is_ready(&self) -> bool {
+        self.is_ready
     }
 
     /// Whether no reader is known yet.
@@ -54,7 +73,8 @@ impl Hold {
 
     /// The first claim says how many readers there are.
     pub(in crate::kv) fn expect_readers(&mut self, count: usize, now: Instant) {
-        let reader = || Reader { machine: Send::new(self.transfer_id, self.lease, now), end: None };
+        let make = if self.is_ready { Send::new } else { Send::begun };
+        let reader = || Reader { machine: make(self.transfer_id, self.lease, now), end: None };
         self.readers = std::iter::repeat_with(reader).take(count).collect();
         self.is_claimed = true;
     }

@@ -9,6 +9,15 @@
 //! either    any ─Abort, PeerLost, Ended, deadline─► (Stopping ─CopyDone or Fenced─►) the one report
 //! ```
 //!
+//! With concurrent dispatch a claim may come while prefill is still computing. Decode is then told so (`Begun`) and names its
+//! blocks, parts are pushed meanwhile, and the grant comes when prefill has ended (`Ready`): from there on it is a push as
+//! any other, of which most has moved already.
+//!
+//! ```text
+//! prefill   begun ─Claim─► Granted ─Place─► Pushing ─Ready─► Pushing ─CopyDone─► Pushed ─Accepted─► Sent
+//! decode    Claiming ─Begun─► Ready ─Fetch─► Placed ─Granted─► Placed ─Pushed─► Received
+//! ```
+//!
 //! A worker may run one process for each rank. Then decode has one [`Receive`] for each runtime of prefill that it reads,
 //! under a [`Gather`], and prefill one [`Send`] for each runtime of decode that reads it, under a [`Hold`]. These give the
 //! one report, once the last of theirs has ended; the first that goes wrong stops the others.

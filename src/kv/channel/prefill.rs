@@ -11,6 +11,8 @@ use crate::telemetry::Side;
 /// What happens to an offered transfer.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::kv) enum SendEvent {
+    /// Concurrent dispatch: prefill has ended; its blocks are complete, and held from now on.
+    Ready,
     /// Decode claims it; the driver has held the claim against the offer.
     Claim,
     Renew,
@@ -24,7 +26,8 @@ pub(in crate::kv) enum SendEvent {
     Place {
         digest: bool,
     },
-    /// Push: our copy has ended. No write of it lands any more, unless `fenced` is false.
+    /// Push: our copy has ended, with all parts of it; well, only after [`SendEvent::Ready`]. No write of it lands any more,
+    /// unless `fenced` is false.
     CopyDone {
         result: Result<(), TransferFailure>,
         fenced: bool,
@@ -44,6 +47,8 @@ pub(in crate::kv) enum SendEvent {
 /// What the driver is to do.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::kv) enum SendAction {
+    /// Concurrent dispatch: the KV is being computed. Decode may name its blocks.
+    TellBegun,
     Grant,
     Confirm {
         digest: Option<u64>,
@@ -96,6 +101,8 @@ pub(in crate::kv) struct Send {
     transfer_id: TransferId,
     lease: Duration,
     lease_until: Instant,
+    /// Whether prefill has ended. Until then nothing is held, so there is no lease: the engine looks after the request.
+    is_ready: bool,
     state: State,
 }
 
@@ -103,7 +110,12 @@ type Actions = Vec<SendAction>;
 
 impl Send {
     pub(in crate::kv) fn new(transfer_id: TransferId, lease: Duration, now: Instant) -> Self {
-        Self { transfer_id, lease, lease_until: now + lease, state: State::Offered }
+        Self { transfer_id, lease, lease_until: now + lease, is_ready: true, state: State::Offered }
+    }
+
+    /// One that prefill has only begun to compute.
+    pub(in crate::kv) fn begun(transfer_id: TransferId, lease: Duration, now: Instant) -> Self {
+        Self { is_ready: false, ..Self::new(transfer_id, lease, now) }
     }
 
     /// Whether a decode worker may still claim it.
@@ -115,6 +127,7 @@ impl Send {
     /// themselves, within bounds.
     pub(in crate::kv) fn deadline(&self) -> Option<Instant> {
         match self.state {
+            _ if !self.is_ready => None,
             State::Offered | State::Granted { .. } | State::Pushing { .. } | State::Pushed => Some(self.lease_until),
             State::Checking { .. } | State::Stopping { .. } | State::Ended => None,
         }
@@ -151,9 +164,22 @@ impl Send {
                 Ok(self.stop(failed(failure.clone()), Some(Ending::Failed(failure))))
             }
             E::PeerEnded(how) => Ok(self.peer_ended(how)),
+            E::Ready => Ok(self.ready(now)),
             E::Claim | E::Copying | E::Landed { .. } | E::Place { .. } | E::Accepted => self.hear(event, now),
             E::CopyDone { result, fenced } => self.copy_done(result, fenced),
             E::DigestReady(ours) => Ok(self.digest_ready(ours)),
+        }
+    }
+
+    /// The lease begins. Whoever has claimed already gets the grant now.
+    fn ready(&mut self, now: Instant) -> Actions {
+        self.is_ready = true;
+        self.lease_until = now + self.lease;
+        match self.state {
+            State::Granted { .. } => vec![SendAction::Grant],
+            State::Pushing { wanted: true, .. } => vec![SendAction::Grant, SendAction::StartDigest],
+            State::Pushing { .. } => vec![SendAction::Grant],
+            _ => vec![],
         }
     }
 
@@ -161,9 +187,13 @@ impl Send {
     fn hear(&mut self, event: SendEvent, now: Instant) -> Result<Actions, OutOfOrder> {
         use SendEvent as E;
         let (state, actions) = match (&self.state, event) {
+            (_, event @ (E::Copying | E::Landed { .. })) if !self.is_ready => {
+                return Err(OutOfOrder { state: "begun", event: event.name() });
+            }
             (State::Offered, E::Claim) => {
                 self.lease_until = now + self.lease;
-                (State::Granted { ours: None, digesting: false }, vec![SendAction::Grant])
+                let answer = if self.is_ready { SendAction::Grant } else { SendAction::TellBegun };
+                (State::Granted { ours: None, digesting: false }, vec![answer])
             }
             (State::Granted { ours, digesting: false }, E::Copying) => {
                 (State::Granted { ours: *ours, digesting: true }, vec![SendAction::StartDigest])
@@ -181,7 +211,7 @@ impl Send {
             }
             (State::Granted { .. }, E::Place { digest }) => {
                 let mut actions = vec![SendAction::StartPush];
-                if digest {
+                if digest && self.is_ready {
                     actions.push(SendAction::StartDigest);
                 }
                 (State::Pushing { copied: false, wanted: digest, ours: None }, actions)
@@ -195,6 +225,7 @@ impl Send {
 
     fn copy_done(&mut self, result: Result<(), TransferFailure>, fenced: bool) -> Result<Actions, OutOfOrder> {
         match (&mut self.state, result) {
+            (State::Pushing { .. }, Ok(())) if !self.is_ready => Err(OutOfOrder { state: "begun", event: "copy done" }),
             (State::Pushing { copied, .. }, Ok(())) => {
                 *copied = true;
                 Ok(self.pushed())
@@ -303,6 +334,7 @@ impl Send {
 impl SendEvent {
     fn name(&self) -> &'static str {
         match self {
+            Self::Ready => "ready",
             Self::Claim => "claim",
             Self::Renew => "renew",
             Self::Copying => "copying",
@@ -350,7 +382,10 @@ mod tests {
     /// Runs events, each at its second, and gives the last event's actions.
     fn run(events: &[(u64, E)]) -> Result<Actions, OutOfOrder> {
         let start = Instant::now();
-        let mut machine = Send::new(ID, LEASE, start);
+        run_on(Send::new(ID, LEASE, start), start, events)
+    }
+
+    fn run_on(mut machine: Send, start: Instant, events: &[(u64, E)]) -> Result<Actions, OutOfOrder> {
         let mut last = Ok(vec![]);
         for (second, event) in events {
             last = machine.on(event.clone(), start + Duration::from_secs(*second));
@@ -444,6 +479,53 @@ mod tests {
         ];
         for (name, events, want) in cases {
             assert_eq!(run(&events), want, "case: {name}");
+        }
+    }
+
+    #[test]
+    fn a_claim_may_come_before_the_kv_is_computed() {
+        let (claim, place) = ((1, E::Claim), (2, E::Place { digest: false }));
+        let digested = (2, E::Place { digest: true });
+        let cases: Vec<Case> = vec![
+            ("claimed while it is computed", vec![claim.clone()], Ok(vec![A::TellBegun])),
+            ("placed", vec![claim.clone(), place.clone()], Ok(vec![A::StartPush])),
+            ("KV-2 no lease while it is computed", vec![claim.clone(), place.clone(), (99, E::Tick)], Ok(vec![])),
+            ("nor before the claim", vec![(99, E::Tick)], Ok(vec![])),
+            ("ready before the claim", vec![(1, E::Ready), (2, E::Claim)], Ok(vec![A::Grant])),
+            ("KV-2 the lease begins with the end of prefill", vec![(50, E::Ready), (79, E::Tick)], Ok(vec![])),
+            ("KV-2 and ends", vec![(50, E::Ready), (80, E::Tick)], Ok(vec![A::Report(End::Expired)])),
+            ("ready before the blocks are named", vec![claim.clone(), (3, E::Ready)], Ok(vec![A::Grant])),
+            ("ready while parts move", vec![claim.clone(), place.clone(), (3, E::Ready)], Ok(vec![A::Grant])),
+            (
+                "KV-4 the digest is of all of it",
+                vec![claim.clone(), digested.clone(), (3, E::Ready)],
+                Ok(vec![A::Grant, A::StartDigest]),
+            ),
+            ("KV-4 and not begun before", vec![claim.clone(), digested], Ok(vec![A::StartPush])),
+            (
+                "KV-3 vouched for only when it is complete",
+                vec![claim.clone(), place.clone(), (3, E::Ready), (4, copied())],
+                Ok(vec![A::TellPushed { digest: None }]),
+            ),
+            (
+                "KV-7 prefill's request ends under a part",
+                vec![claim.clone(), place.clone(), (3, E::Abort)],
+                Ok(vec![A::CancelPush]),
+            ),
+            (
+                "decode has it all already",
+                vec![claim.clone(), (2, E::PeerEnded(Ending::Released))],
+                Ok(vec![A::Report(End::Released)]),
+            ),
+            (
+                "nothing is there to pull",
+                vec![claim, (2, E::Landed { digest: None })],
+                Err(OutOfOrder { state: "begun", event: "landed" }),
+            ),
+        ];
+        for (name, events, want) in cases {
+            let start = Instant::now();
+            assert_eq!(run_on(Send::begun(ID, LEASE, start), start, &events), want, "case: {name}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The machines of one transfer on both sides, with simulated connections and copies, under random interleavings: some
-//! runtimes of prefill, each read by all of some runtimes of decode.
+//! runtimes of prefill, each read by all of some runtimes of decode. With concurrent dispatch claims come while the prompt is
+//! computed: before, during or after, as chance has it.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -21,14 +22,22 @@ const DIGEST: u64 = 42;
 /// What a step of the outside world may be. Steps that make no sense at the moment do nothing.
 #[derive(Debug, Clone, Copy)]
 enum Step {
+    /// Concurrent dispatch: the engine has computed the whole prompt.
+    EndPrefill,
     DeliverToPrefill,
     DeliverToDecode,
     Fetch,
     Release,
-    FinishPull { ok: bool },
-    FinishPush { ok: bool },
+    FinishPull {
+        ok: bool,
+    },
+    FinishPush {
+        ok: bool,
+    },
     FinishPrefillDigest,
-    FinishDecodeDigest { right: bool },
+    FinishDecodeDigest {
+        right: bool,
+    },
     AbortPrefill,
     AbortDecode,
     LoseConnection,
@@ -51,6 +60,7 @@ enum ToPrefill {
 
 #[derive(Debug, Clone)]
 enum ToDecode {
+    Begun,
     Granted,
     Refused(TransferFailure),
     Confirmed(Option<u64>),
@@ -69,6 +79,7 @@ struct Edge {
     to_decode: VecDeque<ToDecode>,
     pulling: bool,
     pushing: bool,
+    cancelled: bool,
     /// Whether prefill's copy may write into decode's blocks.
     may_push: bool,
     prefill_digesting: bool,
@@ -93,7 +104,9 @@ struct World {
 }
 
 impl World {
-    fn new(sizes: (usize, usize), mode: Mode, digest: bool, revocable: bool) -> Self {
+    /// `begun`: concurrent dispatch, which always pushes.
+    fn new(sizes: (usize, usize), mode: Mode, begun: bool, digest: bool, revocable: bool) -> Self {
+        let make = if begun { Hold::begun } else { Hold::new };
         let now = Instant::now();
         let edge = |number: usize| Edge {
             prefill: number / sizes.1,
@@ -104,6 +117,7 @@ impl World {
             to_decode: VecDeque::new(),
             pulling: false,
             pushing: false,
+            cancelled: false,
             may_push: false,
             prefill_digesting: false,
             decode_digesting: false,
@@ -113,11 +127,11 @@ impl World {
         };
         let gather = || Gather::new(ID, &vec!["prefill"; sizes.0], TIMEOUT, now);
         Self {
-            mode,
+            mode: if begun { Mode::Push } else { mode },
             digest,
             revocable,
             now,
-            prefill: (0..sizes.0).map(|_| (Hold::new(ID, LEASE, now), Vec::new())).collect(),
+            prefill: (0..sizes.0).map(|_| (make(ID, LEASE, now), Vec::new())).collect(),
             decode: (0..sizes.1).map(|_| (gather(), Vec::new())).collect(),
             edges: (0..sizes.0 * sizes.1).map(edge).collect(),
         }
@@ -129,6 +143,10 @@ impl World {
         let at = at % self.edges.len();
         let edge = &mut self.edges[at];
         match step {
+            Step::EndPrefill if !self.prefill[prefill].0.is_ready() && self.prefill[prefill].1.is_empty() => {
+                let actions = self.prefill[prefill].0.ready(self.now);
+                self.do_prefill(prefill, actions);
+            }
             Step::DeliverToPrefill => self.deliver_to_prefill(at),
             Step::DeliverToDecode => self.deliver_to_decode(at),
             Step::Fetch => self.decode_all(decode, &ReceiveEvent::Fetch { digest: self.digest }),
@@ -137,6 +155,8 @@ impl World {
                 edge.copied = ok;
                 self.decode(at, ReceiveEvent::CopyDone(if ok { Ok(()) } else { Err(lost()) }));
             }
+            // The last part comes after the end of prefill; any part may fail before.
+            Step::FinishPush { ok: true } if !self.prefill[edge.prefill].0.is_ready() && !edge.cancelled => {}
             Step::FinishPush { ok } if std::mem::take(&mut edge.pushing) => {
                 edge.copied = ok;
                 edge.may_push = false;
@@ -209,6 +229,7 @@ impl World {
     fn deliver_to_decode(&mut self, at: usize) {
         let Some(message) = self.edges[at].to_decode.pop_front() else { return };
         let event = match message {
+            ToDecode::Begun => ReceiveEvent::Begun,
             ToDecode::Granted => ReceiveEvent::Granted(self.mode),
             ToDecode::Refused(failure) => ReceiveEvent::Refused(failure),
             ToDecode::Confirmed(digest) => ReceiveEvent::Confirmed { digest },
@@ -265,20 +286,28 @@ impl World {
             let at = prefill * self.decode.len() + reader;
             let edge = &mut self.edges[at];
             match action {
-                SendAction::Grant => self.tell_decode(at, ToDecode::Granted),
+                SendAction::TellBegun => self.tell_decode(at, ToDecode::Begun),
+                SendAction::Grant => {
+                    assert!(self.prefill[prefill].0.is_ready(), "KV-2: granted before the blocks are held");
+                    self.tell_decode(at, ToDecode::Granted);
+                }
                 SendAction::Confirm { digest } => {
                     edge.vouched_while_held = Some(self.prefill[prefill].1.is_empty());
                     self.tell_decode(at, ToDecode::Confirmed(digest));
                 }
                 SendAction::TellPushed { digest } => {
                     assert!(!edge.pushing, "nothing is pushed before the copy is done");
+                    assert!(self.prefill[prefill].0.is_ready(), "KV-3: vouched for before the prompt was computed");
                     edge.vouched_while_held = Some(self.prefill[prefill].1.is_empty());
                     self.tell_decode(at, ToDecode::Pushed(digest));
                 }
                 SendAction::StartDigest => edge.prefill_digesting = true,
                 SendAction::StartPush => (edge.pushing, edge.may_push) = (true, true),
                 // The copy goes on until it has noticed.
-                SendAction::CancelPush => assert!(edge.pushing),
+                SendAction::CancelPush => {
+                    assert!(edge.pushing);
+                    edge.cancelled = true;
+                }
                 SendAction::TellOver { how, fenced } => self.tell_decode(at, ToDecode::Over(how, fenced)),
                 SendAction::Refuse(failure) => self.tell_decode(at, ToDecode::Refused(failure)),
                 SendAction::TellEnded(how) => self.tell_decode(at, ToDecode::Ended(how)),
@@ -363,6 +392,7 @@ impl World {
                 for step in [
                     Step::DeliverToPrefill,
                     Step::DeliverToDecode,
+                    Step::EndPrefill,
                     Step::FinishPull { ok: true },
                     Step::FinishPush { ok: true },
                     Step::FinishPrefillDigest,
@@ -398,6 +428,7 @@ fn lost() -> TransferFailure {
 
 fn steps() -> impl Strategy<Value = Vec<(Step, usize)>> {
     let step = prop_oneof![
+        3 => Just(Step::EndPrefill),
         8 => Just(Step::DeliverToPrefill),
         8 => Just(Step::DeliverToDecode),
         6 => Just(Step::Fetch),
@@ -424,10 +455,10 @@ proptest! {
 
     #[test]
     fn kv_1_each_side_reports_exactly_once_whatever_happens(
-        sizes in prop::sample::select(SIZES.to_vec()), steps in steps(), pull in any::<bool>(), digest in any::<bool>(),
-        revocable in any::<bool>(),
+        sizes in prop::sample::select(SIZES.to_vec()), steps in steps(), pull in any::<bool>(), begun in any::<bool>(),
+        digest in any::<bool>(), revocable in any::<bool>(),
     ) {
-        let mut world = World::new(sizes, if pull { Mode::Pull } else { Mode::Push }, digest, revocable);
+        let mut world = World::new(sizes, if pull { Mode::Pull } else { Mode::Push }, begun, digest, revocable);
         for (step, at) in steps {
             world.step(step, at);
         }
@@ -440,13 +471,13 @@ proptest! {
 #[test]
 fn without_mishap_both_sides_end_well() {
     for sizes in SIZES {
-        for mode in [Mode::Pull, Mode::Push] {
+        for (mode, begun) in [(Mode::Pull, false), (Mode::Push, false), (Mode::Push, true)] {
             for digest in [false, true] {
-                let mut world = World::new(sizes, mode, digest, true);
+                let mut world = World::new(sizes, mode, begun, digest, true);
                 world.settle();
                 let (sent, received) = world.ends();
-                assert!(sent.iter().all(|ends| **ends == [End::Sent]), "{sizes:?} {mode:?} {digest}: {sent:?}");
-                assert!(received.iter().all(|ends| **ends == [End::Received]), "{sizes:?} {mode:?} {digest}");
+                assert!(sent.iter().all(|ends| **ends == [End::Sent]), "{sizes:?} {mode:?} {begun} {digest}: {sent:?}");
+                assert!(received.iter().all(|ends| **ends == [End::Received]), "{sizes:?} {mode:?} {begun} {digest}");
             }
         }
     }
