@@ -132,6 +132,14 @@ async fn two_by_two_workers_answer_as_one_engine_does() {
 }
 
 #[tokio::test]
+async fn workers_answer_with_both_legs_at_once_as_one_engine_does() {
+    let concurrent = ["--proxy.dispatch", "concurrent", "--kv.part_bytes_min", "1"];
+    for config in ["configs/debug/local.toml", "configs/debug/local_2p2d.toml"] {
+        answers_as_one_engine_does(config, &concurrent, "shm").await;
+    }
+}
+
+#[tokio::test]
 #[ignore = "needs NIXL's wheel"]
 async fn workers_answer_over_nixl_as_one_engine_does() {
     let environment = nixl_library::environment();

@@ -16,7 +16,10 @@ use std::time::Duration;
 use kv_cache::Shape;
 use kv_worker::{PATIENCE, Plan, Worker};
 use pdlink::config::{DigestPolicy, KvSendType, Path, Role};
-use pdlink::kv::{BlockId, End, KvLink, Offer, ParamsMaker, TransferFailure, TransferId, TransferParams};
+use pdlink::kv::{
+    Begin, BlockId, EarlyParams, End, KvLink, Offer, ParamsMaker, Progress, Prompt, TransferFailure, TransferId,
+    TransferParams,
+};
 use pdlink::security::Secret;
 use pdlink::transport::{Fault, FaultPlan, Faulty, Shm, Tcp, TcpSetup, Transport, When};
 
@@ -54,7 +57,7 @@ fn rank_worker(
     let mut plan = Plan::new(role.name(), role);
     plan.shape = Shape { tp_size, held: Some(rank), ..plan.shape };
     plan.send_type = send_type;
-    plan.kv.digest = DigestPolicy::Every;
+    (plan.kv.digest, plan.kv.part_bytes_min) = (DigestPolicy::Every, 0);
     plan.transports = Some(Box::new(move |cache| -> Vec<Arc<dyn Transport>> {
         let delay = (When::Always, Fault::Delay(Duration::from_millis(delay_ms)));
         let faults = if delay_ms == 0 { Vec::new() } else { vec![delay] };
@@ -160,12 +163,23 @@ fn child() {
                 worker.runtime.offer(offer).unwrap();
                 println!("\nkv: offered");
             }
+            ("begin", transfer_id) => {
+                let (transfer_id, prompt) = (transfer_id.parse().unwrap(), EARLY);
+                worker.runtime.begin(Begin { transfer_id, request_id: String::new(), prompt }).unwrap();
+                worker.cache.put_tokens(&SRC[..1], 0, 4, 1);
+                let blocks = Arc::new(vec![SRC[..1].to_vec()]);
+                worker.runtime.progress(Progress { transfer_id, blocks, layers: 0..2, tokens: 4 });
+                println!("\nkv: computing");
+            }
             ("report", _) => println!("\nkv: {:?}", worker.report().end),
             ("holds", seed) => println!("\nkv: {}", worker.cache.holds_tokens(&DST, 0, 8, seed.parse().unwrap())),
             _ => return,
         }
     }
 }
+
+/// What prefill is killed while it computes.
+const EARLY: Prompt = Prompt { tokens: 8, fingerprint: 3 };
 
 fn parse(params: &str) -> TransferParams {
     TransferParams::parse(&serde_json::from_str(params).unwrap()).unwrap()
@@ -191,6 +205,34 @@ fn fetch_from(other: &mut Other, decode: &Worker, seed: u64) {
     assert_eq!(decode.end_of(params.pdlink.transfer_id), End::Received);
     assert_eq!(other.ask("report -"), "Sent");
     assert!(decode.cache.holds_tokens(&DST, 0, 8, seed));
+}
+
+#[test]
+fn kv_8_prefill_killed_while_it_computes_what_decode_has_claimed() {
+    for path in [Path::Shm, Path::Tcp] {
+        // A part is on its way when it dies, or has just arrived.
+        for delay_ms in [60_000, 0] {
+            let decode = here(Role::Decode, path, KvSendType::PutAsync, 0);
+            let mut prefill = Other::spawn(Role::Prefill, path, KvSendType::PutAsync, delay_ms, "127.0.0.1:0");
+            let id = TransferId::random();
+            assert_eq!(prefill.ask(&format!("begin {id}")), "computing");
+            let params = EarlyParams::sealed(id, vec![prefill.address.clone()], &Secret::loopback());
+            let handle = decode.runtime.expect_early(&params, EARLY).unwrap();
+            decode.fetch(handle, &DST, 0);
+            if delay_ms == 0 {
+                kv_worker::until("a part has landed", || decode.cache.holds_tokens(&DST[..1], 0, 4, 1));
+            } else {
+                kv_worker::until("it is claimed", || decode.runtime.status().transfers_active == 1);
+            }
+            prefill.kill();
+            let end = decode.end_of(id);
+            assert!(matches!(end, End::Failed { fenced: true, .. }), "{path:?}, {delay_ms} ms: {end:?}");
+            decode.assert_at_rest();
+            let address = prefill.address.clone();
+            let mut again = Other::spawn(Role::Prefill, path, KvSendType::PutAsync, 0, &address);
+            fetch_from(&mut again, &decode, 5);
+        }
+    }
 }
 
 #[test]

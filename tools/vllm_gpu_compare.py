@@ -6,9 +6,11 @@
 
 Needs vLLM and our wheel in the Python that runs it; nothing else. Both servers load MODEL_DIR with dummy weights, which are
 seeded and so equal. With one GPU (`--gpus 0`) both roles share it. For each length it sends fresh random prompts, and takes
-medians of: the prefill leg (max_tokens=1), decode's time to its first token with the KV handed over, and the same prompt
-again on decode, now in its prefix cache: the difference is what the hand-off costs. Every answer's greedy token ids are
-held against the prefill server's own, and decode's counters say how many prompt tokens it loaded and computed.
+medians of: the prefill leg (max_tokens=1), the time from its start to decode's first token with the KV handed over, and the
+same prompt again on decode, now in its prefix cache: what is left of the second without the other two is what the hand-off
+costs. Every answer's greedy token ids are held against the prefill server's own, and decode's counters say how many prompt
+tokens it loaded and computed. `pdlink-concurrent` sends both legs at once, as `[proxy] dispatch = "concurrent"` does: then the
+KV moves layer by layer under prefill.
 
 It ends with one table. Exit status 1: an answer differed, or a server did not start.
 """
@@ -18,6 +20,7 @@ import json
 import os
 import random
 import signal
+import secrets
 import socket
 import statistics
 import subprocess
@@ -26,11 +29,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 ANSWER_TOKENS = 16
 START_SECONDS_MAX = 300
 REQUEST_SECONDS_MAX = 300
-CASES = ("vllm-nixl", "pdlink")
+CASES = ("vllm-nixl", "pdlink", "pdlink-concurrent")
 
 
 def free_ports(count):
@@ -46,7 +50,8 @@ def free_ports(count):
 def kv_config(case, role, port, kv):
     if case == "vllm-nixl":
         return {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
-    extra = {"kv_host": "127.0.0.1", "kv_ports": [port], "send_type": "GET", "kv": {"paths": ["cuda-ipc"], **kv}}
+    send_type = "PUT_ASYNC" if case == "pdlink-concurrent" else "GET"
+    extra = {"kv_host": "127.0.0.1", "kv_ports": [port], "send_type": send_type, "kv": {"paths": ["cuda-ipc"], **kv}}
     kv_role = {"prefill": "kv_producer", "decode": "kv_consumer"}[role]
     return {"kv_connector": "PdlinkConnector", "kv_connector_module_path": "pdlink.vllm", "kv_role": kv_role,
             "kv_connector_extra_config": extra}
@@ -65,6 +70,7 @@ class Server:
                    "--gpu-memory-utilization", "0.4",
                    "--enable-prefix-caching" if role == "decode" else "--no-enable-prefix-caching",
                    "--kv-transfer-config", json.dumps(kv_config(case, role, kv_port, args.kv)), *args.serve_arg]
+        self.kv_address = f"127.0.0.1:{kv_port}"
         self.url, self.log = f"http://127.0.0.1:{port}", os.path.join(args.logs, f"{case}-{role}.log")
         with open(self.log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -118,19 +124,46 @@ class Server:
                 continue
 
 
-def measure(prefill, decode, length, repeat):
+def in_turn(prefill, decode, body, turn):
+    """Seconds of the prefill leg, seconds from its start to decode's first token, and decode's token ids."""
+    ask = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
+           "remote_block_ids": None, "remote_host": None, "remote_port": None}
+    started = time.perf_counter()
+    with prefill.post({**body, "max_tokens": 1, "kv_transfer_params": ask}, f"p{turn}") as reply:
+        params = json.load(reply)["kv_transfer_params"]
+    leg = time.perf_counter() - started
+    first, ids = decode.ask({**body, "kv_transfer_params": params}, f"d{turn}")
+    return leg, leg + first, ids
+
+
+def at_once(prefill, decode, body, turn):
+    """The same, with both legs sent at once. One rank each: decode is told where the runtime of prefill's listens."""
+    from pdlink import _native
+
+    transfer_id = secrets.token_hex(16)
+    ask = {"do_remote_decode": True, "do_remote_prefill": False, "pdlink": {"transfer_id": transfer_id, "early": True}}
+    params = json.loads(_native.early_params(transfer_id, [prefill.kv_address], os.environ.get("PDLINK_SECRET_FILE")))
+
+    def leg():
+        started = time.perf_counter()
+        with prefill.post({**body, "max_tokens": 1, "kv_transfer_params": ask}, f"p{turn}") as reply:
+            reply.read()
+        return time.perf_counter() - started
+
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(leg)
+        first, ids = decode.ask({**body, "kv_transfer_params": params}, f"d{turn}")
+        return taken.result(), first, ids
+
+
+def measure(case, prefill, decode, length, repeat):
     times, right = [], True
     for turn in range(repeat + 1):
         rng = random.Random(turn * 7 + length)
         prompt = [rng.randrange(250) for _ in range(length)]
         body = {"model": "m", "prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
-        ask = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
-               "remote_block_ids": None, "remote_host": None, "remote_port": None}
-        started = time.perf_counter()
-        with prefill.post({**body, "max_tokens": 1, "kv_transfer_params": ask}, f"p{turn}-{length}") as reply:
-            params = json.load(reply)["kv_transfer_params"]
-        leg = time.perf_counter() - started
-        first, ids = decode.ask({**body, "kv_transfer_params": params}, f"d{turn}-{length}")
+        both_legs = at_once if case == "pdlink-concurrent" else in_turn
+        leg, first, ids = both_legs(prefill, decode, body, f"{turn}-{length}")
         _, own = prefill.ask(body, f"m{turn}-{length}")
         cached, _ = decode.ask(body, f"c{turn}-{length}")
         right = right and ids == own and len(ids) == ANSWER_TOKENS
@@ -154,8 +187,8 @@ def run_case(case, gpus, args):
         before = decode.prompt_tokens_by_source()
         rows = []
         for length in args.lengths:
-            rows.append((case, length, *measure(prefill, decode, length, args.repeat)))
-            print("{}: {} tokens, decode's first token after {:.1f} ms".format(case, length, rows[-1][3]), flush=True)
+            rows.append((case, length, *measure(case, prefill, decode, length, args.repeat)))
+            print("{}: {} tokens, first token after {:.1f} ms".format(case, length, rows[-1][3]), flush=True)
         after = decode.prompt_tokens_by_source()
         sources = {source: int(after[source] - before.get(source, 0)) for source in sorted(after)}
         print(f"{case}: prompt tokens of decode by source: {sources}", flush=True)
@@ -183,9 +216,9 @@ def main():
     os.makedirs(args.logs, exist_ok=True)
     rows = [row for case in CASES if args.only in (None, case) for row in run_case(case, args.gpus, args)]
     print(f"\nGPUs {','.join(args.gpus)}, medians of {args.repeat}, logs in {args.logs}")
-    print("connector   tokens  prefill leg ms  decode TTFT ms  from its cache ms  hand-off ms  same tokens")
+    print("connector          tokens  prefill leg ms  both legs TTFT ms  from its cache ms  hand-off ms  same tokens")
     for case, length, leg, first, cached, right in rows:
-        print(f"{case:<10}  {length:>6}  {leg:>14.1f}  {first:>14.1f}  {cached:>17.1f}  {first - cached:>11.1f}  "
+        print(f"{case:<17}  {length:>6}  {leg:>14.1f}  {first:>17.1f}  {cached:>17.1f}  {first - leg - cached:>11.1f}  "
               f"{'yes' if right else 'NO'}")
     sys.exit(0 if all(row[-1] for row in rows) else 1)
 

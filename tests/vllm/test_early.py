@@ -123,6 +123,20 @@ def test_decode_that_goes_half_way_lets_prefill_go_on_alone(pair: Pair):
     pair.end(sent=["p"], received=["d"], failed=["d"])
 
 
+def test_a_second_request_with_the_same_parameters_takes_nobodys_report(pair: Pair):
+    request = Request(pair)
+    request.begin()
+    request.claim()
+    # It has ended in the runtime, which no step has told of yet: vLLM's own word for a client that left comes just then.
+    pair.decode.worker._link.abort(request.id)
+    params = _native.early_params(request.id, [request.prefill.worker._link.address])
+    while pair.decode.worker._link.status()[1]:
+        pass
+    pair.decode.step(StepMeta(earlies=[Early("again", request.id, params, 1, 0)], drops=["again"]))
+    pair.prefill.step(StepMeta(withdrawals=[request.id]))
+    pair.end(sent=[], received=["d"], failed=["d"])
+
+
 def asked(request_id: str, params: Any, tokens: int = PROMPT, **more: Any) -> SimpleNamespace:
     return SimpleNamespace(
         request_id=request_id,

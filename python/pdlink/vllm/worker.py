@@ -168,6 +168,7 @@ class WorkerSide:
     def _expect(self, request_id: str, transfer_id: str, params: str) -> None:
         load = self._loads[request_id] = _Load()
         try:
+            self._check_new(transfer_id)
             self._running().expect(params)
         except _native.PdlinkError as error:
             load.failure = str(error)
@@ -175,9 +176,16 @@ class WorkerSide:
             load.transfer_id = transfer_id
             self._expected[transfer_id] = request_id
 
+    def _check_new(self, transfer_id: str) -> None:
+        """When a client leaves, vLLM sends a request of its own with the same parameters. Until the first has its report, the
+        second must not get it."""
+        if transfer_id in self._expected:
+            raise _native.DuplicateTransferError(f"transfer {transfer_id} is in progress here already")
+
     def _expect_early(self, early: Early) -> None:
         load = self._loads[early.request_id] = _Load()
         try:
+            self._check_new(early.transfer_id)
             self._running().expect_early(early.params, early.tokens, early.fingerprint)
         except _native.PdlinkError as error:
             load.failure = str(error)

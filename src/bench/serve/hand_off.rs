@@ -9,15 +9,17 @@ use tokio::task::JoinSet;
 
 use super::stream::Answer;
 use crate::bench::client;
+use crate::config::Dispatch;
 use crate::telemetry::{Side, TransferOutcome, TransferRecord};
 
 /// Records asked for at once: workers answer them beside their work.
 const ASKED_AT_ONCE: usize = 16;
 
-/// What one transfer took, as decode saw it.
+/// What one transfer took, as decode saw it. Of one that was dispatched concurrently, what did not hide under prefill.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct HandOff {
     pub(super) path: &'static str,
+    pub(super) dispatch: Dispatch,
     pub(super) bytes: u64,
     pub(super) wait: Duration,
     pub(super) copy: Duration,
@@ -119,7 +121,12 @@ const ELSEWHERE: &str = "give the address of the proxy's admin routes (`proxy.ad
 /// Reads a page of records. Of several ranks, the request waited for the slowest.
 fn read(page: &str, first: Duration) -> Option<HandOff> {
     let page: Page = serde_json::from_str(page).ok()?;
-    let whole = |record: &TransferRecord| record.wait_us + record.copy_us + record.validate_us;
+    // What moved under prefill held nobody up.
+    let shown = |record: &TransferRecord| match record.dispatch {
+        Dispatch::Sequential => (record.wait_us, record.copy_us),
+        Dispatch::Concurrent => (0, record.exposed_us),
+    };
+    let whole = |record: &TransferRecord| shown(record).0 + shown(record).1 + record.validate_us;
     let records: Vec<TransferRecord> = page.records.into_iter().map(|entry| entry.record).collect();
     let of_decode = |record: &&TransferRecord| record.side == Side::Decode && record.outcome == TransferOutcome::Done;
     let slowest = records.iter().filter(of_decode).max_by_key(|record| whole(record))?;
@@ -127,9 +134,10 @@ fn read(page: &str, first: Duration) -> Option<HandOff> {
     let first_us = u64::try_from(first.as_micros()).unwrap_or(u64::MAX).max(1);
     Some(HandOff {
         path: slowest.path.map_or("none", |path| path.name()),
+        dispatch: slowest.dispatch,
         bytes,
-        wait: Duration::from_micros(slowest.wait_us),
-        copy: Duration::from_micros(slowest.copy_us),
+        wait: Duration::from_micros(shown(slowest).0),
+        copy: Duration::from_micros(shown(slowest).1),
         validate: Duration::from_micros(slowest.validate_us),
         share: whole(slowest) as f64 / first_us as f64,
     })

@@ -38,6 +38,8 @@ pub struct HandOffs {
     pub transfers: usize,
     /// How many went by which path.
     pub paths: BTreeMap<&'static str, usize>,
+    /// How many were dispatched how. Of concurrent ones, only what came after prefill's end is counted.
+    pub dispatches: BTreeMap<&'static str, usize>,
     pub bytes_mean: f64,
     pub wait_ms: Quantiles,
     pub copy_ms: Quantiles,
@@ -49,13 +51,15 @@ pub struct HandOffs {
 impl HandOffs {
     fn of(hand_offs: &[HandOff]) -> Option<Self> {
         let times = |part: fn(&HandOff) -> Duration| Quantiles::of_times(hand_offs.iter().map(part));
-        let mut paths = BTreeMap::new();
+        let (mut paths, mut dispatches) = (BTreeMap::new(), BTreeMap::new());
         for hand_off in hand_offs {
+            *dispatches.entry(hand_off.dispatch.name()).or_insert(0) += 1;
             *paths.entry(hand_off.path).or_insert(0) += 1;
         }
         Some(Self {
             transfers: hand_offs.len(),
             paths,
+            dispatches,
             bytes_mean: hand_offs.iter().map(|hand_off| hand_off.bytes as f64).sum::<f64>() / hand_offs.len() as f64,
             wait_ms: times(|hand_off| hand_off.wait)?,
             copy_ms: times(|hand_off| hand_off.copy)?,
@@ -191,6 +195,7 @@ impl Report {
             &[
                 "hand-off",
                 "path",
+                "dispatch",
                 "prompt",
                 "transfers",
                 "MiB each",
@@ -206,7 +211,9 @@ impl Report {
         );
         for (row, hand_off) in with_records() {
             let paths: Vec<&str> = hand_off.paths.keys().copied().collect();
-            let mut line = vec![row.load.clone(), paths.join(", "), row.prompt_tokens.to_string()];
+            let dispatches: Vec<&str> = hand_off.dispatches.keys().copied().collect();
+            let mut line =
+                vec![row.load.clone(), paths.join(", "), dispatches.join(", "), row.prompt_tokens.to_string()];
             line.extend([hand_off.transfers.to_string(), format!("{:.2}", hand_off.bytes_mean / f64::from(1 << 20))]);
             for part in [hand_off.wait_ms, hand_off.copy_ms, hand_off.validate_ms] {
                 line.extend([format!("{:.2}", part.p50), format!("{:.2}", part.p99)]);
