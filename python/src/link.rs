@@ -8,8 +8,9 @@ use pdlink::kv::{
     Begin, BlockId, End, KvError, KvLink, KvMetrics, KvRequest as Parsed, KvRuntime, Offer, Progress, Prompt,
     RankMemory, Report as Ended, RuntimeConfig, TransferHandle, TransferId, TransferParams,
 };
-use pdlink::memory::{Device, StreamMark};
+use pdlink::memory::Device;
 use pdlink::telemetry::names;
+use pdlink::transport::StreamMark;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 

@@ -4,7 +4,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use pdlink::ffi::cuda::Device;
-use pdlink::memory::{Region, StreamMark, to_u64};
+use pdlink::memory::{Region, to_u64};
+use pdlink::transport::StreamMark;
 use pyo3::prelude::*;
 
 use crate::errors;

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use super::core::{Command, Event};
 use crate::control::TransferId;
-use crate::memory::StreamMark;
+use crate::transport::StreamMark;
 
 /// One order, and what it waits for.
 struct Order {

@@ -27,10 +27,10 @@ use super::{
 };
 use crate::config::{KvConfig, KvSendType, Role};
 use crate::control::{EarlyParams, RuntimeStatus, TransferId, WeightsDoor};
-use crate::memory::{GpuDigests, Region, StreamMark};
+use crate::memory::{GpuDigests, Region};
 use crate::security::Secret;
 use crate::telemetry::{Side, TransferRecord};
-use crate::transport::{Setup, Transport, offers};
+use crate::transport::{Setup, StreamMark, Transport, offers};
 
 /// Everything that a runtime needs to know.
 pub struct RuntimeConfig<'a> {

@@ -13,7 +13,7 @@ mod stream;
 mod words;
 
 // Named in what regions are made of.
-pub use crate::ffi::cuda::{Device, Mark as StreamMark};
+pub use crate::ffi::cuda::Device;
 pub use gpu::{GpuCopies, GpuDigests, GpuRun, Tile};
 pub use region::{AccessError, Backing, MemoryKind, OutOfRange, Region, RegionOptions};
 

@@ -59,6 +59,9 @@ pub use tcp::{Tcp, TcpSetup};
 
 use crate::config::Path;
 
+/// A place in an engine's stream on a GPU: what it writes before may be read once that is passed.
+pub use crate::ffi::cuda::Mark as StreamMark;
+
 /// How long closing a link waits for copies in progress. They take milliseconds; a kernel that holds one up for longer must
 /// not hold up whoever closes.
 const CLOSE_WAIT_MAX: Duration = Duration::from_secs(5);
