@@ -156,7 +156,7 @@ async fn px_2_a_failed_pair_is_tried_again_in_turn_under_another_id() {
     let good = prefill_answer(&runtime.address);
     let prefill = MockWorker::start(move |_, _| good.clone()).await;
     let answer_second = move |_: &mock_worker::Received, _| {
-        if count.fetch_add(1, Ordering::SeqCst) == 1 { Reply::Close } else { decode_answer() }
+        if count.fetch_add(1, Ordering::SeqCst) == 1 { Reply::Json(500, "{}".to_owned()) } else { decode_answer() }
     };
     let decode = MockWorker::start(answer_second).await;
     let other = good_decode().await;
