@@ -18,10 +18,19 @@ pub struct GpuRun<'a> {
     pub len: u64,
 }
 
-/// What the first launch of a copy takes; each takes twice as much as the one before, up to the second number. So the GPU begins
-/// early, and is kept busy while the next list is made.
-const FIRST_LAUNCH_BYTES: u64 = 4 << 20;
-const LAUNCH_BYTES_MAX: u64 = 32 << 20;
+/// What one launch of a copy takes. Each takes twice as much as the one before, so that the GPU begins early, and is kept busy while
+/// the next list is made; but every launch costs the processor some 14 us.
+#[derive(Debug, Clone, Copy)]
+pub struct LaunchBytes {
+    pub first: u64,
+    pub most: u64,
+}
+
+impl LaunchBytes {
+    /// Everything at once: for copies that take little longer than a launch.
+    pub const WHOLE: Self = Self { first: u64::MAX, most: u64::MAX };
+}
+
 /// Lists in the making and at work.
 const LAUNCHES: usize = 2;
 
@@ -30,13 +39,15 @@ pub struct GpuCopies {
     copiers: [Copier; LAUNCHES],
     next: usize,
     pieces: Vec<CopyPiece>,
+    launch_bytes: LaunchBytes,
 }
 
 impl GpuCopies {
     /// Copies on `device` with at most `multiprocessors_max` of its multiprocessors.
-    pub fn on(device: &Arc<Device>, multiprocessors_max: u32) -> Result<Self, CudaError> {
-        let copier = || Copier::new(device, multiprocessors_max.div_ceil(2));
-        Ok(Self { copiers: [copier()?, copier()?], next: 0, pieces: Vec::new() })
+    pub fn on(device: &Arc<Device>, multiprocessors_max: u32, launch_bytes: LaunchBytes) -> Result<Self, CudaError> {
+        let at_once = if launch_bytes.most == u64::MAX { 1 } else { 2 };
+        let copier = || Copier::new(device, multiprocessors_max.div_ceil(at_once));
+        Ok(Self { copiers: [copier()?, copier()?], next: 0, pieces: Vec::new(), launch_bytes })
     }
 
     /// Copies all runs and returns when the bytes are there. No destination may overlap another or a source; if one does, its
@@ -60,11 +71,12 @@ struct Started<'c>(&'c mut GpuCopies);
 impl Started<'_> {
     fn start<'a>(&mut self, runs: impl IntoIterator<Item = GpuRun<'a>>) -> Result<(), AccessError> {
         self.0.pieces.clear();
-        let (mut bytes, mut launch_bytes) = (0, FIRST_LAUNCH_BYTES);
+        let LaunchBytes { first, most } = self.0.launch_bytes;
+        let (mut bytes, mut launch_bytes) = (0, first);
         let (mut from, mut to) = (None, None);
         for run in runs {
-            let src = Window::over(&mut from, run.src)?.at(run.src_offset, run.len)?;
-            let dst = Window::over(&mut to, run.dst)?.at(run.dst_offset, run.len)?;
+            let src = Window::place(&mut from, run.src, run.src_offset, run.len)?;
+            let dst = Window::place(&mut to, run.dst, run.dst_offset, run.len)?;
             let mut done = 0;
             while done < run.len {
                 let len = (run.len - done).min(CUT_BYTES);
@@ -73,7 +85,7 @@ impl Started<'_> {
                 bytes += len;
                 if bytes >= launch_bytes || self.0.pieces.len() == Copier::pieces_max() {
                     self.launch()?;
-                    (bytes, launch_bytes) = (0, (2 * launch_bytes).min(LAUNCH_BYTES_MAX));
+                    (bytes, launch_bytes) = (0, launch_bytes.saturating_mul(2).min(most));
                 }
             }
         }
@@ -81,7 +93,7 @@ impl Started<'_> {
     }
 
     fn launch(&mut self) -> Result<(), AccessError> {
-        let GpuCopies { copiers, next, pieces } = &mut *self.0;
+        let GpuCopies { copiers, next, pieces, .. } = &mut *self.0;
         // SAFETY: every piece was found to lie inside a region of a GPU's memory, which is borrowed for longer than `copy` takes;
         // and when that ends, this has been waited for. Overlaps race among plain bytes of the GPU and harm nothing else.
         unsafe { copiers[*next].start(pieces) }?;
@@ -106,12 +118,12 @@ struct Window<'a> {
 }
 
 impl<'a> Window<'a> {
-    fn over<'w>(last: &'w mut Option<Self>, region: &'a Region) -> Result<&'w Self, AccessError> {
-        let window = match last.take() {
-            Some(window) if std::ptr::eq(window.region, region) => window,
-            _ => Self { region, address: start(region, 0, 0)?, len: region.len() },
-        };
-        Ok(last.insert(window))
+    /// Where a run starts, for the GPU.
+    fn place(last: &mut Option<Self>, region: &'a Region, offset: u64, len: u64) -> Result<u64, AccessError> {
+        match last {
+            Some(window) if std::ptr::eq(window.region, region) => window.at(offset, len),
+            _ => last.insert(Self { region, address: start(region, 0, 0)?, len: region.len() }).at(offset, len),
+        }
     }
 
     fn at(&self, offset: u64, len: u64) -> Result<u64, AccessError> {

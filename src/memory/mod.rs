@@ -14,7 +14,7 @@ mod words;
 
 // Named in what regions are made of.
 pub use crate::ffi::cuda::Device;
-pub use gpu::{GpuCopies, GpuDigests, GpuRun, Tile};
+pub use gpu::{GpuCopies, GpuDigests, GpuRun, LaunchBytes, Tile};
 pub use region::{AccessError, Backing, MemoryKind, OutOfRange, Region, RegionOptions};
 
 // Offsets and lengths are `u64` on the wire and in run lists, and `usize` where they meet an address. On the one width we

@@ -61,12 +61,17 @@ impl RunList {
         for segment in &self.segments {
             let src_len = region_len(End::Source, segment.src_region, src_lens)?;
             let dst_len = region_len(End::Destination, segment.dst_region, dst_lens)?;
-            let (mut bytes, mut runs) = (0_u64, 0_u64);
+            let (mut bytes, mut runs, mut fits) = (0_u64, 0_u64, true);
+            // There are many thousand runs, nothing moves before all were seen, and hardly ever is one wrong: so without a branch
+            // for each.
             for run in &segment.runs {
-                hold(End::Source, segment.src_region, run.src, run.len, src_len)?;
-                hold(End::Destination, segment.dst_region, run.dst, run.len, dst_len)?;
-                bytes = bytes.checked_add(run.len).ok_or(TransportError::TooManyBytes)?;
+                fits &= inside(run.src, run.len, src_len) & inside(run.dst, run.len, dst_len);
+                let (sum, over) = bytes.overflowing_add(run.len);
+                (bytes, fits) = (sum, fits & !over);
                 runs += u64::from(run.len > 0);
+            }
+            if !fits {
+                return Err(segment.what_does_not_fit(src_len, dst_len));
             }
             totals.bytes = totals.bytes.checked_add(bytes).ok_or(TransportError::TooManyBytes)?;
             totals.runs += runs;
@@ -92,6 +97,11 @@ impl RunList {
         assert!(bytes_max > 0 && runs_max > 0, "a piece holds something");
         let mut pieces = Vec::new();
         for (segment, runs) in self.segments.iter().map(|segment| &segment.runs).enumerate() {
+            let bytes = runs.iter().fold(0_u64, |sum, run| sum.saturating_add(run.len));
+            if bytes <= bytes_max && runs.len() <= runs_max {
+                pieces.extend((bytes > 0).then_some(Piece { segment, run: 0, skip: 0, bytes }));
+                continue;
+            }
             let mut open: Option<(Piece, usize)> = None;
             for (index, run) in runs.iter().enumerate().filter(|(_, run)| run.len > 0) {
                 let mut skip = 0;
@@ -133,6 +143,22 @@ impl RunList {
 
 fn region_len(end: End, region: u16, lens: &[u64]) -> Result<u64, TransportError> {
     lens.get(usize::from(region)).copied().ok_or(TransportError::UnknownRegion { end, region, regions: lens.len() })
+}
+
+impl Segment {
+    /// Says which run it is.
+    fn what_does_not_fit(&self, src_len: u64, dst_len: u64) -> TransportError {
+        let wrong = self.runs.iter().find_map(|run| {
+            let source = hold(End::Source, self.src_region, run.src, run.len, src_len);
+            source.and_then(|()| hold(End::Destination, self.dst_region, run.dst, run.len, dst_len)).err()
+        });
+        wrong.unwrap_or(TransportError::TooManyBytes)
+    }
+}
+
+/// Whether `len` bytes at `offset` lie in a region of `region_len`.
+fn inside(offset: u64, len: u64, region_len: u64) -> bool {
+    (offset <= region_len) & (len <= region_len.wrapping_sub(offset))
 }
 
 fn hold(end: End, region: u16, offset: u64, len: u64, region_len: u64) -> Result<(), TransportError> {

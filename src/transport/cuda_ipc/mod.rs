@@ -18,7 +18,7 @@ use super::threads::Threads;
 use super::{Export, Piece, RunList, Totals, TransportError};
 use crate::config::Path;
 use crate::ffi::cuda::{CudaError, Device, IpcHandle};
-use crate::memory::{GpuCopies, GpuRun, Region};
+use crate::memory::{GpuCopies, GpuRun, LaunchBytes, Region};
 
 /// Most multiprocessors that a copy takes from the engine. Between two H200 over NVLink 8 pull 359 GB/s, 16 pull 371, all 132
 /// of them 372, of the 394 of a plain copy.
@@ -34,7 +34,11 @@ const SMALL_RUNS_MAX: u64 = 16;
 const AWAKE: Duration = Duration::from_micros(100);
 
 /// Most runs of a piece.
-const RUNS_MAX: usize = 64 << 10;
+const RUNS_MAX: usize = 1 << 20;
+/// What one launch takes: lists of so many bytes are made faster than the link moves them, or the GPU's memory.
+const FIRST_LAUNCH_BYTES: u64 = 4 << 20;
+const LAUNCH_BYTES_MAX: u64 = 32 << 20;
+const LAUNCH_BYTES_WITHIN_MAX: u64 = 64 << 20;
 
 /// What a peer needs to reach our memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -133,8 +137,13 @@ struct Copies {
 
 impl Copies {
     fn on(device: &Arc<Device>) -> Result<Self, CudaError> {
-        let copies = |multiprocessors_max| GpuCopies::on(device, multiprocessors_max);
-        Ok(Self { between: copies(MULTIPROCESSORS_MAX)?, within: copies(MULTIPROCESSORS_WITHIN_MAX)? })
+        let copies = |multiprocessors_max, most| {
+            GpuCopies::on(device, multiprocessors_max, LaunchBytes { first: FIRST_LAUNCH_BYTES, most })
+        };
+        Ok(Self {
+            between: copies(MULTIPROCESSORS_MAX, LAUNCH_BYTES_MAX)?,
+            within: copies(MULTIPROCESSORS_WITHIN_MAX, LAUNCH_BYTES_WITHIN_MAX)?,
+        })
     }
 
     fn for_peer(&mut self, peer: &Peer) -> &mut GpuCopies {

@@ -10,7 +10,7 @@ use super::staging::Slot;
 use crate::config::Path;
 use crate::ffi::cuda::Device;
 use crate::ffi::nccl::{Buffer, Communicator, Half, Library, NcclError, Settings, Side, UniqueId};
-use crate::memory::{AccessError, GpuCopies, GpuRun, Region};
+use crate::memory::{AccessError, GpuCopies, GpuRun, LaunchBytes, Region};
 use crate::transport::TransportError;
 use crate::transport::wire::Patience;
 
@@ -51,7 +51,11 @@ impl Maker {
             Some(device) => Region::allocated_on(device, SCRATCH_BYTES).map_err(|error| failed(error.to_string()))?,
             None => Region::shared(SCRATCH_BYTES).map_err(|error| failed(error.to_string()))?,
         };
-        let copies = self.device.as_ref().map(|device| GpuCopies::on(device, PACK_MULTIPROCESSORS_MAX)).transpose();
+        let copies = self
+            .device
+            .as_ref()
+            .map(|device| GpuCopies::on(device, PACK_MULTIPROCESSORS_MAX, LaunchBytes::WHOLE))
+            .transpose();
         let copies = copies.map_err(|error| failed(error.to_string()))?;
         let (library, given_up) = (self.library, Arc::new(AtomicBool::new(false)));
         let (device, multiprocessors_max) = (self.device.clone(), self.multiprocessors_max);
