@@ -61,7 +61,7 @@ fn params(criterion: &mut Criterion) {
             transfer_id: TransferId([7; 16]),
             ranks: vec![RankEndpoint { endpoint: "127.0.0.1:14579".to_owned(), incarnation: 1 }],
             geometry_digest: 1,
-            weight_version: 1,
+            weight_version: Some(1),
             seal: String::new(),
         },
     }

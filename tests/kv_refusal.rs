@@ -60,7 +60,7 @@ fn edited_parameters_are_refused_before_anything_is_opened() {
         |params| params.remote_block_ids[0][0] = BlockId(9),
         |params| params.pdlink.ranks[0].endpoint = "10.255.255.1:1".to_owned(),
         |params| params.pdlink.transfer_id = TransferId::random(),
-        |params| params.pdlink.weight_version = 9,
+        |params| params.pdlink.weight_version = Some(9),
     ];
     for edit in edits {
         let mut edited = params.clone();
@@ -81,7 +81,7 @@ fn kv_3_references_that_do_not_hold_are_named() {
         (|params| params.pdlink.ranks[0].incarnation -= 1, |f| matches!(f, TransferFailure::StaleIncarnation { .. })),
         (|params| params.pdlink.geometry_digest ^= 1, |f| matches!(f, TransferFailure::BadReference { .. })),
         (|params| params.remote_num_tokens = 9, |f| matches!(f, TransferFailure::BadReference { .. })),
-        (|params| params.pdlink.weight_version = 2, |f| matches!(f, TransferFailure::BadReference { .. })),
+        (|params| params.pdlink.weight_version = Some(2), |f| matches!(f, TransferFailure::BadReference { .. })),
         (|params| params.pdlink.transfer_id = TransferId([3; 16]), |f| matches!(f, TransferFailure::Unknown { .. })),
     ];
     for (number, (edit, is_named)) in cases.into_iter().enumerate() {
@@ -301,7 +301,7 @@ fn claim_of(prefill: &Worker, params: &TransferParams) -> ToPrefill {
         basis: Basis::Params {
             incarnation: prefill.runtime.incarnation(),
             geometry_digest: params.pdlink.geometry_digest,
-            weight_version: 1,
+            weight_version: Some(1),
         },
         decode_weight_version: 1,
         tokens: params.remote_num_tokens,

@@ -11,6 +11,7 @@ mod regions;
 mod request;
 mod sender;
 mod settings;
+mod weights;
 
 use pyo3::prelude::*;
 
@@ -24,6 +25,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<maker::ParamsMaker>()?;
     module.add_class::<request::KvRequest>()?;
     module.add_class::<sender::WeightSender>()?;
+    module.add_class::<weights::Order>()?;
+    module.add_class::<weights::WeightReceiver>()?;
     module.add_function(wrap_pyfunction!(request::parse_request, module)?)?;
     module.add_function(wrap_pyfunction!(request::new_transfer_id, module)?)?;
     module.add_function(wrap_pyfunction!(maker::early_params, module)?)?;

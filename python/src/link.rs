@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use pdlink::config::KvConfig;
+use pdlink::control::WeightsDoor;
 use pdlink::kv::{
     Begin, BlockId, End, KvError, KvLink, KvMetrics, KvRequest as Parsed, KvRuntime, Offer, Progress, Prompt,
     RankMemory, Report as Ended, RuntimeConfig, TransferHandle, TransferId, TransferParams,
@@ -16,6 +17,7 @@ use pyo3::types::PyDict;
 
 use crate::maker::block_ids;
 use crate::settings::LinkSettings;
+use crate::weights::WeightReceiver;
 use crate::{errors, regions, request, settings};
 
 /// How one transfer ended, with what the runtime recorded of it.
@@ -62,11 +64,19 @@ struct Chunk {
 #[pymethods]
 impl Link {
     /// Borrows the memory, listens and starts the runtime's thread. `memory` is a list of (address, bytes, owner, GPU), the GPU `None` for host memory.
+    /// `receiver` answers what is asked here about weights.
     #[new]
-    fn new(py: Python<'_>, text: &str, memory: Vec<regions::Memory>) -> PyResult<Self> {
+    #[pyo3(signature = (text, memory, receiver=None))]
+    fn new(
+        py: Python<'_>,
+        text: &str,
+        memory: Vec<regions::Memory>,
+        receiver: Option<PyRef<'_, WeightReceiver>>,
+    ) -> PyResult<Self> {
         let link = LinkSettings::parse(text)?;
         let regions = regions::borrow(memory)?;
-        py.detach(|| start(link, regions))
+        let weights = receiver.and_then(|receiver| receiver.door());
+        py.detach(|| start(link, regions, weights))
     }
 
     /// `host:port`, as peers are told.
@@ -208,6 +218,14 @@ impl Link {
         })
     }
 
+    /// What is computed from now on is of these weights (KV-5). Called while nothing is computed.
+    fn set_weight_version(&self, version: u64) -> PyResult<()> {
+        self.with(|runtime| {
+            runtime.set_weight_version(version);
+            Ok(())
+        })
+    }
+
     /// Blocks held for decode, and transfers of either side that have not ended.
     fn status(&self) -> PyResult<(u64, u64)> {
         self.with(|runtime| {
@@ -261,7 +279,11 @@ pub(crate) fn metric_names(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     names.into_pyobject(py)
 }
 
-fn start(link: LinkSettings, regions: Vec<Arc<pdlink::memory::Region>>) -> PyResult<Link> {
+fn start(
+    link: LinkSettings,
+    regions: Vec<Arc<pdlink::memory::Region>>,
+    weights: Option<WeightsDoor>,
+) -> PyResult<Link> {
     let listener = link.listen()?;
     let secret = settings::secret(link.secret_file.as_ref())?;
     let device = regions.iter().find_map(|region| region.device()).cloned();
@@ -279,7 +301,7 @@ fn start(link: LinkSettings, regions: Vec<Arc<pdlink::memory::Region>>) -> PyRes
         listener,
         advertise_host: link.advertise_host,
         weight_version: link.weight_version,
-        weights: None,
+        weights,
         transports: None,
         // vLLM's page shows what the reports say: the runtime's own registry would have no reader.
         metrics: KvMetrics::unregistered(),

@@ -11,7 +11,7 @@ use super::TransferId;
 use crate::security::{Secret, is_sealed, seal};
 
 /// Version of the `pdlink` object of `kv_transfer_params`.
-pub const PARAMS_VERSION: u32 = 2;
+pub const PARAMS_VERSION: u32 = 3;
 const SEAL_PURPOSE: &str = "early parameters";
 
 /// What decode needs to claim a transfer at a prefill worker that is only about to begin.

@@ -142,6 +142,8 @@ pub struct WeightsStatus {
     pub path: Option<String>,
     /// Whether another worker can get these weights here.
     pub serves_peers: bool,
+    /// Where each rank of this worker takes its own part, `host:port`, in order. Empty: this answer is for all of them.
+    pub ranks: Vec<String>,
     /// The last update that was given up.
     pub failure: Option<WeightsFailure>,
 }

@@ -18,7 +18,7 @@ impl WeightTarget for Target {
     }
 
     fn commit(&self, weights: NewWeights, done: Box<dyn FnOnce(Result<(), String>) + Send>) {
-        let NewWeights { version, staged } = weights;
+        let NewWeights { version, staged, .. } = weights;
         let weights = match &staged {
             Some(staged) => Weights::of(version, staged.digest().0),
             None => self.base.as_version(version),

@@ -291,7 +291,8 @@ fn start_receiver(
     };
     let target = Arc::new(Target { front: front.clone(), base });
     let metrics = WeightsMetrics::new(registry);
-    let receiver = ReceiverSetup { version: setup.weight_version, paths, target, metrics };
+    let (version, ranks) = (setup.weight_version, Vec::new());
+    let receiver = ReceiverSetup { version, paths, target, base: None, ranks, metrics };
     WeightsReceiver::start(receiver).map_err(EngineError::Weights)
 }
 

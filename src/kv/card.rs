@@ -36,12 +36,13 @@ pub struct ParamsMaker {
     port: u16,
     ranks: Vec<RankEndpoint>,
     geometry_digest: u64,
-    weight_version: AtomicU64,
+    /// `None`: whoever makes parameters here hears of no new weights.
+    weight_version: Option<AtomicU64>,
     secret: Secret,
 }
 
 impl ParamsMaker {
-    /// `cards` are those of all ranks of one engine, in whatever order.
+    /// For where no runtime is. `cards` are those of all ranks of one engine, in whatever order.
     pub fn new(mut cards: Vec<RankCard>, secret: Secret) -> Result<Self, ParamsError> {
         cards.sort_by_key(|card| card.rank);
         let first = cards.first().ok_or_else(|| ParamsError::Cards("there are none".to_owned()))?;
@@ -60,7 +61,7 @@ impl ParamsMaker {
             );
             return Err(ParamsError::Cards(why));
         }
-        Self::of_some(&cards, secret)
+        Ok(Self { weight_version: None, ..Self::of_some(&cards, secret)? })
     }
 
     /// For a runtime that holds perhaps not all ranks, and knows only its own.
@@ -78,7 +79,7 @@ impl ParamsMaker {
             port,
             ranks: cards.iter().map(endpoint).collect(),
             geometry_digest: first.geometry_digest,
-            weight_version: AtomicU64::new(first.weight_version),
+            weight_version: Some(AtomicU64::new(first.weight_version)),
             secret,
         })
     }
@@ -106,7 +107,7 @@ impl ParamsMaker {
                 transfer_id,
                 ranks: self.ranks.clone(),
                 geometry_digest: self.geometry_digest,
-                weight_version: self.weight_version.load(Relaxed),
+                weight_version: self.weight_version.as_ref().map(|version| version.load(Relaxed)),
                 seal: String::new(),
             },
         }
@@ -115,7 +116,9 @@ impl ParamsMaker {
 
     /// From now on the engine's KV is of these weights (KV-5). To be told together with every rank's runtime.
     pub fn set_weight_version(&self, weight_version: u64) {
-        self.weight_version.store(weight_version, Relaxed);
+        if let Some(version) = &self.weight_version {
+            version.store(weight_version, Relaxed);
+        }
     }
 }
 
@@ -146,8 +149,10 @@ mod tests {
         let named: Vec<_> = params.pdlink.ranks.iter().map(|rank| (rank.endpoint.as_str(), rank.incarnation)).collect();
         assert_eq!(named, [("[::1]:7000", u64::MAX), ("[::1]:7001", u64::MAX - 1), ("[::1]:7002", u64::MAX - 2)]);
         assert_eq!(TransferParams::parse(&params.to_json()).unwrap(), params);
+        assert_eq!(params.pdlink.weight_version, None);
+        let maker = ParamsMaker::of_some(&[card(0)], secret).unwrap();
         maker.set_weight_version(4);
-        assert_eq!(maker.params(TransferId([1; 16]), String::new(), vec![], 7).pdlink.weight_version, 4);
+        assert_eq!(maker.params(TransferId([1; 16]), String::new(), vec![], 7).pdlink.weight_version, Some(4));
     }
 
     #[test]

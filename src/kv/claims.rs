@@ -90,7 +90,7 @@ impl Core {
         if claim.tokens != sending.offer.tokens {
             return bad(format!("{} tokens are asked for, {} were offered", claim.tokens, sending.offer.tokens));
         }
-        if let Basis::Params { weight_version: ours, .. } = claim.basis
+        if let Basis::Params { weight_version: Some(ours), .. } = claim.basis
             && ours != sending.weight_version
         {
             let theirs = sending.weight_version;

@@ -78,7 +78,7 @@ pub struct Claim {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Basis {
     /// Prefill's own parameters, and what they say.
-    Params { incarnation: u64, geometry_digest: u64, weight_version: u64 },
+    Params { incarnation: u64, geometry_digest: u64, weight_version: Option<u64> },
     /// The router's word that prefill is at it (concurrent dispatch), and the fingerprint of decode's own prompt.
     Early { fingerprint: u64 },
 }

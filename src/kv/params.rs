@@ -62,7 +62,9 @@ pub struct PdlinkParams {
     /// Digest of prefill's geometry.
     #[serde(with = "hex64")]
     pub geometry_digest: u64,
-    pub weight_version: u64,
+    /// Of the runtime that made them. `None`: they were made where nobody hears of new weights, in a scheduler's process;
+    /// the two runtimes tell each other in any case (KV-5).
+    pub weight_version: Option<u64>,
     /// See the module's header. 64 hex digits.
     pub seal: String,
 }
@@ -255,7 +257,7 @@ mod tests {
                 transfer_id: TransferId([7; 16]),
                 ranks: vec![RankEndpoint { endpoint: "127.0.0.1:14579".to_owned(), incarnation: u64::MAX - 1 }],
                 geometry_digest: 3,
-                weight_version: 0,
+                weight_version: Some(0),
                 seal: String::new(),
             },
         }

@@ -298,7 +298,8 @@ impl KvRuntime {
         let blocks = offer.blocks.iter().map(Vec::len).sum();
         let params = self.params.params(transfer_id, offer.request_id.clone(), offer.blocks.clone(), offer.tokens);
         let is_begun = self.shared.enter_offer(transfer_id, blocks)?;
-        let command = Command::Offer { offer, weight_version: params.pdlink.weight_version };
+        let weight_version = params.pdlink.weight_version.unwrap_or_else(|| self.shared.weight_version.load(Relaxed));
+        let command = Command::Offer { offer, weight_version };
         // What nobody can have claimed yet is final by the time that anybody does: decode hears of it with the first token.
         let told = if is_begun { self.behind(mark, vec![transfer_id], command) } else { self.command(command) };
         told.inspect_err(|_| self.shared.leave(Side::Prefill, transfer_id, blocks))?;
@@ -437,7 +438,7 @@ impl KvLink for KvRuntime {
             transfer_id: params.pdlink.transfer_id,
             runtimes: named.collect(),
             src,
-            weight_version,
+            weight_version: weight_version.unwrap_or_else(|| self.shared.weight_version.load(Relaxed)),
             tokens: params.remote_num_tokens,
         })
     }

@@ -17,7 +17,9 @@ use super::worker::{Load, Worker};
 use crate::config::Dispatch;
 use crate::control::TransferId;
 use crate::openai::ApiError;
-use crate::openai::headers::{REQUEST_ID_BYTES_MAX, X_PDLINK_DISPATCH, X_PDLINK_TRANSFER_ID, X_REQUEST_ID};
+use crate::openai::headers::{
+    REQUEST_ID_BYTES_MAX, X_PDLINK_DISPATCH, X_PDLINK_TRANSFER_ID, X_PDLINK_WEIGHT_VERSION, X_REQUEST_ID,
+};
 
 /// What a client that found the proxy full, or a role empty, is told to wait.
 pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -38,6 +40,8 @@ pub(crate) struct Flight {
     pub(crate) prefill: Option<Arc<Worker>>,
     /// How its last pair of legs went out; none for one that went to decode alone.
     pub(crate) dispatch: Option<Dispatch>,
+    /// The weights that decode began with, as far as they are known.
+    pub(crate) weight_version: Option<u64>,
     pub(crate) status: u16,
     pub(crate) bytes: u64,
     /// How it ended; a flight that ends without saying was left by its client.
@@ -58,6 +62,7 @@ impl Flight {
             load: None,
             prefill: None,
             dispatch: None,
+            weight_version: None,
             status: 0,
             bytes: 0,
             end: "client_left",
@@ -88,6 +93,10 @@ impl Flight {
         }
         if let Some(dispatch) = self.dispatch {
             headers.insert(X_PDLINK_DISPATCH, HeaderValue::from_static(dispatch.name()));
+        }
+        // The reference engine says it itself.
+        if let Some(version) = self.weight_version.filter(|_| !headers.contains_key(X_PDLINK_WEIGHT_VERSION)) {
+            headers.insert(X_PDLINK_WEIGHT_VERSION, HeaderValue::from(version));
         }
     }
 

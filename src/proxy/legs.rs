@@ -204,6 +204,11 @@ impl Job<'_> {
         }
     }
 
+    /// The weights that decode is going to answer with.
+    fn note_weights(&mut self) {
+        self.flight.weight_version = self.lane.shared.weights.serves();
+    }
+
     fn again(&mut self, failure: &mut Failure, avoid: &mut Vec<usize>) {
         failure.stand();
         avoid.extend(failure.worker);
@@ -236,6 +241,9 @@ impl Job<'_> {
     async fn alone(&mut self, reason: Alone, plan: Plan, body: &RequestBody, decode: Load) -> Result<Answer, Failure> {
         self.lane.shared.metrics.alone(reason);
         self.flight.dispatch = None;
+        // Not into a pause: what waits there is answered by other weights than are noted.
+        drop(self.lane.shared.weights.handoffs.begin().await);
+        self.note_weights();
         let plan = Plan { merge_logprobs: false, ..plan };
         let headers = pair_headers(self.lane.shared.connector, self.common, &self.flight.request_id, None);
         let spliced = dialect::decode_body(plan, body, None);
@@ -291,6 +299,7 @@ impl Job<'_> {
         if let Some(transfer) = &mut self.flight.transfer {
             transfer.params.clone_from(&prefilled.params);
         }
+        self.note_weights();
         let spliced = dialect::decode_body(plan, body, prefilled.params.as_deref());
         let answered = self.decode_leg(decode, headers, &pieces(&spliced)).await?;
         self.finish(answered, prefilled).await
@@ -311,6 +320,7 @@ impl Job<'_> {
         let spliced = dialect::decode_body(plan, body, Some(early.as_bytes()));
         let pieces = pieces(&spliced);
         let handoff = self.lane.shared.weights.handoffs.begin().await;
+        self.note_weights();
         let prefill = async {
             let prefilled = self.prefill_leg(plan, asked, prefill, headers).await;
             drop(handoff);

@@ -38,6 +38,11 @@ impl WeightsMetrics {
         metrics
     }
 
+    /// For a process whose page shows none of it.
+    pub fn unregistered() -> Self {
+        Self::new(&mut Registry::default())
+    }
+
     pub(super) fn version(&self, version: u64) {
         self.version.set(i64::try_from(version).unwrap_or(i64::MAX));
     }

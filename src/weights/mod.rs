@@ -4,7 +4,8 @@
 //!   bytes come from), `checkpoint` (one such place: safetensors on disk);
 //! - *how it comes*: `messages` over a control connection, `ring`, `source` and `sender` on the sending side, `pull` and `stage` on the
 //!   receiving one, `staged` is what came of it;
-//! - *when it serves*: `session`, one worker's part in an update as a pure machine, and `receiver`, the thread that owns it.
+//! - *when it serves*: `session`, one worker's part in an update as a pure machine, and `receiver`, the thread that owns it;
+//!   `listening`, the way to it where there is no KV runtime.
 //!
 //! The fleet's transaction is the proxy's, which speaks `control::weights` with every worker. Bytes are pulled by the workers
 //! over the paths of `transport`, so that a path between GPUs would change `Paths` and nothing above it.
@@ -14,6 +15,7 @@
 
 mod checkpoint;
 mod digest;
+mod listening;
 mod manifest;
 mod messages;
 mod metrics;
@@ -31,6 +33,7 @@ mod testing;
 
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use digest::{TensorDigest, WeightsDigest};
+pub use listening::Listening;
 pub use manifest::{Dtype, Manifest, ManifestError, Tensor};
 pub use metrics::WeightsMetrics;
 pub use receiver::{NewWeights, ReceiverSetup, WeightTarget, WeightsHandle, WeightsReceiver};

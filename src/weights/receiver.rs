@@ -26,6 +26,8 @@ use crate::control::{
 /// What an engine takes over at a commit.
 #[derive(Debug, Clone)]
 pub struct NewWeights {
+    /// Names the transaction, the same on all ranks of a worker.
+    pub update: u64,
     pub version: u64,
     /// `None`: what the worker was started with.
     pub staged: Option<Arc<Staged>>,
@@ -49,6 +51,10 @@ pub struct ReceiverSetup {
     pub version: u64,
     pub paths: Paths,
     pub target: Arc<dyn WeightTarget>,
+    /// The checkpoint that the worker was started with, if it can be staged; otherwise the engine has to keep it.
+    pub base: Option<String>,
+    /// As [`WeightsStatus::ranks`].
+    pub ranks: Vec<String>,
     pub metrics: WeightsMetrics,
 }
 
@@ -240,7 +246,7 @@ impl Driver {
                     self.setup.target.pause(in_flight, Box::new(done));
                 }
                 Act::Commit { update, version } => {
-                    let weights = NewWeights { version, staged: self.staged.clone() };
+                    let weights = NewWeights { update, version, staged: self.staged.clone() };
                     let events = self.events.clone();
                     let done = move |result| drop(events.send(Event::Heard(Heard::Committed { update, result })));
                     self.setup.target.commit(weights, Box::new(done));
@@ -261,7 +267,8 @@ impl Driver {
         self.progress = Arc::default();
         let deadline = Instant::now() + Duration::from_millis(offer.stage_ms);
         let (update, paths, progress) = (offer.update, self.setup.paths.clone(), Arc::clone(&self.progress));
-        let stage = Stage { offer, paths, progress, deadline };
+        let base = self.setup.base.clone();
+        let stage = Stage { offer, base, paths, progress, deadline };
         let events = self.events.clone();
         self.staging.spawn(async move {
             let result = stage.run().await;
@@ -301,6 +308,7 @@ impl Driver {
             total_bytes: self.progress.total_bytes.load(Relaxed),
             path: self.progress.path().map(str::to_owned),
             serves_peers: locked(&self.kept).is_some(),
+            ranks: self.setup.ranks.clone(),
             failure: session.failure().cloned(),
         }
     }

@@ -77,6 +77,8 @@ impl StageProgress {
 /// One staging, whatever the source.
 pub(super) struct Stage {
     pub(super) offer: WeightsOffer,
+    /// What the worker was started with, where that is to be staged like anything else.
+    pub(super) base: Option<String>,
     pub(super) paths: Paths,
     pub(super) progress: Arc<StageProgress>,
     /// By when all of it must be there.
@@ -119,7 +121,10 @@ impl Stage {
         match self.offer.source.clone() {
             WeightSource::Peer(address) => self.pulled(&address).await.map(Some),
             WeightSource::Folder(folder) => self.read(folder).await.map(Some),
-            WeightSource::Base => Ok(None),
+            WeightSource::Base => match self.base.clone() {
+                Some(folder) => self.read(folder).await.map(Some),
+                None => Ok(None),
+            },
         }
     }
 

@@ -140,7 +140,9 @@ impl Worker {
         let notes = Arc::new(Notes::default());
         let metrics = WeightsMetrics::new(&mut prometheus_client::registry::Registry::default());
         let target: Arc<dyn WeightTarget> = Arc::clone(&notes) as _;
-        let receiver = WeightsReceiver::start(ReceiverSetup { version: 0, paths, target, metrics }).unwrap();
+        let receiver =
+            WeightsReceiver::start(ReceiverSetup { version: 0, paths, target, base: None, ranks: Vec::new(), metrics })
+                .unwrap();
         let door = receiver.door();
         let mut tasks = JoinSet::new();
         let admin: Arc<dyn AdminHandler> = Arc::new(Runtime(Arc::clone(&door.admin)));

@@ -98,8 +98,8 @@ class Nursery:
         assert line, f"the nursery ended; see {self._log.name}"
         return json.loads(line)
 
-    def serve(self, argv: list[str], log: Path) -> int:
-        self._process.stdin.write(json.dumps({"argv": argv, "env": {}, "log": str(log)}) + "\n")
+    def serve(self, argv: list[str], log: Path, env: dict[str, str]) -> int:
+        self._process.stdin.write(json.dumps({"argv": argv, "env": env, "log": str(log)}) + "\n")
         self._process.stdin.flush()
         return self._answer()["pid"]
 
@@ -123,6 +123,8 @@ class Server:
     paths: tuple[str, ...] = ("shm", "tcp")
     kv: dict[str, object] = field(default_factory=dict)
     """Further settings of `[kv]`."""
+    weights: bool = False
+    """Takes new weights from pdlink."""
     ports: list[int] = field(default_factory=lambda: free_ports(2))
     """HTTP, then one KV port for each tensor-parallel rank."""
     pid: int = 0
@@ -152,7 +154,11 @@ class Server:
                 "kv_connector_extra_config": extra,
             }
             argv += ["--kv-transfer-config", json.dumps(transfer)]
-        self.pid = self.nursery.serve(argv, self.log)
+        env: dict[str, str] = {}
+        if self.weights:
+            argv += ["--worker-extension-cls", "pdlink.vllm.weights.WeightsExtension"]
+            env = {"VLLM_SERVER_DEV_MODE": "1", "PDLINK_WEIGHTS": json.dumps({"http": self.url})}
+        self.pid = self.nursery.serve(argv, self.log, env)
         return self
 
     def wait(self) -> Server:
@@ -189,12 +195,21 @@ class Server:
 
 
 class Proxy:
-    def __init__(self, prefill: Server, decode: Server, env: dict[str, str], name: str = "proxy", flags: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        prefill: Server | tuple[Server, ...],
+        decode: Server,
+        env: dict[str, str],
+        name: str = "proxy",
+        flags: tuple[str, ...] = (),
+    ):
+        prefills = prefill if isinstance(prefill, tuple) else (prefill,)
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         command = [
-            *(str(BIN / "pdlink"), "proxy", "--port", str(port), "--prefill", prefill.url, "--decode", decode.url),
-            *("--prefill-kv-addrs", prefill.kv_address, "--decode-kv-addrs", decode.kv_address),
+            *(str(BIN / "pdlink"), "proxy", "--port", str(port), "--decode", decode.url),
+            *("--prefill", ",".join(each.url for each in prefills)),
+            *("--prefill-kv-addrs", ",".join(each.kv_address for each in prefills), "--decode-kv-addrs", decode.kv_address),
             *("--connector-impl", "native", *flags),
         ]
         self._log = open(LOGS / f"{name}.log", "w")

@@ -20,6 +20,7 @@ from .config import LinkConfig
 from .geometry import CacheMap, describe
 from .metrics import PdlinkStats
 from .protocol import Blocks, Card, Early, Fetch, Hold, StepMeta, WorkerMeta
+from .weights import rank as weights
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,7 @@ class WorkerSide:
         """Starts the runtime over the registered memory, as a new incarnation."""
         config = self._config
         _native.init_log(config.log_filter, config.log_json)
+        receiver = weights.if_any()
         cache = describe(self._caches, self._vllm_config, self._kv_cache_config, config.model)
         settings = {
             "kv": config.kv_of(cache.on_gpu),
@@ -103,11 +105,13 @@ class WorkerSide:
             "advertise_host": config.host,
             "port": config.port,
             "secret_file": config.secret_file,
-            "weight_version": 0,
+            "weight_version": receiver.version if receiver is not None else 0,
         }
         self._map = cache
         self._layers = {name: number for number, name in enumerate(cache.names)}
-        self._link = _native.Link(json.dumps(settings), cache.memory)
+        self._link = _native.Link(json.dumps(settings), cache.memory, receiver.native if receiver is not None else None)
+        if receiver is not None:
+            receiver.join(self._link)
         groups = [_words(group) for group in cache.geometry["groups"]]
         logger.info("KV link of rank %d (%s) at %s: %s", config.tp_rank, config.role, self._link.address, "; ".join(groups))
 
@@ -115,6 +119,8 @@ class WorkerSide:
         """Ends every transfer with its report, and lets go of the memory."""
         link, self._link = self._link, None
         if link is not None:
+            if (receiver := weights.if_any()) is not None:
+                receiver.leave(link)
             link.shutdown()
             self._hear(link)
         self._map = None

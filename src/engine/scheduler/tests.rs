@@ -38,7 +38,7 @@ fn params(transfer_id: TransferId, tokens: u32) -> TransferParams {
             transfer_id,
             ranks: Vec::new(),
             geometry_digest: 0,
-            weight_version: 0,
+            weight_version: Some(0),
             seal: String::new(),
         },
     }

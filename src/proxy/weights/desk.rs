@@ -1,6 +1,6 @@
 //! Where orders for new weights come, and what is known of the fleet's version.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -18,6 +18,9 @@ use crate::control::WeightSource;
 
 /// Orders that wait: only one is taken at a time, so that this is for the moment of handing it over.
 const ORDERS_MAX: usize = 1;
+
+/// No version: the workers have not said theirs, or take no weights from us.
+const UNKNOWN: u64 = u64::MAX;
 
 /// What a caller wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,6 +82,8 @@ pub(crate) struct Desk {
     pub(crate) handoffs: Handoffs,
     pub(crate) times: Times,
     pub(super) fleet: Mutex<Fleet>,
+    /// The fleet's version once more, for every answer; [`UNKNOWN`] until it is known.
+    serves: AtomicU64,
     /// Held for writing by an update, for reading by workers that catch up.
     pub(super) turn: RwLock<()>,
     /// Changes when an update wants its turn: workers that catch up give theirs up, and begin again after it.
@@ -102,6 +107,7 @@ impl Desk {
             handoffs: Handoffs::default(),
             times: Times::of(config),
             fleet: Mutex::default(),
+            serves: AtomicU64::new(UNKNOWN),
             turn: RwLock::default(),
             wanted: watch::Sender::default(),
             learning: AtomicBool::new(true),
@@ -110,6 +116,17 @@ impl Desk {
             orders,
         };
         (desk, Orders(queue))
+    }
+
+    /// The version that a request gets that begins now, if the workers take weights from us.
+    pub(crate) fn serves(&self) -> Option<u64> {
+        Some(self.serves.load(Ordering::Acquire)).filter(|version| *version != UNKNOWN)
+    }
+
+    /// The fleet's version is this one from now on.
+    pub(super) fn now_serves(&self, version: u64) {
+        self.serves.store(version, Ordering::Release);
+        self.changed.send_replace(version);
     }
 
     pub(super) fn fleet(&self) -> MutexGuard<'_, Fleet> {
@@ -173,10 +190,11 @@ pub(crate) async fn keep(shared: Arc<Shared>, mut orders: Orders) {
     }
 }
 
-/// All workers that have a runtime of ours.
+/// All workers that have a runtime of ours, each by its first rank.
 pub(super) fn members(shared: &Shared) -> Vec<Member> {
     let with = shared.workers.iter().zip(&shared.runtimes);
-    with.filter_map(|(worker, client)| Some(Member { worker: Arc::clone(worker), client: client.clone()? })).collect()
+    with.filter_map(|(worker, client)| Some(Member { worker: Arc::clone(worker), rank: 0, client: client.clone()? }))
+        .collect()
 }
 
 async fn carry_out(shared: &Arc<Shared>, order: &Order) -> Outcome {
@@ -196,7 +214,7 @@ async fn carry_out(shared: &Arc<Shared>, order: &Order) -> Outcome {
     if members.is_empty() {
         return Err(Refused::NoMembers { why: "every worker is down".to_owned() });
     }
-    let serves = versions::version_of(&members).await?;
+    let (serves, members) = versions::all_ranks(shared, &members).await?;
     let version = order.version.unwrap_or(serves + 1);
     if version <= serves {
         return Err(Refused::NotNewer { version, serves });
@@ -215,7 +233,7 @@ async fn carry_out(shared: &Arc<Shared>, order: &Order) -> Outcome {
         for member in committed.behind.iter().map(|(member, _)| member).chain(&down) {
             member.worker.health.bar(true);
         }
-        desk.changed.send_replace(version);
+        desk.now_serves(version);
     };
     let committed = update.run(serve).await?;
     for (member, why) in &committed.behind {

@@ -6,6 +6,8 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
 
+use super::super::abort::TELL_TIMEOUT;
+use super::super::shared::Shared;
 use super::super::worker::Worker;
 use crate::control::{AdminClient, ControlError, WeightsPhase, WeightsRequest, WeightsStatus};
 
@@ -13,10 +15,11 @@ use crate::control::{AdminClient, ControlError, WeightsPhase, WeightsRequest, We
 const POLL_MOVING: Duration = Duration::from_millis(20);
 const POLL_PAUSED: Duration = Duration::from_millis(2);
 
-/// One worker, and the way to its runtime.
+/// One rank of a worker, and the way to it.
 #[derive(Debug, Clone)]
 pub(super) struct Member {
     pub(super) worker: Arc<Worker>,
+    pub(super) rank: u32,
     pub(super) client: AdminClient,
 }
 
@@ -40,8 +43,26 @@ pub(super) struct Goal {
 }
 
 impl Member {
-    fn failed(&self, doing: &'static str, why: impl ToString) -> Failed {
-        Failed { doing, worker: self.worker.name().to_owned(), why: why.to_string() }
+    /// As errors name it.
+    pub(super) fn name(&self) -> String {
+        let worker = self.worker.name();
+        if self.worker.address.tp > 1 { format!("{worker} (rank {})", self.rank) } else { worker.to_owned() }
+    }
+
+    /// The other ranks of the worker that gave this status, which is its first one's.
+    pub(super) fn others(&self, shared: &Shared, status: &WeightsStatus) -> Vec<Self> {
+        let others = status.ranks.iter().zip(0..).skip(1);
+        others
+            .map(|(addr, rank)| Self {
+                worker: Arc::clone(&self.worker),
+                rank,
+                client: AdminClient::new(addr.clone(), shared.secret.clone(), TELL_TIMEOUT),
+            })
+            .collect()
+    }
+
+    pub(super) fn failed(&self, doing: &'static str, why: impl ToString) -> Failed {
+        Failed { doing, worker: self.name(), why: why.to_string() }
     }
 
     /// Says something, and waits until the worker has come to the goal.

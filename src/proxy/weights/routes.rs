@@ -11,9 +11,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::super::admin::{Call, to_all_workers};
-use super::super::shared::Lane;
+use super::super::shared::{Lane, Shared};
 use super::desk::{Done, Order, Outcome, Refused, members};
-use super::members::Failed;
+use super::members::{Failed, Member, tell_all};
 use crate::control::{ControlError, WeightSource, WeightsRequest, WeightsStatus};
 use crate::openai::ApiError;
 
@@ -65,7 +65,7 @@ fn answer(outcome: Outcome) -> Response {
 }
 
 fn told(done: &Done) -> Value {
-    let behind = |(member, why): &(super::members::Member, String)| json!({"worker": member.worker.name(), "why": why});
+    let behind = |(member, why): &(Member, String)| json!({"worker": member.name(), "why": why});
     json!({
         "status": "ok",
         "version": done.version,
@@ -94,20 +94,8 @@ pub(crate) async fn status(State(lane): State<Arc<Lane>>) -> Response {
     let desk = &lane.shared.weights;
     let members = members(&lane.shared);
     let asked = join_all(members.iter().map(|member| member.client.weights(WeightsRequest::Status))).await;
-    let workers: Vec<Value> = members
-        .iter()
-        .zip(asked)
-        .map(|(member, status)| {
-            let mut told = match status {
-                Ok(status) => worker_status(&status),
-                Err(error) => json!({"error": error.to_string()}),
-            };
-            told["worker"] = member.worker.name().into();
-            told["role"] = member.worker.role.name().into();
-            told["kept_out"] = member.worker.health.is_barred().into();
-            told
-        })
-        .collect();
+    let workers =
+        join_all(members.iter().zip(asked).map(|(member, status)| describe(&lane.shared, member, status))).await;
     let fleet = desk.fleet().clone();
     let since = fleet.committed_at.and_then(|at| at.duration_since(UNIX_EPOCH).ok()).as_ref().map(Duration::as_secs);
     let under_way = desk.under_way().map(|order| json!({"source": order.source.to_string(), "version": order.version}));
@@ -121,6 +109,24 @@ pub(crate) async fn status(State(lane): State<Arc<Lane>>) -> Response {
         "workers": workers,
     }))
     .into_response()
+}
+
+/// A worker as it says it stands, with its other ranks if it has several.
+async fn describe(shared: &Shared, member: &Member, status: Result<WeightsStatus, ControlError>) -> Value {
+    let others = status.as_ref().map(|status| member.others(shared, status)).unwrap_or_default();
+    let mut told = rank_status(status);
+    if !others.is_empty() {
+        let ranks = tell_all(&others, &WeightsRequest::Status).await;
+        told["other_ranks"] = ranks.into_iter().map(rank_status).collect();
+    }
+    told["worker"] = member.worker.name().into();
+    told["role"] = member.worker.role.name().into();
+    told["kept_out"] = member.worker.health.is_barred().into();
+    told
+}
+
+fn rank_status(status: Result<WeightsStatus, ControlError>) -> Value {
+    status.map_or_else(|error| json!({"error": error.to_string()}), |status| worker_status(&status))
 }
 
 fn worker_status(status: &WeightsStatus) -> Value {

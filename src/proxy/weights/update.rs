@@ -102,7 +102,7 @@ impl Update<'_> {
             true => Ok(()),
             false => Err(Failed {
                 doing: "comparing digests",
-                worker: self.members[0].worker.name().to_owned(),
+                worker: self.members[0].name(),
                 why: format!("{} has other weights than the fleet serves", self.source),
             }),
         });
@@ -139,9 +139,9 @@ impl Update<'_> {
             Some(differs) => {
                 let why = format!(
                     "its weights are not those of {}; did the files change while they were read?",
-                    self.members[0].worker.name()
+                    self.members[0].name()
                 );
-                Err(Failed { doing: "comparing digests", worker: self.members[differs].worker.name().to_owned(), why })
+                Err(Failed { doing: "comparing digests", worker: self.members[differs].name(), why })
             }
         }
     }

@@ -11,9 +11,10 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::sleep;
 
+use super::super::health::State;
 use super::super::shared::Shared;
 use super::desk::{Refused, members};
-use super::members::{Failed, Member};
+use super::members::{Member, tell_all};
 use super::update::Update;
 use crate::control::{ControlError, WeightSource, WeightsPhase, WeightsRequest, WeightsStatus};
 
@@ -84,6 +85,13 @@ async fn look(shared: &Arc<Shared>, member: &Member, status: &WeightsStatus) -> 
         member.worker.health.bar(true);
         return Err(format!("it is {} in an update that is not under way any more", status.phase.name()));
     }
+    let ranks = match hear_ranks(shared, member, status).await {
+        Ok(ranks) => ranks,
+        Err(why) => {
+            member.worker.health.bar(true);
+            return Err(why);
+        }
+    };
     if status.version == version && status.digest != digest {
         member.worker.health.bar(true);
         return Err(format!("it has other weights under the fleet's version {version}; restart it"));
@@ -101,13 +109,16 @@ async fn look(shared: &Arc<Shared>, member: &Member, status: &WeightsStatus) -> 
             status.version
         ));
     }
+    if member.worker.health.state() == State::Down {
+        return Err(format!("it has version {}, and does not serve yet", status.version));
+    }
     let mut wanted = shared.weights.wanted.subscribe();
     let update = rand::random();
     let caught_up = tokio::select! {
-        caught_up = catch_up(shared, member, update, version) => caught_up,
+        caught_up = catch_up(shared, &ranks, update, version) => caught_up,
         _ = wanted.changed() => {
             let why = "an update of the whole fleet comes first".to_owned();
-            let _ = member.client.weights(WeightsRequest::Abort { update, why: why.clone() }).await;
+            tell_all(&ranks, &WeightsRequest::Abort { update, why: why.clone() }).await;
             Err(why)
         }
     };
@@ -122,6 +133,19 @@ async fn look(shared: &Arc<Shared>, member: &Member, status: &WeightsStatus) -> 
     Ok(())
 }
 
+/// All ranks of a worker, the first one's status being known. `Err`: they are not of one mind, or one cannot be asked.
+async fn hear_ranks(shared: &Shared, member: &Member, first: &WeightsStatus) -> Result<Vec<Member>, String> {
+    let others = member.others(shared, first);
+    for (other, status) in others.iter().zip(tell_all(&others, &WeightsRequest::Status).await) {
+        let status = status.map_err(|error| format!("rank {} cannot be asked: {error}", other.rank))?;
+        if (status.version, status.digest, status.phase) != (first.version, first.digest, first.phase) {
+            let told = |status: &WeightsStatus| format!("version {}, {}", status.version, status.phase.name());
+            return Err(format!("rank 0 has {}, rank {} {}", told(first), other.rank, told(&status)));
+        }
+    }
+    Ok(std::iter::once(member.clone()).chain(others).collect())
+}
+
 /// The fleet's version. A proxy that was restarted before workers that were not learns it from them: the highest that any
 /// has, until it has made an update itself. With it, its digest.
 fn learn(shared: &Shared, status: &WeightsStatus) -> (Option<u64>, Option<[u8; 16]>) {
@@ -130,29 +154,28 @@ fn learn(shared: &Shared, status: &WeightsStatus) -> (Option<u64>, Option<[u8; 1
     if desk.learning.load(Ordering::Acquire) && fleet.version.is_none_or(|version| version < status.version) {
         fleet.version = Some(status.version);
         fleet.digest = status.digest;
-        desk.changed.send_replace(status.version);
+        desk.now_serves(status.version);
     }
     (fleet.version, fleet.digest)
 }
 
 /// Gives one worker the fleet's version: the same phases, with nobody else in them.
-async fn catch_up(shared: &Arc<Shared>, member: &Member, update: u64, version: u64) -> Result<(), String> {
+async fn catch_up(shared: &Arc<Shared>, ranks: &[Member], update: u64, version: u64) -> Result<(), String> {
     let (digest, source) = {
         let fleet = shared.weights.fleet();
         (fleet.digest, fleet.source.clone())
     };
     let source = match source {
         Some(WeightSource::Base) => WeightSource::Base,
-        other => match peer(shared, member, version).await {
+        other => match peer(shared, &ranks[0], version).await {
             Some(address) => WeightSource::Peer(address),
             None => other.filter(|source| matches!(source, WeightSource::Folder(_))).ok_or_else(|| {
                 format!("no worker keeps version {version} for it to take; it waits for the next update")
             })?,
         },
     };
-    tracing::info!(worker = member.worker.name(), version, %source, "a worker catches up");
-    let alone = [member.clone()];
-    let update = Update { shared, members: &alone, id: update, version, source };
+    tracing::info!(worker = ranks[0].worker.name(), version, %source, "a worker catches up");
+    let update = Update { shared, members: ranks, id: update, version, source };
     update.run_alone(digest).await.map_err(|failed| failed.to_string())
 }
 
@@ -166,25 +189,39 @@ async fn peer(shared: &Shared, member: &Member, version: u64) -> Option<String> 
     join_all(asked).await.into_iter().flatten().next()
 }
 
-/// What the members serve: the same, or one of them is named.
-pub(super) async fn version_of(members: &[Member]) -> Result<u64, Refused> {
-    let statuses = join_all(members.iter().map(|member| member.client.weights(WeightsRequest::Status))).await;
+/// What the workers serve, and all of their ranks: the same, or one of them is named.
+pub(super) async fn all_ranks(shared: &Shared, members: &[Member]) -> Result<(u64, Vec<Member>), Refused> {
     let mut serves: Option<u64> = None;
-    for (member, status) in members.iter().zip(statuses) {
-        let failed =
-            |why: String| Failed { doing: "asking for versions", worker: member.worker.name().to_owned(), why };
-        let status = match status {
-            Ok(status) => status,
-            Err(ControlError::Refused { why, .. }) => {
-                return Err(Refused::NoMembers { why: format!("{}: {why}", member.worker.name()) });
-            }
-            Err(error) => return Err(failed(error.to_string()).into()),
-        };
-        let before = *serves.get_or_insert(status.version);
-        if before != status.version {
-            let why = format!("it serves version {}, others serve {before}; it is still catching up", status.version);
-            return Err(failed(why).into());
+    let mut ranks = Vec::new();
+    for (member, status) in members.iter().zip(tell_all(members, &WeightsRequest::Status).await) {
+        let status = same_version(member, status, &mut serves)?;
+        let others = member.others(shared, &status);
+        for (other, status) in others.iter().zip(tell_all(&others, &WeightsRequest::Status).await) {
+            same_version(other, status, &mut serves)?;
         }
+        ranks.push(member.clone());
+        ranks.extend(others);
     }
-    Ok(serves.unwrap_or_default())
+    Ok((serves.unwrap_or_default(), ranks))
+}
+
+fn same_version(
+    member: &Member,
+    status: Result<WeightsStatus, ControlError>,
+    serves: &mut Option<u64>,
+) -> Result<WeightsStatus, Refused> {
+    const DOING: &str = "asking for versions";
+    let status = match status {
+        Ok(status) => status,
+        Err(ControlError::Refused { why, .. }) => {
+            return Err(Refused::NoMembers { why: format!("{}: {why}", member.name()) });
+        }
+        Err(error) => return Err(member.failed(DOING, error).into()),
+    };
+    let before = *serves.get_or_insert(status.version);
+    if before != status.version {
+        let why = format!("it serves version {}, others serve {before}; it is still catching up", status.version);
+        return Err(member.failed(DOING, why).into());
+    }
+    Ok(status)
 }

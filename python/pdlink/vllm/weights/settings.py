@@ -1,0 +1,105 @@
+"""What a rank needs to know to take new weights: `PDLINK_WEIGHTS`, and what the KV connector was told.
+
+The variable holds JSON. It is no setting of vLLM's, because those are part of the key under which compiled code is kept.
+
+- `http`: the worker's own API server; default: `http_port` of the KV connector, else port 8000, on loopback;
+- `host`, `bind_host`, `ports`: where each rank listens for orders, if our own KV connector is not there to listen;
+- `secret_file`, `log`: as in `kv_connector_extra_config`;
+- `weights`: settings of `[weights]`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ... import _native
+from .. import config
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+VARIABLE = "PDLINK_WEIGHTS"
+KNOWN = {"http", "host", "bind_host", "ports", "secret_file", "log", "log_format", "weights"}
+# Connectors whose control listener serves for weights too.
+OURS = "pdlink.vllm"
+
+
+@dataclass(frozen=True)
+class Settings:
+    rank: int
+    ranks: int
+    http: str
+    """The API server of this worker."""
+    receiver: str
+    """For the native receiver, as JSON."""
+    has_link: bool
+    """Our KV link's listener takes what comes for the receiver."""
+    log_filter: str
+    log_json: bool
+
+
+def read(vllm_config: VllmConfig, rank: int) -> Settings:
+    given = _given()
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise _native.SettingsError(
+            f"pipeline_parallel_size is {parallel.pipeline_parallel_size}: pdlink brings weights to tensor-parallel ranks only"
+        )
+    transfer = vllm_config.kv_transfer_config
+    has_link = transfer is not None and transfer.kv_connector_module_path == OURS
+    extra = dict(transfer.kv_connector_extra_config or {}) if has_link else {}
+    host = str(given.get("host") or extra.get("kv_host") or "127.0.0.1")
+    ports = given.get("ports")
+    if has_link:
+        addresses = [address for address in (_link_address(vllm_config, one) for one in range(parallel.tensor_parallel_size))]
+    else:
+        addresses = [_at(host, int(port)) for port in ports or ()]
+    if len(addresses) < parallel.tensor_parallel_size:
+        raise _native.SettingsError(
+            f"`ports` in {VARIABLE} lists {len(addresses)} ports, and each of {parallel.tensor_parallel_size} ranks needs one of its own"
+        )
+    # What is staged as a folder can be verified, and be loaded again, without a look at the disk while the engine is paused.
+    model = str(vllm_config.model_config.model)
+    receiver = {
+        "version": 0,
+        "weights": given.get("weights") or {},
+        "bind_host": str(given.get("bind_host") or extra.get("kv_bind_host") or host),
+        "advertise_host": host,
+        "port": None if has_link else int(ports[rank]),
+        "secret_file": given.get("secret_file") or extra.get("secret_file") or os.environ.get(config.SECRET_FILE_ENV) or None,
+        "base": os.path.abspath(model) if os.path.isdir(model) else None,
+        "ranks": addresses if len(addresses) > 1 else [],
+    }
+    return Settings(
+        rank=rank,
+        ranks=parallel.tensor_parallel_size,
+        http=str(given.get("http") or f"http://127.0.0.1:{extra.get('http_port') or 8000}").rstrip("/"),
+        receiver=json.dumps(receiver),
+        has_link=has_link,
+        log_filter=str(given.get("log") or extra.get("log") or os.environ.get(config.LOG_ENV) or "info"),
+        log_json="json" in (given.get("log_format"), extra.get("log_format")),
+    )
+
+
+def _given() -> dict[str, Any]:
+    text = os.environ.get(VARIABLE) or "{}"
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise _native.SettingsError(f"{VARIABLE} holds no JSON: {error}") from error
+    if not isinstance(given, dict) or (unknown := sorted(given.keys() - KNOWN)):
+        what = ", ".join(unknown) if isinstance(given, dict) else text
+        raise _native.SettingsError(f"{VARIABLE} holds what pdlink does not know: {what}; it knows {', '.join(sorted(KNOWN))}")
+    return given
+
+
+def _link_address(vllm_config: VllmConfig, rank: int) -> str:
+    link = config.read(vllm_config, None, rank)
+    return _at(link.host, link.port)
+
+
+def _at(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
