@@ -1,18 +1,36 @@
-//! Where and with what something was measured: the first line of every report.
+//! Where, when and with what something was measured: the first lines of every report.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::ffi::cuda::survey;
+
+/// Variables that change what is measured, by how their names begin.
+const TELLING: [&str; 7] = ["PDLINK_", "UCX_", "NCCL_", "NIXL_", "CUDA_", "VIRTUAL_ENV", "TOKIO_WORKER_THREADS"];
 
 /// The machine and the build.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Environment {
+    /// As it was given, but for secrets.
     pub command: String,
+    /// When it was started, in UTC: `2026-11-23T10:00:00Z`.
+    pub at: String,
     pub cpu: String,
     pub cores: usize,
+    pub memory_bytes: u64,
+    /// Of the last minute, before anything was measured: what else the machine did.
+    pub load_average: f64,
     pub kernel: String,
-    pub version: &'static str,
-    pub commit: &'static str,
+    /// Name of each, where the driver shows any.
+    pub gpus: Vec<String>,
+    /// Those that change what is measured.
+    pub variables: BTreeMap<String, String>,
+    pub version: String,
+    pub commit: String,
     /// Unoptimised builds measure nothing worth keeping.
     pub optimised: bool,
 }
@@ -20,26 +38,117 @@ pub struct Environment {
 impl Environment {
     /// This process on this machine.
     pub fn current() -> Self {
-        let cpu_info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
+        let (cpu_info, load) = (read("/proc/cpuinfo"), read("/proc/loadavg"));
         let model = cpu_info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let own = std::env::args().skip(1).map(|word| if word.contains(' ') { format!("'{word}'") } else { word });
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Self {
-            command: std::iter::once("pdlink".to_owned()).chain(own).collect::<Vec<_>>().join(" "),
+            command: command(std::env::args().skip(1)),
+            at: utc(seconds),
             cpu: model.map_or("unknown", |(_, name)| name.trim()).to_owned(),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
-            kernel: release.trim().to_owned(),
-            version: env!("CARGO_PKG_VERSION"),
-            commit: env!("PDLINK_COMMIT"),
+            memory_bytes: Self::memory_bytes(),
+            load_average: load.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or(0.0),
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            // No driver, no GPUs.
+            gpus: survey().map(|found| found.gpus.into_iter().map(|gpu| gpu.name).collect()).unwrap_or_default(),
+            variables: std::env::vars().filter(|(name, _)| is_telling(name)).collect(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            commit: env!("PDLINK_COMMIT").to_owned(),
             optimised: !cfg!(debug_assertions),
         }
     }
+
+    /// This host's memory.
+    pub(super) fn memory_bytes() -> u64 {
+        let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next());
+        kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
+    }
+}
+
+fn is_telling(name: &str) -> bool {
+    TELLING.iter().any(|start| name.starts_with(start)) && !is_secret(name)
+}
+
+/// Whether a flag or a variable of this name holds what a report must not show.
+fn is_secret(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    ["token", "secret", "password"].iter().any(|word| name.ends_with(word))
+}
+
+/// The command line as one would type it, with dots where a secret stood.
+fn command(arguments: impl Iterator<Item = String>) -> String {
+    let (mut words, mut hide) = (vec!["pdlink".to_owned()], false);
+    for word in arguments {
+        let flag = word.strip_prefix("--").map(|flag| flag.split_once('=').unwrap_or((flag, "")).0.to_owned());
+        let secret = flag.as_deref().is_some_and(is_secret);
+        words.push(match flag {
+            Some(flag) if secret && word.contains('=') => format!("--{flag}=…"),
+            None if hide => "…".to_owned(),
+            _ if word.contains(' ') => format!("'{word}'"),
+            _ => word.clone(),
+        });
+        hide = secret && !word.contains('=');
+    }
+    words.join(" ")
+}
+
+/// Seconds since 1970 as a date and a time.
+fn utc(seconds: u64) -> String {
+    let (mut days, of_day) = (seconds / 86_400, seconds % 86_400);
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let mut year = 1970;
+    while days >= 365 + u64::from(leap(year)) {
+        days -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let mut month = 1;
+    for length in [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
+    format!("{year}-{month:02}-{:02}T{hour:02}:{minute:02}:{second:02}Z", days + 1)
 }
 
 impl std::fmt::Display for Environment {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { command, cpu, cores, kernel, version, commit, optimised } = self;
+        let Self { command, at, cpu, cores, kernel, version, commit, optimised, .. } = self;
         let build = if *optimised { "" } else { ", UNOPTIMISED BUILD" };
-        write!(f, "{command}  # {cpu}, {cores} cores, Linux {kernel}, pdlink {version} ({commit}{build})")
+        write!(f, "{command}  # {at}, {cpu}, {cores} cores, load {:.1}", self.load_average)?;
+        if !self.gpus.is_empty() {
+            write!(f, ", {}", self.gpus.join(" + "))?;
+        }
+        write!(f, ", Linux {kernel}, pdlink {version} ({commit}{build})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_735_689_599, "2024-12-31T23:59:59Z"),
+            (1_795_000_000, "2026-11-18T11:06:40Z"),
+        ] {
+            assert_eq!(utc(seconds), text);
+        }
+    }
+
+    #[test]
+    fn a_report_shows_no_secret() {
+        let words = "bench serve --admin-token sesame --proxy.admin_token=sesame --prompt-tokens 20 --text";
+        let shown = command(words.split(' ').map(str::to_owned));
+        assert_eq!(shown, "pdlink bench serve --admin-token … --proxy.admin_token=… --prompt-tokens 20 --text");
+        assert!(is_telling("UCX_TLS") && is_telling("PDLINK_SECRET_FILE"));
+        assert!(!is_telling("PDLINK_ADMIN_TOKEN") && !is_telling("HOME"));
     }
 }

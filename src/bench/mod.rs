@@ -2,14 +2,17 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod compare;
 pub mod environment;
 pub mod kv;
 pub mod link;
 pub mod load;
 pub mod mock;
+pub mod partner;
 pub mod process;
 pub mod proxy;
 pub mod relay;
+pub mod report;
 mod running;
 pub mod serve;
 pub mod soak;

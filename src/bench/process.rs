@@ -62,8 +62,19 @@ fn status_bytes(pid: i32, name: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// Processor time used so far by all threads, user and system.
+/// Processor time used so far by all threads, user and system: by those that live in nanoseconds where the system counts them,
+/// else in its clock's ticks.
 pub fn cpu_time(pid: i32) -> Option<Duration> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
+    let counted = threads.map(|thread| {
+        let text = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split(' ').next()?.parse().ok().map(Duration::from_nanos)
+    });
+    let nanos: Option<Duration> = counted.sum();
+    nanos.filter(|spent| !spent.is_zero()).or_else(|| cpu_ticks(pid))
+}
+
+fn cpu_ticks(pid: i32) -> Option<Duration> {
     let fields = stat_fields(pid)?;
     let ticks: u64 = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
     Some(Duration::from_secs(ticks) / u32::try_from(rustix::param::clock_ticks_per_second()).ok()?)

@@ -137,6 +137,7 @@ fn flown(setting: &Setting, path: Path, ends: &Ends) -> anyhow::Result<Flown> {
         threads,
         gpu,
         secret_file: secret.path.clone(),
+        host: std::net::Ipv4Addr::LOCALHOST.into(),
         nixl: nixl.clone(),
         nccl: nccl.clone(),
     };

@@ -7,7 +7,8 @@ use std::path::{Path as FilePath, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, ensure};
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::bench::link;
@@ -25,9 +26,9 @@ const OUR_SEED: u64 = 1;
 const PEER_SEED: u64 = 2;
 
 /// One line of the table.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Row {
-    pub operation: &'static str,
+    pub operation: String,
     pub runs: u64,
     pub run_bytes: u64,
     /// One transfer, by NIXL's own Python API and by ours.
@@ -63,7 +64,7 @@ pub(super) fn rows(python: &FilePath, threads: usize, seconds: f64) -> anyhow::R
             };
             let (api_us, ours_us) = (spread(&api)?, spread(&ours)?);
             let times_as_fast = api_us.median / ours_us.median;
-            rows.push(Row { operation, runs, run_bytes, api_us, ours_us, times_as_fast });
+            rows.push(Row { operation: operation.to_owned(), runs, run_bytes, api_us, ours_us, times_as_fast });
         }
     }
     Ok(rows)
@@ -156,7 +157,7 @@ pub(super) fn table(rows: &[Row]) -> Table {
         let bytes = row.runs * row.run_bytes;
         let rate = |us: f64| format!("{:.2}", bytes as f64 / us / 1e3);
         table.row(vec![
-            row.operation.to_owned(),
+            row.operation.clone(),
             row.runs.to_string(),
             size(row.run_bytes),
             format!("{:.1}", row.api_us.median),

@@ -6,7 +6,7 @@ use anyhow::ensure;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::bench::link::{self, FILL_BYTES, is_noise, noise};
+use crate::bench::link::{self, FILL_BYTES, noise};
 use crate::kv::{BlockId, Geometry, GroupGeometry, GroupKind, LayerPlacement, RankMemory};
 use crate::memory::{Region, to_u64, to_usize};
 
@@ -29,7 +29,7 @@ pub enum Shape {
     #[serde(rename = "llama-3.1-70b")]
     Llama31_70b,
     /// One latent per token and layer instead of heads.
-    #[value(name = "deepseek-v3")]
+    #[value(name = "deepseek-v3", alias = "deepseek-v3-mla")]
     #[serde(rename = "deepseek-v3")]
     DeepseekV3,
 }
@@ -56,7 +56,16 @@ impl Shape {
         }
     }
 
-    pub(super) fn geometry(self, block_size: u32) -> Geometry {
+    /// Whether its KV heads can be spread over so many ranks.
+    pub(super) fn check_tp(self, tp: u32) -> anyhow::Result<()> {
+        let group = &self.geometry(16, 1).groups[0];
+        let fits =
+            group.kind == GroupKind::Latent || group.kv_heads.max(tp).is_multiple_of(group.kv_heads.min(tp).max(1));
+        ensure!(tp > 0 && fits, "{} KV heads of {} cannot be spread over {tp} ranks", group.kv_heads, self.name());
+        Ok(())
+    }
+
+    pub(super) fn geometry(self, block_size: u32, tp_size: u32) -> Geometry {
         let (layers, kv_heads, head_size, mla) = match self {
             Self::OneRun => (1, 1, 64, false),
             Self::Small => (4, 4, 32, false),
@@ -76,13 +85,33 @@ impl Shape {
             window: None,
             opaque_planes: None,
         };
-        Geometry { model: self.name().to_owned(), tp_size: 1, groups: vec![group] }
+        Geometry { model: self.name().to_owned(), tp_size, groups: vec![group] }
     }
 }
 
-/// Memory for `num_blocks` blocks, on a GPU or of this host, backed at once so that no transfer meets a page fault.
-pub(super) fn memory(
+impl Layout {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::SplitKv => "split-kv",
+            Self::TokenMajor => "token-major",
+        }
+    }
+}
+
+/// Memory of every rank of a worker.
+pub(super) fn ranks(
     geometry: &Geometry,
+    layout: Layout,
+    num_blocks: u32,
+    gpu: Option<i32>,
+) -> anyhow::Result<Vec<RankMemory>> {
+    (0..geometry.tp_size).map(|rank| memory(geometry, rank, layout, num_blocks, gpu)).collect()
+}
+
+/// Memory of one rank for `num_blocks` blocks, on a GPU or of this host, backed at once so that no transfer meets a page fault.
+fn memory(
+    geometry: &Geometry,
+    rank: u32,
     layout: Layout,
     num_blocks: u32,
     gpu: Option<i32>,
@@ -91,7 +120,7 @@ pub(super) fn memory(
         anyhow::bail!("{} KV groups, one is laid out here", geometry.groups.len())
     };
     let (tokens, halves) = (u64::from(group.block_size), u64::from(group.halves()));
-    let (heads, content) = (u64::from(group.kv_heads), group.content_bytes());
+    let (heads, content) = (u64::from(group.heads_of(rank, geometry.tp_size).count), group.content_bytes());
     let block_stride = halves * tokens * heads * content;
     let layer_bytes = block_stride * u64::from(num_blocks);
     let split = layout == Layout::SplitKv;
@@ -108,7 +137,7 @@ pub(super) fn memory(
             head_stride,
         })
     });
-    Ok(RankMemory { rank: 0, regions, layers: layers.collect::<anyhow::Result<_>>()?, num_blocks })
+    Ok(RankMemory { rank, regions, layers: layers.collect::<anyhow::Result<_>>()?, num_blocks })
 }
 
 /// `count` blocks, from block `first` on: in order, or as a pool gives them out that has been in use for a while.
@@ -120,28 +149,65 @@ pub(super) fn blocks(first: u32, count: u32, num_blocks: u32, scattered: bool) -
     (0..count).map(|index| BlockId(u32::try_from(at(index)).unwrap_or(0))).collect()
 }
 
-/// Fills the memory so that every block of every layer differs.
-pub(super) fn fill(memory: &RankMemory) -> anyhow::Result<()> {
-    memory.regions.iter().zip(1..).try_for_each(|(region, seed)| link::fill(region, seed))
+/// Bytes that contents are cut from.
+const NOISE_SEED: u64 = 17;
+
+/// What one block of one layer holds on one rank: every token of every head something of its own, wherever the rank keeps it.
+fn expected(geometry: &Geometry, noise: &[u8], rank: &RankMemory, layer: usize, block: BlockId) -> Vec<u8> {
+    let group = &geometry.groups[0];
+    let (heads, content) = (group.heads_of(rank.rank, geometry.tp_size), to_usize(group.content_bytes()));
+    let place = &rank.layers[layer];
+    let mut bytes = vec![0; to_usize(place.block_stride)];
+    for half in 0..group.halves() {
+        for token in 0..group.block_size {
+            for head in 0..heads.count {
+                let at = place.half_stride * u64::from(half)
+                    + place.token_stride * u64::from(token)
+                    + place.head_stride * u64::from(head);
+                let what = [to_u64(layer), block.0.into(), half.into(), token.into(), (heads.first + head).into()];
+                // A sum with odd factors: neighbours in any direction begin elsewhere in the noise.
+                let from = what.iter().fold(0_u64, |sum, part| sum.wrapping_mul(0x9e37_79b9).wrapping_add(part + 1));
+                let from = to_usize(from % to_u64(noise.len() - content));
+                bytes[to_usize(at)..][..content].copy_from_slice(&noise[from..from + content]);
+            }
+        }
+    }
+    bytes
+}
+
+/// Fills a worker's memory so that every token of every head in every layer differs.
+pub(super) fn fill(geometry: &Geometry, ranks: &[RankMemory]) -> anyhow::Result<()> {
+    let noise = noise(to_usize(FILL_BYTES), NOISE_SEED);
+    for rank in ranks {
+        for (layer, place) in rank.layers.iter().enumerate() {
+            for block in 0..rank.num_blocks {
+                let bytes = expected(geometry, &noise, rank, layer, BlockId(block));
+                let at = place.base + u64::from(block) * place.block_stride;
+                rank.regions[usize::from(place.region)].copy_in(at, &bytes)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Makes the memory unlike what [`fill`] makes of it.
-pub(super) fn clear(memory: &RankMemory) -> anyhow::Result<()> {
-    memory.regions.iter().try_for_each(|region| Ok(region.fill(0, region.len(), 0)?))
+pub(super) fn clear(ranks: &[RankMemory]) -> anyhow::Result<()> {
+    ranks.iter().flat_map(|rank| &rank.regions).try_for_each(|region| Ok(region.fill(0, region.len(), 0)?))
 }
 
-/// Whether each of these blocks holds, in every layer, what [`fill`] put there.
-pub(super) fn check(memory: &RankMemory, blocks: &[BlockId]) -> anyhow::Result<()> {
-    for (index, region) in memory.regions.iter().enumerate() {
-        let expected = noise(to_usize(FILL_BYTES), to_u64(index) + 1);
-        for layer in memory.layers.iter().filter(|layer| usize::from(layer.region) == index) {
-            for block in blocks {
-                let at = layer.base + u64::from(block.0) * layer.block_stride;
-                let got = region.to_vec(at, layer.block_stride)?;
+/// Whether each of these blocks holds, in every layer on every rank, what [`fill`] put there on whatever ranks had it.
+pub(super) fn check(geometry: &Geometry, ranks: &[RankMemory], blocks: &[BlockId]) -> anyhow::Result<()> {
+    let noise = noise(to_usize(FILL_BYTES), NOISE_SEED);
+    for rank in ranks {
+        for (layer, place) in rank.layers.iter().enumerate() {
+            for &block in blocks {
+                let at = place.base + u64::from(block.0) * place.block_stride;
+                let got = rank.regions[usize::from(place.region)].to_vec(at, place.block_stride)?;
                 ensure!(
-                    is_noise(&got, at, &expected),
-                    "wrong bytes in block {}, region {index}, byte {at} on",
-                    block.0
+                    got == expected(geometry, &noise, rank, layer, block),
+                    "wrong bytes in block {} of layer {layer} on rank {}",
+                    block.0,
+                    rank.rank
                 );
             }
         }

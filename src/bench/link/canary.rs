@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use super::peer::{Orders, Ready};
 use super::workload::{Window, scattered};
-use super::{Rig, Samples, rate};
+use super::{Rig, Way, rate};
+use crate::bench::stats::Samples;
+use crate::security::Secret;
 use crate::transport::{Direction, Fault, FaultPlan, Faulty, Transport, When};
 
 /// Memory at each end.
@@ -35,11 +37,12 @@ pub fn fly(orders: &Orders, ready: &Ready, corrupt: bool) -> anyhow::Result<Flow
         let plan = FaultPlan { seed: 1, faults: vec![(When::Nth(1), Fault::Corrupt)] };
         if corrupt { Faulty::around(ours, plan) } else { ours }
     };
-    let mut rig = Rig::joined(orders, ready, Direction::Pull, around)?;
-    rig.check(BYTES, CHECKED_RUN_BYTES).context("pulling")?;
+    let secret = Secret::read_file(&orders.secret_file)?;
+    let mut rig = Rig::joined(orders, ready, Way::Pull, &secret, around)?;
+    rig.check(Direction::Pull, BYTES, CHECKED_RUN_BYTES).context("pulling")?;
     let (ours, ceiling) = speeds(&rig)?;
-    rig.direction = Direction::Push;
-    rig.check(BYTES, CHECKED_RUN_BYTES).context("pushing")?;
+    rig.turn(Way::Push);
+    rig.check(Direction::Push, BYTES, CHECKED_RUN_BYTES).context("pushing")?;
     rig.close();
     Ok(Flown { bytes: 2 * BYTES, gigabytes_per_second: ours, ceiling_gigabytes_per_second: ceiling })
 }
@@ -49,7 +52,7 @@ fn speeds(rig: &Rig) -> anyhow::Result<(f64, f64)> {
     let mut window = Window::new(rig.span, BYTES);
     let (mut ours, mut theirs) = (Samples::default(), Samples::default());
     for round in 0..ROUNDS {
-        let moved = rig.transfer(scattered(window.next(), BYTES, TIMED_RUN_BYTES))?;
+        let moved = rig.transfer(Direction::Pull, scattered(window.next(), BYTES, TIMED_RUN_BYTES))?;
         let ceiling = rig.ceiling.run_at([window.next(), window.next()], BYTES)?;
         if round > 0 {
             ours.push(rate(BYTES, moved));

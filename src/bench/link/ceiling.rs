@@ -1,7 +1,5 @@
 //! What the machine can do without us: a parallel memcpy, or plain sockets.
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread::JoinHandle;
@@ -9,12 +7,11 @@ use std::time::Instant;
 
 use anyhow::Context;
 
+use super::plain::{self, Plain};
 use super::workload::noise;
 use crate::ffi::cuda::IpcHandle;
 use crate::memory::{Region, RegionOptions, to_u64, to_usize};
 
-/// How much one plain read or write asks for.
-pub(super) const PLAIN_BYTES: usize = 256 * 1024;
 /// Memory is filled with this many bytes of noise, over and over.
 pub(in crate::bench) const FILL_BYTES: u64 = 1 << 20;
 
@@ -22,7 +19,14 @@ pub(in crate::bench) const FILL_BYTES: u64 = 1 << 20;
 pub(in crate::bench) struct Ceiling {
     orders: Vec<mpsc::Sender<Order>>,
     threads: Vec<JoinHandle<anyhow::Result<()>>>,
+    /// The same by the caller, without a thread.
+    alone: Option<Alone>,
 }
+
+type Alone = Box<dyn Fn(u64, u64) -> anyhow::Result<()> + Send>;
+
+/// Up to this size a copy may be done before another thread has woken.
+const ALONE_BYTES_MAX: u64 = 1 << 20;
 
 /// One copy, of which every thread takes chunks until none is left.
 #[derive(Clone)]
@@ -46,47 +50,36 @@ impl Order {
 const CHUNKS_PER_THREAD: u64 = 8;
 
 impl Ceiling {
-    /// `threads` threads, each copying one contiguous share from memory like the peer's to `dst`.
+    /// `threads` threads, each copying one contiguous share from memory like the peer's to `dst`; a short copy is made by the
+    /// caller itself where that is faster.
     pub(in crate::bench) fn memcpy(threads: usize, dst: Arc<Region>) -> anyhow::Result<Self> {
         let options = RegionOptions { prefault: true, huge_pages: false };
         let src = Region::shared_with(to_usize(dst.len()), options)?;
         fill(&src, 3)?;
-        Self::start(threads, |_| {
-            let (src, dst) = (src.clone(), dst.clone());
-            Ok(move |at, bytes| Ok(src.copy_to(at, &dst, at, bytes)?))
-        })
+        let copy = move |at, bytes| Ok(src.copy_to(at, &dst, at, bytes)?);
+        let mut ceiling = Self::start(threads, |_| Ok(copy.clone()))?;
+        ceiling.alone = Some(Box::new(copy));
+        Ok(ceiling)
     }
 
-    /// The driver's own copy, as one piece, from the peer's GPU memory to `dst`.
-    pub(in crate::bench) fn gpu(peer: Option<&IpcHandle>, dst: &Arc<Region>) -> anyhow::Result<Self> {
+    /// The driver's own copy, as one piece, from the peer's GPU memory to `dst`, or half of it and half the other way at once.
+    pub(in crate::bench) fn gpu(peer: Option<&IpcHandle>, dst: &Arc<Region>, both: bool) -> anyhow::Result<Self> {
         let device = dst.device().context("the memory is not on a GPU")?;
         let handle = peer.context("the other process named no GPU memory")?;
-        Self::start(1, |_| {
-            let (dst, src) = (dst.clone(), Region::of_gpu_peer(device, handle, dst.len())?);
+        Self::start(1 + usize::from(both), |index| {
+            let (ours, theirs) = (dst.clone(), Region::of_gpu_peer(device, handle, dst.len())?);
+            let (src, dst) = if index == 0 { (theirs, ours) } else { (ours, theirs) };
             Ok(move |at, bytes| Ok(src.copy_to(at, &dst, at, bytes)?))
         })
     }
 
-    /// `streams` plain sockets to the peer, each read by a thread of its own into memory of its own, in a plain loop.
-    pub(super) fn sockets(port: u16, streams: usize, like: Arc<Region>) -> anyhow::Result<Self> {
-        Self::start(streams, |_| {
-            let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).context("connecting a plain socket")?;
-            socket.set_nodelay(true)?;
-            let share = to_usize(like.len()) / streams;
-            let mut memory = vec![1_u8; share];
-            Ok(move |at: u64, bytes: u64| {
-                socket.write_all(&bytes.to_le_bytes())?;
-                let bytes = to_usize(bytes).min(share);
-                let at = to_usize(at) % (share - bytes + 1);
-                let mut left = &mut memory[at..at + bytes];
-                while !left.is_empty() {
-                    let len = left.len().min(PLAIN_BYTES);
-                    let read = socket.read(&mut left[..len])?;
-                    anyhow::ensure!(read > 0, "the other process closed a plain socket");
-                    left = &mut std::mem::take(&mut left)[read..];
-                }
-                Ok(())
-            })
+    /// `streams` plain sockets from the peer, each read by a thread of its own into memory of its own, in a plain loop; for
+    /// `both` ways as many more to it.
+    pub(in crate::bench) fn sockets(to: &Plain, streams: usize, span: u64, both: bool) -> anyhow::Result<Self> {
+        let share = to_usize(span) / streams;
+        Self::start(streams * (1 + usize::from(both)), |index| {
+            let mut socket = plain::Socket::connect(to, share)?;
+            Ok(move |at, bytes| if index < streams { socket.take(at, bytes) } else { socket.give(at, bytes) })
         })
     }
 
@@ -94,7 +87,7 @@ impl Ceiling {
     where
         F: FnMut(u64, u64) -> anyhow::Result<()> + Send + 'static,
     {
-        let mut ceiling = Self { orders: Vec::new(), threads: Vec::new() };
+        let mut ceiling = Self { orders: Vec::new(), threads: Vec::new(), alone: None };
         for index in 0..threads {
             let (order, orders) = mpsc::channel::<Order>();
             let mut copy = work(index)?;
@@ -122,7 +115,15 @@ impl Ceiling {
     pub(super) fn run_at(&self, [first, second]: [u64; 2], bytes: u64) -> anyhow::Result<f64> {
         let share = bytes.div_ceil(to_u64(self.orders.len())).max(1);
         let whole = self.copy(first, bytes, share)?;
-        Ok(whole.min(self.copy(second, bytes, share.div_ceil(CHUNKS_PER_THREAD))?))
+        let best = whole.min(self.copy(second, bytes, share.div_ceil(CHUNKS_PER_THREAD))?);
+        match &self.alone {
+            Some(alone) if bytes <= ALONE_BYTES_MAX => {
+                let started = Instant::now();
+                alone(first, bytes)?;
+                Ok(best.min(started.elapsed().as_secs_f64()))
+            }
+            _ => Ok(best),
+        }
     }
 
     fn copy(&self, at: u64, bytes: u64, chunk: u64) -> anyhow::Result<f64> {

@@ -18,6 +18,8 @@ const ASKED_AT_ONCE: usize = 16;
 /// What one transfer took, as decode saw it. Of one that was dispatched concurrently, what did not hide under prefill.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct HandOff {
+    /// The time to the first token of the answer behind it.
+    pub(super) first: Duration,
     pub(super) path: &'static str,
     pub(super) dispatch: Dispatch,
     pub(super) bytes: u64,
@@ -133,6 +135,7 @@ fn read(page: &str, first: Duration) -> Option<HandOff> {
     let bytes = records.iter().filter(of_decode).map(|record| record.bytes).sum();
     let first_us = u64::try_from(first.as_micros()).unwrap_or(u64::MAX).max(1);
     Some(HandOff {
+        first,
         path: slowest.path.map_or("none", |path| path.name()),
         dispatch: slowest.dispatch,
         bytes,

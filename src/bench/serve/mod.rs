@@ -18,14 +18,13 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 
 pub use deployment::address_of;
-pub use report::Report;
+pub use report::{HandOffs, Report, Row, Timeline};
 
 use super::client;
-use super::environment::Environment;
+use crate::telemetry::names;
 use deployment::Deployment;
 use hand_off::Source;
 use load::Load;
-use report::Row;
 
 /// Longest wait for anything within one request: a queue of long prompts on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -85,10 +84,8 @@ impl std::fmt::Display for Pace {
     }
 }
 
-/// Runs the scenario; `tell` gets what a person should read as it comes.
+/// Runs the scenario; `tell` gets what a person should read while it runs.
 pub async fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Report> {
-    let environment = Environment::current();
-    tell(&format!("{environment}\n"));
     let deployment = match &options.target {
         Target::Url(url) => Deployment::running(url)?,
         Target::Start { arguments, within } => Deployment::start(arguments, *within, tell).await?,
@@ -97,8 +94,7 @@ pub async fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Resul
     let ended = deployment.end().await;
     let rows = measured?;
     ended?;
-    let report = Report { environment, rows };
-    tell(&report.to_string());
+    let report = Report { rows };
     ensure!(report.rows.iter().any(|row| row.requests > 0), "not one request was answered");
     Ok(report)
 }
@@ -149,12 +145,27 @@ async fn one_row(options: &Options, side: &Side, tokens: usize, pace: Pace, numb
         Pace::PerSecond(_) => 1,
     };
     load::run(load(warm, Pace::AtOnce(at_once))).await?;
+    let before = prefill_leg(side).await;
     let seen = load::run(load(counted, pace)).await?;
+    let legs = before.zip(prefill_leg(side).await).map(|(before, after)| [after[0] - before[0], after[1] - before[1]]);
+    let leg_ms = legs.filter(|[_, count]| *count > 0.0).map(|[seconds, count]| seconds * 1000.0 / count);
     let hand_offs = match &side.records {
         Some(source) => hand_off::of(source, &seen.answers, ASK_PATIENCE).await,
         None => hand_off::Found::default(),
     };
-    Ok(Row::new(side.name, tokens, options.output_tokens, pace, &seen, &hand_offs))
+    Ok(Row::new(side.name, tokens, options.output_tokens, pace, &seen, &hand_offs, leg_ms))
+}
+
+/// Seconds that the proxy waited for prefill in all, and how often, if it tells.
+async fn prefill_leg(side: &Side) -> Option<[f64; 2]> {
+    let source = side.records.as_ref()?;
+    let text = client::get_text(&source.address, "/metrics", ASK_PATIENCE).await.ok()?;
+    let sum_of = |ending: &str| {
+        let name = format!("{}{ending}", names::PROXY_PREFILL_SECONDS);
+        let values = text.lines().filter_map(|line| line.strip_prefix(&name)?.split_whitespace().last()?.parse().ok());
+        values.reduce(|sum: f64, value: f64| sum + value)
+    };
+    Some([sum_of("_sum")?, sum_of("_count")?])
 }
 
 async fn side(name: &'static str, address: &str, options: &Options, records: Option<Source>) -> anyhow::Result<Side> {

@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::requests::{Asked, Ending};
 use super::watch::Workers;
 use crate::bench::table::Table;
 
 /// The counts of one soak.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Report {
     pub seconds: f64,
     pub clients: usize,

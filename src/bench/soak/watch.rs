@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
 use super::fleet;
@@ -18,7 +19,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(2);
 const AGE_MIN: Duration = Duration::from_secs(60);
 
 /// What the workers said in all.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Workers {
     /// Transfers that brought their KV to a decode worker, and their bytes: at least these, for a killed worker takes what it
     /// counted since the last look with it.

@@ -1,17 +1,19 @@
 //! `pdlink bench kv`.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::ValueEnum;
 
+use super::hosts::Hosts;
+use super::{Output, PathName, pair, threads};
 use crate::bench::kv;
-use crate::cli::bench::PathName;
+use crate::bench::report::Level;
+use crate::cli::Sources;
 use crate::config::KvSendType;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct KvArgs {
-    /// Path to measure; several may be given [default: shm]
+    /// Path to measure; several may be given [default: shm, between hosts tcp]
     #[arg(long, value_enum)]
     path: Vec<PathName>,
     /// Whose KV is moved
@@ -42,9 +44,16 @@ pub(super) struct KvArgs {
     /// Time per line of the table
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
-    /// Also write the report to this file, as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    /// Tensor-parallel ranks of the prefill worker
+    #[arg(long, default_value_t = 1)]
+    prefill_tp: u32,
+    /// Tensor-parallel ranks of the decode worker
+    #[arg(long, default_value_t = 1)]
+    decode_tp: u32,
+    #[command(flatten)]
+    hosts: Hosts,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -57,11 +66,12 @@ enum SendTypeName {
     PutAsync,
 }
 
-pub(super) fn run(args: KvArgs) -> anyhow::Result<ExitCode> {
-    let paths = if args.path.is_empty() { vec![PathName::Shm] } else { args.path };
+pub(super) fn run(args: KvArgs, sources: &Sources) -> anyhow::Result<ExitCode> {
+    let Some(place) = args.hosts.place(sources)? else { return Ok(ExitCode::SUCCESS) };
+    let default = if place.other_host().is_some() { PathName::Tcp } else { PathName::Shm };
+    let paths = if args.path.is_empty() { vec![default] } else { args.path };
     let send_types =
         if args.send_type.is_empty() { vec![SendTypeName::Get, SendTypeName::PutAsync] } else { args.send_type };
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from).clamp(1, 8);
     let options = kv::Options {
         paths: paths.into_iter().map(PathName::path).collect(),
         shape: args.shape,
@@ -69,12 +79,15 @@ pub(super) fn run(args: KvArgs) -> anyhow::Result<ExitCode> {
         tokens: args.tokens,
         block_size: args.block_size,
         send_types: send_types.into_iter().map(SendTypeName::send_type).collect(),
-        threads: args.threads.unwrap_or_else(cores).max(1),
+        threads: threads(args.threads),
         digest: args.digest,
-        gpus: super::pair(&args.gpus),
+        gpus: pair(&args.gpus),
+        prefill_tp: args.prefill_tp,
+        decode_tp: args.decode_tp,
+        place,
         seconds: args.seconds.clamp(0.0, 3600.0),
     };
-    super::tell(args.json.as_deref(), |text| kv::run(&options, text))
+    args.output.tell(|_| kv::run(&options).map(Level::Kv))
 }
 
 impl SendTypeName {

@@ -1,9 +1,9 @@
 //! `pdlink bench serve`.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use crate::bench::report::Level;
 use crate::bench::serve::{self, Options, Pace, Target};
 use crate::cli::{Sources, Usage, load_config};
 use crate::config::ProxyConfig;
@@ -49,9 +49,8 @@ pub(super) struct ServeArgs {
     /// Send prompts as text, rather than as token ids. How many tokens they have is then up to the tokenizer
     #[arg(long)]
     text: bool,
-    /// Also write the report to this file, as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: super::Output,
 }
 
 pub(super) fn run(args: ServeArgs, sources: &Sources) -> anyhow::Result<ExitCode> {
@@ -78,7 +77,7 @@ pub(super) fn run(args: ServeArgs, sources: &Sources) -> anyhow::Result<ExitCode
         return Err(Usage::new("--rate must be above 0 requests a second").into());
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    super::tell(args.json.as_deref(), |text| runtime.block_on(serve::run(&options, text)))
+    args.output.tell(|tell| runtime.block_on(serve::run(&options, tell)).map(Level::Serve))
 }
 
 /// What is measured, and how its proxy is set up where we are to start it.

@@ -6,15 +6,17 @@
 //! connection for the latency that is added, and at many for the processor time per 1,000 requests. The relay says what of
 //! that time is the machine's.
 
+mod report;
+
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use serde::Serialize;
 
-use super::environment::Environment;
+use self::report::{Memory, Tally, Wave};
+pub use self::report::{Report, Row};
 use super::load::{self, Load, Seen, Until};
 use super::mock::{self, Mock};
 use super::process::{resident_bytes, tree_cpu_time};
@@ -37,6 +39,9 @@ pub struct Args {
     /// Prompt sizes, in bytes
     #[arg(long, value_delimiter = ',', default_values_t = [200, 2_000, 20_000, 200_000, 1_000_000])]
     bodies: Vec<usize>,
+    /// Every row is measured so many times, with all other rows between them
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
     /// Connections of the load: one row each. 1 shows the latency that the proxy adds, more its processor time
     #[arg(long, value_delimiter = ',', default_values_t = [1, 32])]
     connections: Vec<usize>,
@@ -55,9 +60,6 @@ pub struct Args {
     /// Seed of the prompts
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Write all figures to this file as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
     /// Measure another router as well, in the same run: the command that starts it, split at white space, in which {port},
     /// {prefill} and {decode} stand for the port to listen on and the URLs of the workers. Repeat for more
     #[arg(long = "router", value_name = "COMMAND")]
@@ -84,59 +86,24 @@ enum Part {
     Load,
 }
 
-/// One line of the table.
-#[derive(Debug, Clone, Serialize)]
-struct Row {
-    prompt_bytes: usize,
-    connections: usize,
-    /// What the requests go through: nothing (`direct`), the bare relay, the proxy, or another router, by its name.
-    through: String,
-    #[serde(flatten)]
-    seen: Seen,
-    /// Processor time of what they go through per 1,000 requests, in milliseconds.
-    cpu_ms_per_1000: Option<f64>,
-    /// The same as a multiple of the relay's.
-    cpu_of_relay: Option<f64>,
-    /// Its p50 above that of a client that does both legs itself.
-    added_p50_us: Option<i64>,
+impl Args {
+    /// Whether this process is one part of the scenario.
+    pub fn is_a_part(&self) -> bool {
+        self.part.is_some()
+    }
 }
 
-/// Memory of the proxy, in bytes, around waves of requests held in flight.
-#[derive(Debug, Clone, Serialize)]
-struct Memory {
-    inflight: usize,
-    before_bytes: u64,
-    waves: Vec<Wave>,
-}
-
-#[derive(Debug, Clone, Serialize)]
-struct Wave {
-    errors: u64,
-    first_error: Option<String>,
-    peak_bytes: u64,
-    after_bytes: u64,
-}
-
-#[derive(Debug, Serialize)]
-struct Report {
-    #[serde(flatten)]
-    environment: Environment,
-    rows: Vec<Row>,
-    memory: Option<Memory>,
-}
-
-/// Runs the scenario, or the part of it that this process is.
-pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+/// Runs the part of the scenario that this process is.
+pub fn run_part(args: &Args) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    match args.part {
-        Some(Part::MockPrefill) => runtime.block_on(serve_mock(Mock::Prefill)).map(|()| ExitCode::SUCCESS),
-        Some(Part::MockDecode) => {
+    match args.part.context("this process is no part of the scenario")? {
+        Part::MockPrefill => runtime.block_on(serve_mock(Mock::Prefill)),
+        Part::MockDecode => {
             let mock = Mock::Decode { events: args.events, delay: Duration::from_millis(args.delay_ms) };
-            runtime.block_on(serve_mock(mock)).map(|()| ExitCode::SUCCESS)
+            runtime.block_on(serve_mock(mock))
         }
-        Some(Part::Relay) => runtime.block_on(serve_relay(args)).map(|()| ExitCode::SUCCESS),
-        Some(Part::Load) => runtime.block_on(run_load(args)).map(|()| ExitCode::SUCCESS),
-        None => measure(args),
+        Part::Relay => runtime.block_on(serve_relay(args)),
+        Part::Load => runtime.block_on(run_load(args)),
     }
 }
 
@@ -265,50 +232,50 @@ impl<'a> Bench<'a> {
     }
 
     fn until(&self, prompt_bytes: usize, connections: usize) -> String {
+        let rounds = self.args.rounds.max(1);
         if let Some(seconds) = self.args.seconds {
-            return format!("--seconds={seconds}");
+            return format!("--seconds={}", seconds / rounds as f64);
         }
         let fitting = 2_000_000_000 / (prompt_bytes as u64 + 1_000);
         let requests = self.args.requests.unwrap_or_else(|| fitting.clamp(2_000, 20_000));
-        format!("--requests={}", if connections == 1 { requests.min(3_000) } else { requests })
+        let requests = if connections == 1 { requests.min(3_000) } else { requests };
+        format!("--requests={}", requests.div_ceil(rounds as u64))
     }
 
-    /// Without a `front`, the load does both legs itself.
-    fn row(&self, prompt_bytes: usize, connections: usize, front: Option<&Front>) -> anyhow::Result<Row> {
+    /// One round of one row. Without a `front`, the load does both legs itself.
+    fn round(&self, tally: &mut Tally, front: Option<&Front>) -> anyhow::Result<()> {
+        let (prompt_bytes, connections) = (tally.prompt_bytes, tally.connections);
         let targets = front.map_or(&self.legs[..], |front| std::slice::from_ref(&front.address));
-        let name = front.map_or("direct", |front| &front.name);
-        self.load(targets, prompt_bytes, connections, &format!("--requests={WARM_UP_REQUESTS}"))?;
+        if tally.is_new() {
+            self.load(targets, prompt_bytes, connections, &format!("--requests={WARM_UP_REQUESTS}"))?;
+        }
         let spent = || front.map(|front| tree_cpu_time(front.pid));
         let before = spent();
         let seen = self.load(targets, prompt_bytes, connections, &self.until(prompt_bytes, connections))?;
         let (failed, all) = (seen.errors, seen.errors + seen.requests);
         let first_error = seen.first_error.as_deref().unwrap_or_default();
-        ensure!(failed == 0, "{failed} of {all} requests through {name} failed, the first: {first_error}");
+        ensure!(failed == 0, "{failed} of {all} requests through {} failed, the first: {first_error}", tally.through);
         let spent = spent().zip(before).map(|(after, before)| after.saturating_sub(before));
-        // Milliseconds per 1,000 requests are microseconds per request.
-        let cpu_ms_per_1000 = spent.map(|spent| spent.as_secs_f64() * 1e6 / seen.requests as f64);
-        let through = name.to_owned();
-        Ok(Row { prompt_bytes, connections, through, seen, cpu_ms_per_1000, cpu_of_relay: None, added_p50_us: None })
+        tally.take(&seen, spent);
+        Ok(())
     }
 
+    /// All rows of one load: without a proxy, through the relay, the proxy, and every other router.
     fn rows(&self, prompt_bytes: usize, connections: usize) -> anyhow::Result<Vec<Row>> {
-        let direct = self.row(prompt_bytes, connections, None)?;
-        let relay = self.row(prompt_bytes, connections, Some(&self.relay))?;
-        let (direct_p50_us, relay_cpu) = (direct.seen.p50_us, relay.cpu_ms_per_1000);
-        let mut rows = vec![direct, relay];
-        for front in std::iter::once(&self.proxy).chain(&self.routers) {
-            rows.push(self.row(prompt_bytes, connections, Some(front))?);
+        let fronts = [&self.relay, &self.proxy].into_iter().chain(&self.routers).map(Some);
+        let mut tallies: Vec<(Option<&Front>, Tally)> = std::iter::once(None)
+            .chain(fronts)
+            .map(|front| {
+                let name = front.map_or("direct", |front| &front.name);
+                (front, Tally::new(prompt_bytes, connections, name))
+            })
+            .collect();
+        for _ in 0..self.args.rounds.max(1) {
+            for (front, tally) in &mut tallies {
+                self.round(tally, *front)?;
+            }
         }
-        for row in &mut rows[1..] {
-            row.added_p50_us = i64::try_from(row.seen.p50_us)
-                .ok()
-                .zip(i64::try_from(direct_p50_us).ok())
-                .map(|(through, direct)| through - direct);
-        }
-        for row in &mut rows[2..] {
-            row.cpu_of_relay = row.cpu_ms_per_1000.zip(relay_cpu).map(|(through, relay)| through / relay);
-        }
-        Ok(rows)
+        Row::of(tallies.into_iter().map(|(_, tally)| tally))
     }
 
     /// Holds `inflight` requests at once, several times: no wave must need more memory than the first.
@@ -338,78 +305,26 @@ impl<'a> Bench<'a> {
     }
 }
 
-fn measure(args: &Args) -> anyhow::Result<ExitCode> {
-    let inflight = raise_file_limit(args.inflight);
-    let mut report = Report { environment: Environment::current(), rows: Vec::new(), memory: None };
-    println!("{}", report.environment);
-    println!("{}", HEADINGS);
+/// Runs the scenario.
+pub fn run(args: &Args, tell: &mut dyn FnMut(&str)) -> anyhow::Result<Report> {
+    let inflight = raise_file_limit(args.inflight, tell);
+    let mut report = Report::default();
     let bench = Bench::start(args, Duration::ZERO)?;
     for &prompt_bytes in &args.bodies {
         for &connections in &args.connections {
-            for row in bench.rows(prompt_bytes, connections)? {
-                println!("{}", row.line());
-                report.rows.push(row);
-            }
+            report.rows.extend(bench.rows(prompt_bytes, connections)?);
         }
     }
     drop(bench);
     if inflight > 0 {
-        let memory = Bench::start(args, HOLD)?.memory(inflight)?;
-        println!("{}", memory.lines());
-        report.memory = Some(memory);
+        report.memory = Some(Bench::start(args, HOLD)?.memory(inflight)?);
     }
-    if let Some(file) = &args.json {
-        std::fs::write(file, serde_json::to_string_pretty(&report)?)
-            .with_context(|| format!("cannot write {}", file.display()))?;
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-const HEADINGS: &str = "prompt bytes  connections  through          req/s  p50 us  p90 us  p99 us  added p50 us  CPU ms/1000 requests  of relay";
-
-impl Row {
-    fn line(&self) -> String {
-        let rate = self.seen.requests as f64 / self.seen.seconds;
-        let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-        format!(
-            "{:>12}  {:>11}  {:<14}  {rate:>6.0}  {:>6}  {:>6}  {:>6}  {:>12}  {:>20}  {:>8}",
-            self.prompt_bytes,
-            self.connections,
-            self.through,
-            self.seen.p50_us,
-            self.seen.p90_us,
-            self.seen.p99_us,
-            or_dash(self.added_p50_us.map(|added| added.to_string())),
-            or_dash(self.cpu_ms_per_1000.map(|cpu| format!("{cpu:.1}"))),
-            or_dash(self.cpu_of_relay.map(|times| format!("{times:.2}"))),
-        )
-    }
-}
-
-impl Memory {
-    fn lines(&self) -> String {
-        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        let mut lines =
-            format!("memory with {} requests in flight: {:.0} MiB before", self.inflight, mib(self.before_bytes));
-        for (number, wave) in self.waves.iter().enumerate() {
-            lines += &format!(
-                ", wave {}: {:.0} MiB at most, {:.0} MiB after, {} errors",
-                number + 1,
-                mib(wave.peak_bytes),
-                mib(wave.after_bytes),
-                wave.errors,
-            );
-            if let Some(error) = &wave.first_error {
-                lines += &format!(" (the first: {error})");
-            }
-        }
-        lines
-    }
+    Ok(report)
 }
 
 /// Each request in flight takes two sockets of the proxy. The parts inherit the limit. Returns how many requests it allows,
 /// `inflight` at most.
-fn raise_file_limit(inflight: usize) -> usize {
+fn raise_file_limit(inflight: usize, tell: &mut dyn FnMut(&str)) -> usize {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let wanted = inflight as u64 * 2 + FILES_OF_OTHERS as u64;
     let maximum = getrlimit(Resource::Nofile).maximum;
@@ -421,8 +336,8 @@ fn raise_file_limit(inflight: usize) -> usize {
     }
     let Some(files) = getrlimit(Resource::Nofile).current.filter(|&files| files < wanted) else { return inflight };
     let fitting = usize::try_from(files.saturating_sub(FILES_OF_OTHERS as u64) / 2).unwrap_or(inflight);
-    println!(
-        "the limit on open files is {files}: {fitting} requests are held in flight, for {inflight} raise it to {wanted}"
-    );
+    tell(&format!(
+        "the limit on open files is {files}: {fitting} requests are held in flight, for {inflight} raise it to {wanted}\n"
+    ));
     fitting
 }

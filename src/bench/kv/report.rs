@@ -1,0 +1,133 @@
+//! What `bench kv` found, in rows.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::python;
+use crate::bench::report::{Figure, Unit};
+use crate::bench::stats::{Curve, Spread};
+use crate::bench::table::{Table, size};
+
+/// One line of the table.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Row {
+    pub path: String,
+    pub send_type: String,
+    pub blocks: String,
+    pub tokens: u32,
+    pub bytes: u64,
+    pub runs: u64,
+    pub posts: u64,
+    /// From `fetch` to the report.
+    pub fetch_us: Spread,
+    /// How `fetch` is distributed.
+    pub fetch_curve: Curve,
+    /// From `expect` to the report.
+    pub whole_us: Spread,
+    /// Parts of `fetch`, as the records have them.
+    pub copy_us: f64,
+    pub validate_us: f64,
+    pub gigabytes_per_second: Spread,
+    pub ceiling_gigabytes_per_second: Spread,
+    pub share_of_ceiling: f64,
+}
+
+/// All that was measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Report {
+    pub shape: String,
+    pub layout: String,
+    /// Tensor-parallel ranks of the prefill worker, and of the decode worker.
+    pub prefill_tp: u32,
+    pub decode_tp: u32,
+    /// The host of the prefill worker, where it is another.
+    pub other_host: Option<String>,
+    pub block_size: u32,
+    pub threads: usize,
+    pub digest: bool,
+    pub rows: Vec<Row>,
+    /// With `nixl` in host memory: the same runs by NIXL's own Python API.
+    pub nixl_api: Option<Vec<python::Row>>,
+    /// Why they were not measured.
+    pub nixl_api_skipped: Option<String>,
+}
+
+impl Report {
+    /// What another run can be held against.
+    pub fn figures(&self) -> Vec<Figure> {
+        let Self { shape, layout, block_size, prefill_tp, decode_tp, digest, threads, .. } = self;
+        let digest = if *digest { ", digested" } else { "" };
+        let mut figures = Vec::new();
+        for row in &self.rows {
+            let Row { path, send_type, blocks, tokens, .. } = row;
+            let name = format!(
+                "kv {shape} {layout}, blocks of {block_size}, TP {prefill_tp} to {decode_tp}, {threads} threads{digest}, {path} \
+                 {send_type}: {tokens} tokens from {blocks} blocks"
+            );
+            figures.push(Figure::new(format!("{name}, fetch"), Unit::Microseconds, row.fetch_us));
+            figures.push(Figure::new(format!("{name}, whole"), Unit::Microseconds, row.whole_us));
+        }
+        figures
+    }
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { shape, layout, block_size, threads, digest, prefill_tp, decode_tp, .. } = self;
+        let digest = if *digest { ", every transfer digested" } else { "" };
+        let from = self.other_host.as_ref().map_or_else(String::new, |host| format!(", prefill on {host}"));
+        writeln!(
+            f,
+            "\n{shape} ({layout}), blocks of {block_size} tokens, TP {prefill_tp} to {decode_tp}, {threads} \
+             threads{digest}{from}\n"
+        )?;
+        let columns = [
+            "path",
+            "send type",
+            "blocks",
+            "tokens",
+            "total",
+            "runs",
+            "fetch µs",
+            "min",
+            "p99",
+            "copy",
+            "validate",
+            "whole µs",
+            "GB/s",
+            "ceiling",
+            "share",
+            "rounds",
+        ];
+        let mut table = Table::new(&columns, 3);
+        for row in &self.rows {
+            let micros = |value: f64| format!("{value:.1}");
+            table.row(vec![
+                row.path.clone(),
+                row.send_type.clone(),
+                row.blocks.clone(),
+                row.tokens.to_string(),
+                size(row.bytes),
+                row.runs.to_string(),
+                micros(row.fetch_us.median),
+                micros(row.fetch_us.min),
+                micros(row.fetch_us.p99),
+                micros(row.copy_us),
+                micros(row.validate_us),
+                micros(row.whole_us.median),
+                format!("{:.2}", row.gigabytes_per_second.median),
+                format!("{:.2}", row.ceiling_gigabytes_per_second.median),
+                format!("{:.0} %", row.share_of_ceiling * 100.0),
+                row.fetch_us.count.to_string(),
+            ]);
+        }
+        write!(f, "{table}")?;
+        if let Some(rows) = &self.nixl_api {
+            write!(f, "\nthe same runs by NIXL's own Python API and by pdlink's path\n\n{}", python::table(rows))?;
+        }
+        match &self.nixl_api_skipped {
+            Some(why) => writeln!(f, "\nNIXL's own Python API: skipped, {why}"),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! One number of a report under a name that another run's report has as well.
+
+use serde::Serialize;
+
+use crate::bench::stats::Spread;
+
+/// A measured quantity.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Figure {
+    /// Level, path, sizes: all that must be equal for two figures to be of one thing.
+    pub name: String,
+    pub unit: Unit,
+    pub spread: Spread,
+}
+
+/// What it is counted in, which says what is better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum Unit {
+    #[serde(rename = "GB/s")]
+    GigabytesPerSecond,
+    #[serde(rename = "µs")]
+    Microseconds,
+    #[serde(rename = "ms")]
+    Milliseconds,
+    /// Processor time of 1,000 requests.
+    #[serde(rename = "CPU ms/1000")]
+    CpuPerThousand,
+}
+
+impl Unit {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::GigabytesPerSecond => "GB/s",
+            Self::Microseconds => "µs",
+            Self::Milliseconds => "ms",
+            Self::CpuPerThousand => "CPU ms/1000",
+        }
+    }
+
+    /// Whether more is better.
+    pub fn grows_better(self) -> bool {
+        self == Self::GigabytesPerSecond
+    }
+}
+
+impl Figure {
+    pub fn new(name: String, unit: Unit, spread: Spread) -> Self {
+        Self { name, unit, spread }
+    }
+}
