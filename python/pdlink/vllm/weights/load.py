@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 
 from ... import _native
 from ...trainer.publisher import DTYPES
-
-logger = init_logger("vllm.pdlink.weights")
 
 # safetensors' names to PyTorch's types, as far as this PyTorch has them.
 TYPES = {told: getattr(torch, name) for name, told in DTYPES.items() if hasattr(torch, name)}
@@ -40,11 +37,28 @@ def load(worker: Any, weights: _native.Order | None) -> None:
     model.load_weights = load_weights
     try:
         worker.reload_weights(weights_iterator=views(weights), is_checkpoint_format=True)
+    except Exception:
+        _abandon(worker, model)
+        raise
     finally:
         del model.load_weights
     missing = sorted(wanted - loaded) if loaded is not None else []
     if missing and worker.model_runner.model_config.quantization is None:
         raise ValueError(f"the new weights have nothing for {len(missing)} of the model's parameters, such as {missing[0]}")
+
+
+def _abandon(worker: Any, model: torch.nn.Module) -> None:
+    """Ends a reload that broke off: what is buffered for a layer would go into it at the next one."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    with set_current_vllm_config(worker.vllm_config):
+        for layer in model.modules():
+            info = layerwise.get_layerwise_info(layer)
+            if info.can_load():
+                info.loaded_weights.clear()
+                info.load_numel = 0
+        layerwise.finalize_layerwise_reload(model, worker.model_runner.model_config)
 
 
 def views(weights: _native.Order) -> Iterator[tuple[str, torch.Tensor]]:

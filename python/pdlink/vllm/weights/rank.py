@@ -91,7 +91,7 @@ class Rank:
             self._taken = order
             load(worker, order)
         except Exception as error:
-            logger.exception("version %d was not loaded", version)
+            logger.warning("version %d was not loaded on rank %d: %s", version, self.settings.rank, error)
             return self._answer(f"{type(error).__name__}: {error}")
         logger.info("version %d is loaded on rank %d after %.3f s", version, self.settings.rank, time.monotonic() - begun)
         return self._answer(None)
