@@ -202,3 +202,43 @@ fn two_hosts_measure_link_and_kv_and_a_stranger_is_refused() {
     let (output, said) = connect("link", &ours, &["--path", "cuda-ipc", "--bytes", "64K"]);
     assert!(!output.status.success() && said.contains("cuda-ipc (pull)"), "it says which path failed: {said}");
 }
+
+#[test]
+fn one_run_gives_every_level_that_was_asked_for_and_names_the_rest() {
+    let folder = tempfile::tempdir().expect("folder");
+    let file = folder.path().join("all.json");
+    let args =
+        ["bench", "--quick", "--seconds", "0.01", "--only", "raw,kv", "--shape", "small,one-run", "--tokens", "32"];
+    let (output, said) = run(&[&args[..], &["--json", path(&file)]].concat());
+    assert!(output.status.success(), "{said}");
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(&file).expect("a report")).expect("JSON");
+    let levels: Vec<&str> =
+        report["levels"].as_array().expect("levels").iter().filter_map(|l| l["level"].as_str()).collect();
+    assert_eq!(levels, ["raw", "kv", "kv"], "one for each shape");
+    let skipped: Vec<&str> =
+        report["skipped"].as_array().expect("skipped").iter().filter_map(|skipped| skipped["what"].as_str()).collect();
+    for level in ["link", "serve", "weights", "proxy"] {
+        assert!(skipped.contains(&level), "{level} is not among {skipped:?}");
+    }
+    let means = |row: &Value| row["means"].as_str().expect("a name").to_owned();
+    let rows = report["levels"][0]["rows"].as_array().expect("rows");
+    assert!(rows.iter().any(|row| means(row) == "memcpy") && rows.iter().any(|row| means(row) == "sockets"));
+    assert!(rows.iter().all(|row| row["gigabytes_per_second"]["median"].as_f64() > Some(0.0)));
+}
+
+#[test]
+fn weights_are_pushed_into_a_fleet_that_serves() {
+    let folder = tempfile::tempdir().expect("folder");
+    let file = folder.path().join("weights.json");
+    let args = ["bench", "weights", "--bytes", "1M", "--tensors", "3", "--pushes", "2", "--clients", "1"];
+    let (output, said) = run(&[&args[..], &["--threads", "1", "--json", path(&file)]].concat());
+    assert!(output.status.success(), "{said}");
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(&file).expect("a report")).expect("JSON");
+    let row = &report["levels"][0]["rows"][0];
+    assert_eq!((&row["workers"], &row["tensors"], &row["lost"]), (&json!(2), &json!(3), &json!(0)), "{row:#}");
+    for name in ["gigabytes_per_second", "ceiling_gigabytes_per_second", "staging_ms", "paused_ms", "whole_ms"] {
+        assert_eq!(row[name]["count"], 2, "{name}: {row:#}");
+        assert!(row[name]["median"].as_f64() > Some(0.0), "{name}: {row:#}");
+    }
+    assert!(row["longest_gap_ms"]["median"].as_f64() > Some(0.0), "clients streamed meanwhile: {row:#}");
+}

@@ -1,6 +1,7 @@
 //! Scenarios, statistics, tables.
 #![forbid(unsafe_code)]
 
+pub mod all;
 pub mod client;
 pub mod compare;
 pub mod environment;
@@ -11,6 +12,7 @@ pub mod mock;
 pub mod partner;
 pub mod process;
 pub mod proxy;
+pub mod raw;
 pub mod relay;
 pub mod report;
 mod running;
@@ -18,3 +20,4 @@ pub mod serve;
 pub mod soak;
 pub mod stats;
 pub mod table;
+pub mod weights;

@@ -47,6 +47,10 @@ impl Place {
 pub(super) enum Part {
     Link,
     Kv,
+    /// Plain sockets.
+    Plain,
+    /// One end of `ncclSend`.
+    Nccl,
 }
 
 impl Part {
@@ -55,6 +59,8 @@ impl Part {
         match self {
             Self::Link => "link-peer",
             Self::Kv => "kv-peer",
+            Self::Plain => "plain-peer",
+            Self::Nccl => "nccl-peer",
         }
     }
 }
@@ -156,7 +162,16 @@ impl Partner {
 
     /// Says one line and hears the answer to it.
     pub(super) fn ask<T: DeserializeOwned>(&mut self, what: &impl Serialize) -> anyhow::Result<T> {
-        self.lines.tell(what).context("telling the other end")?;
+        self.tell(what)?;
+        self.hear()
+    }
+
+    /// Says one line. Its answer is to be heard later.
+    pub(super) fn tell(&mut self, what: &impl Serialize) -> anyhow::Result<()> {
+        self.lines.tell(what).context("telling the other end")
+    }
+
+    pub(super) fn hear<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
         match self.lines.next()? {
             Some(Said::Ok(answer)) => Ok(answer),
             Some(Said::Failed(why)) => bail!("the other end: {why}"),
@@ -219,6 +234,8 @@ fn serve_caller(mut stream: TcpStream, secret: &Secret) -> anyhow::Result<Part> 
     match part {
         Part::Link => super::link::serve_peer(lines, Some(secret))?,
         Part::Kv => super::kv::serve_peer(lines, Some(secret))?,
+        Part::Plain => super::raw::serve_plain(lines)?,
+        Part::Nccl => super::raw::serve_nccl_peer(lines)?,
     }
     Ok(part)
 }

@@ -14,7 +14,7 @@ pub(super) struct Running {
 
 impl Running {
     /// Starts this program again, as one part of the scenario, whose output is read line by line.
-    pub(super) fn part(args: &[String]) -> anyhow::Result<Self> {
+    pub(super) fn part(args: &[impl AsRef<std::ffi::OsStr>]) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         Self::start(Command::new(program).args(args).stdout(Stdio::piped()))
             .context("cannot start a part of the scenario")

@@ -36,6 +36,10 @@ impl Samples {
         self.values.push(value);
     }
 
+    pub fn iter(&self) -> impl Iterator<Item = f64> + '_ {
+        self.values.iter().copied()
+    }
+
     pub fn len(&self) -> usize {
         self.values.len()
     }
@@ -90,6 +94,12 @@ fn median_of(sorted: &[f64]) -> Option<f64> {
     let middle = sorted.len() / 2;
     let upper = *sorted.get(middle)?;
     Some(if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], upper) } else { upper })
+}
+
+impl Extend<f64> for Samples {
+    fn extend<I: IntoIterator<Item = f64>>(&mut self, values: I) {
+        self.values.extend(values);
+    }
 }
 
 impl FromIterator<f64> for Samples {

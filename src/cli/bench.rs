@@ -1,12 +1,16 @@
 //! `pdlink bench`: one subcommand per scenario. A scenario is a module of [`crate::bench`], a variant here and a line in [`run`].
 
+mod all;
 mod documents;
+mod fleet;
 mod hosts;
 mod kv;
 mod link;
 mod output;
+mod raw;
 mod serve;
 mod soak;
+mod weights;
 
 use std::process::ExitCode;
 
@@ -20,13 +24,27 @@ use crate::bench::report::Level;
 use crate::config::Path;
 
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(super) struct Args {
     #[command(subcommand)]
-    scenario: Scenario,
+    scenario: Option<Scenario>,
+    #[command(flatten)]
+    all: all::AllArgs,
 }
 
 #[derive(Debug, Subcommand)]
 enum Scenario {
+    /// Every level in one run, on what this machine has: what `pdlink bench` does without a word.
+    #[command(after_help = super::SOURCES_HELP)]
+    All(all::AllArgs),
+    /// What the machine does without pdlink: memcpy, plain sockets, the driver's copy, ncclSend, NIXL.
+    #[command(after_help = super::SOURCES_HELP)]
+    Raw(raw::RawArgs),
+    /// The other process of `raw`.
+    #[command(name = "plain-peer", hide = true)]
+    PlainPeer,
+    #[command(name = "nccl-peer", hide = true)]
+    NcclPeer,
     /// Bytes between two processes over each path, against what the machine can do.
     #[command(after_help = super::SOURCES_HELP)]
     Link(link::LinkArgs),
@@ -44,6 +62,9 @@ enum Scenario {
     /// A deployment as its clients see it: time to the first token, between tokens, and the hand-off's part of it.
     #[command(after_help = super::SOURCES_HELP)]
     Serve(serve::ServeArgs),
+    /// New weights into reference engines that serve: GB/s beside a plain copy of the bytes, and the pause.
+    #[command(after_help = super::SOURCES_HELP)]
+    Weights(weights::WeightsArgs),
     /// A fleet under streaming clients while its workers are killed: wrong answers, unclear endings, blocks left held.
     #[command(after_help = super::SOURCES_HELP)]
     Soak(soak::SoakArgs),
@@ -73,15 +94,19 @@ enum PathName {
 }
 
 pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
-    match args.scenario {
+    let peer = |serve: fn(Lines) -> anyhow::Result<()>| serve(Lines::of_this_process()).map(|()| ExitCode::SUCCESS);
+    match args.scenario.unwrap_or(Scenario::All(args.all)) {
+        Scenario::All(args) => all::run(args, &sources),
+        Scenario::Raw(args) => raw::run(args, &sources),
+        Scenario::PlainPeer => peer(crate::bench::raw::serve_plain),
+        Scenario::NcclPeer => peer(crate::bench::raw::serve_nccl_peer),
         Scenario::Link(args) => link::run(args, &sources),
-        Scenario::LinkPeer => {
-            crate::bench::link::serve_peer(Lines::of_this_process(), None).map(|()| ExitCode::SUCCESS)
-        }
+        Scenario::LinkPeer => peer(|lines| crate::bench::link::serve_peer(lines, None)),
         Scenario::Kv(args) => kv::run(args, &sources),
-        Scenario::KvPeer => crate::bench::kv::serve_peer(Lines::of_this_process(), None).map(|()| ExitCode::SUCCESS),
+        Scenario::KvPeer => peer(|lines| crate::bench::kv::serve_peer(lines, None)),
         Scenario::Proxy(args) => run_proxy(&args),
         Scenario::Serve(args) => serve::run(args, &sources),
+        Scenario::Weights(args) => weights::run(args, &sources),
         Scenario::Soak(args) => soak::run(&args, &sources),
         Scenario::Compare(args) => documents::run_compare(&args),
         Scenario::Schema => documents::run_schema(),

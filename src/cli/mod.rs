@@ -46,7 +46,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Measure, against what the machine can do.
-    Bench(bench::Args),
+    Bench(Box<bench::Args>),
     /// Show, check or describe the configuration.
     #[command(after_help = SOURCES_HELP)]
     Config(config::Args),
@@ -73,7 +73,7 @@ enum Command {
 
 fn dispatch(command: Command, sources: Sources) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Bench(args) => bench::run(args, sources),
+        Command::Bench(args) => bench::run(*args, sources),
         Command::Config(args) => config::run(args, sources),
         Command::Doctor(args) => doctor::run(&args, &sources),
         Command::DoctorProbe(_) => doctor::serve_probe(),

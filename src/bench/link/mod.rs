@@ -23,7 +23,7 @@ pub use report::{Latency, Report, Row};
 
 pub(super) use self::ceiling::{Ceiling, FILL_BYTES};
 use self::peer::Peer;
-pub(super) use self::peer::{loopback, memory};
+pub(super) use self::peer::{Held, fits, loopback, memory};
 pub(super) use self::plain::Plain;
 use self::rig::{Case, PASSES, Rig, Tally};
 use self::workload::Window;
@@ -231,4 +231,9 @@ impl Drop for SecretFile {
 /// 10^9 bytes a second.
 fn rate(bytes: u64, seconds: f64) -> f64 {
     bytes as f64 / seconds / 1e9
+}
+
+/// The Python environment that is active, whose wheels may have libraries.
+pub(super) fn python_environment() -> Vec<std::path::PathBuf> {
+    std::env::var_os("VIRTUAL_ENV").map(Into::into).into_iter().collect()
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::SecretFile;
 use super::ceiling::fill;
 use super::plain::Plain;
 use crate::bench::environment::Environment;
@@ -128,12 +129,9 @@ pub fn hold(orders: &Orders) -> anyhow::Result<Holding> {
 }
 
 fn hold_as(orders: &Orders, secret: &Secret) -> anyhow::Result<Holding> {
-    let memory_bytes = Environment::memory_bytes();
-    ensure!(
-        orders.gpu.is_some() || orders.span <= memory_bytes / 2,
-        "{} B are more than half of this host's memory ({memory_bytes} B): measure smaller sizes",
-        orders.span
-    );
+    if orders.gpu.is_none() {
+        fits(orders.span)?;
+    }
     let region = memory(orders.span, orders.gpu)?;
     fill(&region, SEED)?;
     let gpu_memory = region.device().map(|device| device.share(region.address())).transpose()?;
@@ -143,4 +141,35 @@ fn hold_as(orders: &Orders, secret: &Secret) -> anyhow::Result<Holding> {
     let plain = Plain::serve(orders.host, orders.threads, to_usize(orders.span))?;
     let ready = Ready { export: transport.export(), grant: grant.token(), plain, gpu_memory };
     Ok(Holding { ready, _transport: transport, _grant: grant })
+}
+
+/// Whether this host may give so much memory to a measurement.
+pub(in crate::bench) fn fits(span: u64) -> anyhow::Result<usize> {
+    let all = Environment::memory_bytes();
+    ensure!(span <= all / 2, "{span} B are more than half of this host's memory ({all} B): measure smaller sizes");
+    Ok(to_usize(span))
+}
+
+/// Memory on a GPU of another process, for as long as this.
+pub(in crate::bench) struct Held {
+    pub(in crate::bench) memory: IpcHandle,
+    _peer: Peer,
+}
+
+impl Held {
+    pub(in crate::bench) fn start(span: u64, gpu: i32) -> anyhow::Result<Self> {
+        let file = SecretFile::new()?;
+        let orders = Orders {
+            path: Path::CudaIpc,
+            span,
+            threads: 1,
+            gpu: Some(gpu),
+            secret_file: file.path.clone(),
+            host: loopback(),
+            nixl: NixlConfig::default(),
+            nccl: NcclConfig::default(),
+        };
+        let (peer, _, ready) = Peer::start(&Place::Here, &orders, None)?;
+        Ok(Self { memory: ready.gpu_memory.context("the other process named no GPU memory")?, _peer: peer })
+    }
 }

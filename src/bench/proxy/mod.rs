@@ -87,6 +87,25 @@ enum Part {
 }
 
 impl Args {
+    /// A short and a long prompt, alone and many at once; with `quick` a fifth of the requests.
+    pub fn brief(quick: bool) -> Self {
+        Self {
+            bodies: vec![200, 20_000],
+            rounds: 5,
+            connections: vec![1, 32],
+            requests: quick.then_some(2_000),
+            seconds: None,
+            events: 0,
+            inflight: 0,
+            seed: 1,
+            routers: Vec::new(),
+            proxy_args: Vec::new(),
+            part: None,
+            targets: Vec::new(),
+            delay_ms: 0,
+        }
+    }
+
     /// Whether this process is one part of the scenario.
     pub fn is_a_part(&self) -> bool {
         self.part.is_some()

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use figure::{Figure, Unit};
 
 use super::environment::Environment;
-use super::{kv, link, proxy, serve, soak};
+use super::{kv, link, proxy, raw, serve, soak, weights};
 
 /// Version of the document's form. It grows when a field changes its meaning or goes; new fields leave it as it is.
 pub const FORMAT: u32 = 1;
@@ -34,9 +34,11 @@ pub struct Report {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "level", rename_all = "kebab-case")]
 pub enum Level {
+    Raw(raw::Report),
     Link(link::Report),
     Kv(kv::Report),
     Serve(serve::Report),
+    Weights(weights::Report),
     Proxy(proxy::Report),
     Soak(soak::Report),
 }
@@ -90,9 +92,11 @@ impl Report {
 impl Level {
     pub fn name(&self) -> &'static str {
         match self {
+            Self::Raw(_) => "raw",
             Self::Link(_) => "link",
             Self::Kv(_) => "kv",
             Self::Serve(_) => "serve",
+            Self::Weights(_) => "weights",
             Self::Proxy(_) => "proxy",
             Self::Soak(_) => "soak",
         }
@@ -100,9 +104,11 @@ impl Level {
 
     fn figures(&self) -> Vec<Figure> {
         match self {
+            Self::Raw(report) => report.figures(),
             Self::Link(report) => report.figures(),
             Self::Kv(report) => report.figures(),
             Self::Serve(report) => report.figures(),
+            Self::Weights(report) => report.figures(),
             Self::Proxy(report) => report.figures(),
             // It promises; it does not time.
             Self::Soak(_) => Vec::new(),
@@ -113,9 +119,11 @@ impl Level {
 impl std::fmt::Display for Level {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Self::Raw(report) => report.fmt(f),
             Self::Link(report) => report.fmt(f),
             Self::Kv(report) => report.fmt(f),
             Self::Serve(report) => report.fmt(f),
+            Self::Weights(report) => report.fmt(f),
             Self::Proxy(report) => report.fmt(f),
             Self::Soak(report) => report.fmt(f),
         }

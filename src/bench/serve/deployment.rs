@@ -19,9 +19,8 @@ const END_MAX: Duration = Duration::from_secs(120);
 
 /// A deployment that takes requests.
 #[derive(Debug)]
-pub(super) struct Deployment {
-    /// `host:port` of its proxy.
-    pub(super) address: String,
+pub(in crate::bench) struct Deployment {
+    address: String,
     started: Option<Started>,
 }
 
@@ -34,12 +33,12 @@ struct Started {
 }
 
 impl Deployment {
-    pub(super) fn running(url: &str) -> anyhow::Result<Self> {
+    pub(in crate::bench) fn running(url: &str) -> anyhow::Result<Self> {
         Ok(Self { address: address_of(url)?, started: None })
     }
 
     /// Starts `pdlink up` and waits until it takes requests; its errors come on our stderr.
-    pub(super) async fn start(
+    pub(in crate::bench) async fn start(
         arguments: &[OsString],
         within: Duration,
         tell: &mut dyn FnMut(&str),
@@ -61,8 +60,13 @@ impl Deployment {
         Ok(Self { address: address_of(&url)?, started: Some(Started { child, _reader: reader }) })
     }
 
+    /// `host:port` of its proxy.
+    pub(in crate::bench) fn address(&self) -> &str {
+        &self.address
+    }
+
     /// Ends what was started; a deployment that ran before runs on.
-    pub(super) async fn end(self) -> anyhow::Result<()> {
+    pub(in crate::bench) async fn end(self) -> anyhow::Result<()> {
         let Some(mut started) = self.started else { return Ok(()) };
         if let Some(pid) = started.child.id().and_then(|pid| i32::try_from(pid).ok()) {
             process::signal(pid, Signal::TERM);

@@ -17,12 +17,13 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
+pub(super) use deployment::Deployment;
 pub use deployment::address_of;
 pub use report::{HandOffs, Report, Row, Timeline};
+pub(super) use stream::ask as ask_stream;
 
 use super::client;
 use crate::telemetry::names;
-use deployment::Deployment;
 use hand_off::Source;
 use load::Load;
 
@@ -90,13 +91,18 @@ pub async fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> anyhow::Resul
         Target::Url(url) => Deployment::running(url)?,
         Target::Start { arguments, within } => Deployment::start(arguments, *within, tell).await?,
     };
-    let measured = measure(options, &deployment.address, tell).await;
+    let measured = measure(options, deployment.address(), tell).await;
     let ended = deployment.end().await;
     let rows = measured?;
     ended?;
     let report = Report { rows };
     ensure!(report.rows.iter().any(|row| row.requests > 0), "not one request was answered");
     Ok(report)
+}
+
+/// The body of a streamed request with a prompt and an answer of these lengths.
+pub(super) fn stream_body(model: &str, prompt_tokens: usize, output_tokens: u32) -> bytes::Bytes {
+    prompts::draw(1, 1, prompt_tokens)[0].body(model, output_tokens, false)
 }
 
 /// One server that is asked.
@@ -176,7 +182,8 @@ async fn side(name: &'static str, address: &str, options: &Options, records: Opt
     Ok(Side { name, address: address.to_owned(), model, records })
 }
 
-async fn first_model(address: &str) -> anyhow::Result<String> {
+/// The first model that a server lists.
+pub(super) async fn first_model(address: &str) -> anyhow::Result<String> {
     let text = client::get_text(address, "/v1/models", ASK_PATIENCE).await?;
     let models: Value = serde_json::from_str(&text)?;
     let id = models["data"][0]["id"].as_str().context("its list of models is empty; name one with --model")?;

@@ -12,7 +12,7 @@ use crate::openai::headers::X_PDLINK_TRANSFER_ID;
 
 /// What a client saw of one request.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Answer {
+pub(in crate::bench) struct Answer {
     /// From sending the request to the first token.
     pub(super) first: Duration,
     /// Between tokens that followed each other. Of a piece with several tokens, each has an equal part of the time.
@@ -23,8 +23,15 @@ pub(super) struct Answer {
     pub(super) transfer_id: Option<String>,
 }
 
+impl Answer {
+    /// The longest time in which no token came, once one had.
+    pub(in crate::bench) fn longest_gap(&self) -> Option<Duration> {
+        self.gaps.iter().max().copied()
+    }
+}
+
 /// Sends one request and reads its answer to the end.
-pub(super) async fn ask(address: &str, body: Bytes, patience: Duration) -> anyhow::Result<Answer> {
+pub(in crate::bench) async fn ask(address: &str, body: Bytes, patience: Duration) -> anyhow::Result<Answer> {
     let sent = Instant::now();
     let mut answer = client::send(address, Method::POST, "/v1/completions", Some(body), patience).await?;
     if answer.status != StatusCode::OK {
