@@ -460,7 +460,8 @@ fn every_inference_setting_reaches_vllm() {
          {\"rope_parameters\":{\"rope_type\":\"yarn\",\"factor\":4.0}} --tensor-parallel-size 1 --gpu-memory-utilization 0.5 \
          --api-server-count 2 --seed 7 --enable-lora --max-loras 8 --max-cpu-loras 100 --max-lora-rank 32 \
          --no-enable-prefix-caching --enable-expert-parallel --all2all-backend allgather_reducescatter --enable-eplb \
-         --disable-access-log-for-endpoints /health,/metrics"
+         --disable-access-log-for-endpoints /health,/metrics \
+         --worker-extension-cls pdlink.vllm.weights.WeightsExtension"
     );
     assert_eq!(flag(decode, "--all2all-backend"), Some("deepep_low_latency"));
     assert_eq!(prefill.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"], "1");

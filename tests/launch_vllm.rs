@@ -102,19 +102,37 @@ fn answers_as_one_server_does(name: &str, more: &[&str], expected: &[Value]) -> 
     deployment
 }
 
+/// PRIME-RL's calls bring another checkpoint, and the first one back.
+fn takes_weights(deployment: &Deployment, expected: &[Value]) {
+    let proxy = deployment.base_url.trim_end_matches("/v1");
+    let other = format!("{}-other", std::env::var("PDLINK_TEST_MODEL").expect("the tests' model"));
+    let said = post(&format!("{proxy}/update_weights"), &json!({ "weight_dir": other }).to_string());
+    assert!(said.contains("200 OK") && said.contains("\"version\":1"), "{said}");
+    let changed = deployment.answers();
+    assert!(changed.iter().zip(expected).all(|(one, other)| one != other), "{changed:?}");
+    let said = post(&format!("{proxy}/reload_weights"), "{}");
+    assert!(said.contains("200 OK") && said.contains("\"version\":2"), "{said}");
+    assert_eq!(deployment.answers(), expected, "after the way back");
+}
+
 #[test]
 #[ignore = "needs vLLM for CPU: see the head of this file"]
 fn real_workers_answer_as_one_server_does_by_every_connector() {
-    let plain = Deployment::start(&["--pd_disagg.enabled", "false"]);
+    let plain = Deployment::start(&["--pd_disagg.enabled", "false", "--weights.vllm_workers", "true"]);
     let expected = plain.answers();
+    takes_weights(&plain, &expected);
     plain.end();
 
     let native = answers_as_one_server_does("native", &[], &expected);
     let hand_off = get(&format!("{}/metrics", native.base_url.trim_end_matches("/v1")));
     assert!(hand_off.contains("pdlink_proxy_requests"), "{hand_off}");
+    takes_weights(&native, &expected);
     native.end();
 
-    answers_as_one_server_does("vLLM's own, decode reads", OWN_NIXL, &expected).end();
+    let takes = [OWN_NIXL, &["--weights.vllm_workers", "true"]].concat();
+    let own = answers_as_one_server_does("vLLM's own, decode reads", &takes, &expected);
+    takes_weights(&own, &expected);
+    own.end();
 
     let push = [OWN_NIXL, &["--pd_disagg.kv_send_type", "PUT"]].concat();
     let mut push = answers_as_one_server_does("vLLM's own, prefill writes", &push, &expected);

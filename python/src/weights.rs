@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use pdlink::config::{InFlight, KvConfig, WeightsConfig};
+use pdlink::config::{InFlight, KvConfig, Staging, WeightsConfig};
 use pdlink::control::WeightsDoor;
 use pdlink::weights::{
     Listening, NewWeights, Paths, ReceiverSetup, Staged, WeightTarget, WeightsMetrics, WeightsReceiver,
@@ -178,6 +178,10 @@ impl WeightReceiver {
 }
 
 fn start(given: ReceiverSettings) -> PyResult<WeightReceiver> {
+    if given.weights.staging != Staging::Host {
+        let why = "vLLM loads from what is staged whole; set weights.staging = \"host\"";
+        return Err(errors::settings("weights.staging", &why));
+    }
     let failed = |error: &dyn std::fmt::Display| errors::StartError::new_err(format!("the weights' receiver: {error}"));
     let secret = settings::secret(given.secret_file.as_ref())?;
     let listener = given.port.map(|port| listen(&given.bind_host, port)).transpose()?;

@@ -39,6 +39,13 @@ pub(super) struct Args {
     /// KV addresses (host:port) of the decode workers [default: their hosts and `decode_kv_port` + number]
     #[arg(long, value_name = "ADDR", num_args = 1.., value_delimiter = ',')]
     decode_kv_addrs: Vec<String>,
+    /// Where the prefill workers' first ranks take orders about new weights (host:port) [default: their KV addresses, with pdlink's
+    /// own connector]
+    #[arg(long, value_name = "ADDR", num_args = 1.., value_delimiter = ',')]
+    prefill_weights_addrs: Vec<String>,
+    /// The same of the decode workers, or of plain workers
+    #[arg(long, value_name = "ADDR", num_args = 1.., value_delimiter = ',')]
+    decode_weights_addrs: Vec<String>,
     /// The connector that the workers run [default: `pd_disagg.kv_connector`]
     #[arg(long, value_name = "NAME")]
     connector: Option<ConnectorName>,
@@ -120,8 +127,8 @@ fn setup(args: &Args, config: &Config) -> anyhow::Result<ProxySetup> {
     let secret = secret(args, config, &listener, connector)?;
     Ok(ProxySetup {
         weights: config.weights.clone(),
-        prefill: workers(&args.prefill, &args.prefill_kv_addrs, Role::Prefill, config)?,
-        decode: workers(&args.decode, &args.decode_kv_addrs, Role::Decode, config)?,
+        prefill: workers(&args.prefill, (&args.prefill_kv_addrs, &args.prefill_weights_addrs), Role::Prefill, config)?,
+        decode: workers(&args.decode, (&args.decode_kv_addrs, &args.decode_weights_addrs), Role::Decode, config)?,
         listener,
         admin_listener,
         config: config.proxy.clone(),
@@ -193,11 +200,18 @@ fn once_per_flag(error: anyhow::Error) -> anyhow::Error {
 }
 
 /// Workers with their KV addresses: as given, else each worker's host and the role's KV port plus its number.
-fn workers(urls: &[String], kv_addrs: &[String], role: Role, config: &Config) -> anyhow::Result<Vec<WorkerAddress>> {
-    if !kv_addrs.is_empty() && kv_addrs.len() != urls.len() {
-        let message =
-            format!("{} {} workers but {} KV addresses; give one for each", urls.len(), role.name(), kv_addrs.len());
-        return Err(Usage::new(message).into());
+fn workers(
+    urls: &[String],
+    (kv_addrs, weights_addrs): (&[String], &[String]),
+    role: Role,
+    config: &Config,
+) -> anyhow::Result<Vec<WorkerAddress>> {
+    for (addrs, kind) in [(kv_addrs, "KV addresses"), (weights_addrs, "addresses for weights")] {
+        if !addrs.is_empty() && addrs.len() != urls.len() {
+            let message =
+                format!("{} {} workers but {} {kind}; give one for each", urls.len(), role.name(), addrs.len());
+            return Err(Usage::new(message).into());
+        }
     }
     let base = config.pd_disagg.base_kv_port(role);
     let worker = |(number, url): (usize, &String)| {
@@ -205,7 +219,8 @@ fn workers(urls: &[String], kv_addrs: &[String], role: Role, config: &Config) ->
         let port = u16::try_from(number).ok().and_then(|number| base.checked_add(number));
         let derived = host.zip(port).map(|((host, _), port)| format!("{host}:{port}"));
         let kv_addr = kv_addrs.get(number).cloned().or(derived);
-        WorkerAddress { url: url.clone(), kv_addr, tp: config.tp(role) }
+        let weights_addr = weights_addrs.get(number).cloned();
+        WorkerAddress { url: url.clone(), kv_addr, weights_addr, tp: config.tp(role) }
     };
     Ok(urls.iter().enumerate().map(worker).collect())
 }
@@ -285,7 +300,7 @@ mod tests {
         );
         let config = Config::default();
         assert_eq!(dialect(&args, &config), Connector::P2pNccl);
-        let prefill = workers(&args.prefill, &args.prefill_kv_addrs, Role::Prefill, &config).expect("workers");
+        let prefill = workers(&args.prefill, (&args.prefill_kv_addrs, &[]), Role::Prefill, &config).expect("workers");
         assert_eq!(prefill[1].kv_addr.as_deref(), Some("b:5"));
         let settings = overrides(&args);
         assert_eq!(settings.len(), 7);
@@ -297,9 +312,9 @@ mod tests {
         let args = args("--port 0 --prefill http://a:1 http://b:1/ --decode http://c:1");
         let config = Config::default();
         assert_eq!(dialect(&args, &config), Connector::Native);
-        let prefill = workers(&args.prefill, &[], Role::Prefill, &config).expect("workers");
+        let prefill = workers(&args.prefill, (&[], &[]), Role::Prefill, &config).expect("workers");
         assert_eq!(prefill[1].kv_addr.as_deref(), Some("b:14580"));
-        assert!(workers(&args.prefill, &["x:1".to_owned()], Role::Prefill, &config).is_err());
+        assert!(workers(&args.prefill, (&["x:1".to_owned()], &[]), Role::Prefill, &config).is_err());
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! The whole configuration, and the answers that need more than one section.
 
+use std::net::{IpAddr, Ipv4Addr};
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{
     All2AllBackend, ConnectorImpl, EngineKind, HostsConfig, InferenceConfig, KvConfig, KvConnector, KvMemory,
@@ -51,6 +54,9 @@ pub struct Config {
     /// The log.
     pub telemetry: TelemetryConfig,
 }
+
+/// An argument of vLLM's that names a class for its workers.
+const WORKER_EXTENSION: &str = "worker_extension_cls";
 
 impl Config {
     /// The model to serve: `[inference.model] name`, else `[model] name`, else the engine's own default.
@@ -142,9 +148,35 @@ impl Config {
         }
     }
 
+    /// Whether vLLM's workers of a role take new weights from us; the reference engine's always do.
+    pub fn vllm_takes_weights(&self, role: Role) -> bool {
+        let is_wanted = self.weights.vllm_workers.unwrap_or_else(|| {
+            self.has_vllm_runtime(role) && is_loopback(self.host()) && self.worker_extension(role).is_none()
+        });
+        self.inference.engine == EngineKind::Vllm && is_wanted
+    }
+
+    /// Whether vLLM's workers of a role have a KV runtime of ours.
+    pub fn has_vllm_runtime(&self, role: Role) -> bool {
+        let is_native = role != Role::Both && self.pd_disagg.connector_impl == ConnectorImpl::Native;
+        self.inference.engine == EngineKind::Vllm && is_native
+    }
+
+    /// The class that `[inference.vllm]` adds to vLLM's workers.
+    pub fn worker_extension(&self, role: Role) -> Option<Value> {
+        let args = self.inference.vllm.args(role);
+        args.into_iter().find(|(name, _)| name.replace('-', "_") == WORKER_EXTENSION).map(|(_, class)| class)
+    }
+
     /// How weights reach the workers, wherever PRIME-RL's file says so.
     pub fn weight_broadcast_type(&self) -> WeightBroadcastType {
         let copies = [&self.weight_broadcast, &self.trainer.weight_broadcast, &self.inference.weight_broadcast];
         copies.iter().find_map(|copy| copy.as_ref()?.r#type).unwrap_or_default()
     }
+}
+
+/// Whether only this host reaches what listens there.
+pub(super) fn is_loopback(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || bare.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)).is_loopback()
 }

@@ -37,6 +37,11 @@ pub enum InFlight {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct WeightsConfig {
+    /// Whether vLLM's workers take new weights from pdlink. That needs vLLM's development routes, with which whoever reaches a
+    /// worker's own HTTP port can pause it and call into it. Default: with pdlink's own connector, where that port is on loopback, and
+    /// `[inference.vllm] worker_extension_cls` names no other class. With true and a class of your own, derive it from
+    /// `pdlink.vllm.weights.WeightsExtension`.
+    pub vllm_workers: Option<bool>,
     /// Where new weights lie until every worker has them. Default `host`: costs each worker the size of the model in host
     /// memory while an update is under way.
     pub staging: Staging,
@@ -44,6 +49,7 @@ pub struct WeightsConfig {
     pub in_flight: InFlight,
     /// Whether a worker keeps what it staged, so that one that was restarted can have it from there. Default true: costs
     /// each worker the size of the model in host memory all the time. Without it, such a worker waits for the next update.
+    /// vLLM's workers keep it in any case: what they cannot load is taken back from there.
     pub keep: bool,
     /// Ways for weights to go, best first. Default `["shm", "tcp"]`: a sender on the same host, then any other.
     pub paths: Vec<Path>,
@@ -74,6 +80,7 @@ pub struct WeightsConfig {
 impl Default for WeightsConfig {
     fn default() -> Self {
         Self {
+            vllm_workers: None,
             staging: Staging::default(),
             in_flight: InFlight::default(),
             keep: true,

@@ -202,6 +202,11 @@ fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>, weights: Desk) 
         }
         _ => None,
     };
+    let runtimes: Box<[Option<AdminClient>]> = workers.iter().map(runtime).collect();
+    let door = |(worker, runtime): (&Arc<Worker>, &Option<AdminClient>)| match &worker.address.weights_addr {
+        Some(addr) => Some(AdminClient::new(addr.clone(), setup.secret.clone(), abort::TELL_TIMEOUT)),
+        None => runtime.clone(),
+    };
     Ok(Arc::new(Shared {
         limits,
         mode: setup.mode,
@@ -209,7 +214,8 @@ fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>, weights: Desk) 
         policy: config.policy,
         prefill: Pool::new(of(Role::Prefill), config.policy),
         decode: Pool::new(of(Role::Decode), config.policy),
-        runtimes: workers.iter().map(runtime).collect(),
+        doors: workers.iter().zip(&runtimes).map(door).collect(),
+        runtimes,
         workers: workers.into_boxed_slice(),
         gate: Gate { token: config.admin_token.clone(), apart: setup.admin_listener.is_some() },
         weights,

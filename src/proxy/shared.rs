@@ -89,6 +89,8 @@ pub(crate) struct Shared {
     pub(crate) workers: Box<[Arc<Worker>]>,
     /// One per worker that has a KV address.
     pub(crate) runtimes: Box<[Option<AdminClient>]>,
+    /// One per worker that may take weights from us: its KV runtime, or a door of its own.
+    pub(crate) doors: Box<[Option<AdminClient>]>,
     pub(crate) gate: Gate,
     pub(crate) weights: Desk,
     /// Seals the parameters that decode gets before prefill has answered.

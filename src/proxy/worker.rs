@@ -18,6 +18,8 @@ pub struct WorkerAddress {
     pub url: String,
     /// `host:port` of its KV runtime. Without one, aborts go to the address that its own transfer parameters name.
     pub kv_addr: Option<String>,
+    /// `host:port` at which its first rank takes orders about weights, where that is not the KV runtime.
+    pub weights_addr: Option<String>,
     /// Tensor-parallel ranks: how many places it takes in a weight broadcast.
     pub tp: u32,
 }
@@ -25,7 +27,7 @@ pub struct WorkerAddress {
 impl WorkerAddress {
     /// A worker of one rank, without a known KV address.
     pub fn new(url: impl Into<String>) -> Self {
-        Self { url: url.into(), kv_addr: None, tp: 1 }
+        Self { url: url.into(), kv_addr: None, weights_addr: None, tp: 1 }
     }
 }
 

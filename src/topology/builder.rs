@@ -249,12 +249,13 @@ fn worker(
     let port = take_http_port(config, ports, &slot)?;
     let kv_ports = take_kv_ports(config, ports, &slot)?;
     let (engine, role) = (config.inference.engine, slot.role);
+    let weights_ports = take_weights_ports(config, ports, &slot)?;
     let mut env = BTreeMap::new();
     if slot.share.is_none() {
         env.insert("CUDA_VISIBLE_DEVICES".to_owned(), list(&slot.gpus));
     }
     let has_runtime = engine == EngineKind::Reference || (role != Role::Both && is_native(config));
-    if has_runtime {
+    if has_runtime || !weights_ports.is_empty() {
         env.insert(SECRET_FILE_ENV.to_owned(), around.secret_file.to_owned());
     }
     let command = match engine {
@@ -272,6 +273,7 @@ fn worker(
                 reach: &reach,
                 port,
                 kv_ports: &kv_ports,
+                weights_ports: &weights_ports,
                 kv_paths,
                 cpu,
             };
@@ -293,6 +295,7 @@ fn worker(
         port,
         kv_port: kv_ports.first().copied(),
         kv_ports,
+        weights_ports,
         has_runtime,
         command,
         env,
@@ -342,6 +345,17 @@ fn take_kv_ports(config: &Config, ports: &mut dyn Ports, slot: &Slot<'_>) -> Res
     Ok(taken)
 }
 
+/// Doors for orders about weights, of ranks that have no KV runtime of ours: nobody else has to know these ports beforehand.
+fn take_weights_ports(config: &Config, ports: &mut dyn Ports, slot: &Slot<'_>) -> Result<Vec<u16>, PortError> {
+    if !config.vllm_takes_weights(slot.role) || config.has_vllm_runtime(slot.role) {
+        return Ok(Vec::new());
+    }
+    let purpose = format!("weights port of {} {}", slot.role.name(), slot.index);
+    let key = "weights.vllm_workers";
+    let take = |_: &u32| ports.take(PortWish { purpose: &purpose, key, base: 0, count: 1, search: true });
+    slot.gpus.iter().map(take).collect()
+}
+
 /// Ranks of a broadcast over all workers: the trainer's, and one per GPU.
 fn world_size(config: &Config, workers: &[WorkerPlan]) -> Option<u32> {
     let ranks: usize = workers.iter().map(|worker| worker.gpus.len()).sum();
@@ -378,4 +392,83 @@ fn notes(config: &Config, around: &Surroundings<'_>) -> Vec<String> {
         notes.push("pd_disagg.enabled = false: plain workers, each prefills and decodes by itself".to_owned());
     }
     notes
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Every port is free.
+    struct AnyPort(u16);
+
+    impl Ports for AnyPort {
+        fn take(&mut self, _wish: PortWish<'_>) -> Result<u16, PortError> {
+            self.0 += 10;
+            Ok(self.0)
+        }
+    }
+
+    fn planned(config: &Config) -> Plan {
+        let vllm = VllmProgram::new(vec!["vllm".to_owned()], "0.33.0").expect("a version");
+        let around = Surroundings { pdlink: "pdlink", vllm: Some(&vllm), cores: &[], secret_file: "secret" };
+        plan(config, &around, &mut AnyPort(20_000)).expect("a plan")
+    }
+
+    fn named() -> Config {
+        let mut config = Config::default();
+        config.inference.model.name = Some("M".to_owned());
+        config
+    }
+
+    fn told(worker: &WorkerPlan) -> Option<Value> {
+        worker.env.get("PDLINK_WEIGHTS").map(|text| text.parse().expect("JSON"))
+    }
+
+    /// The class that the second worker is given, if it takes weights from us.
+    fn class(config: &Config) -> (Option<String>, bool) {
+        let worker = planned(config).workers.remove(1);
+        let takes = worker.env.contains_key("VLLM_SERVER_DEV_MODE");
+        assert_eq!(takes, told(&worker).is_some());
+        if let Some(told) = told(&worker) {
+            assert_eq!(told["http"], format!("http://127.0.0.1:{}", worker.port));
+            assert_eq!(told["weights"]["in_flight"], "continue");
+        }
+        assert!(worker.weights_ports.is_empty(), "the KV link's listener is the door");
+        let at = worker.command.iter().position(|word| word == "--worker-extension-cls");
+        (at.map(|at| worker.command[at + 1].clone()), takes)
+    }
+
+    #[test]
+    fn vllms_workers_take_weights_where_nobody_else_can_call_them() {
+        let ours = || Some("pdlink.vllm.weights.WeightsExtension".to_owned());
+        let mut config = named();
+        config.pd_disagg.enabled = true;
+        (config.pd_disagg.prefill_gpu_ids, config.pd_disagg.decode_gpu_ids) = (vec![0], vec![1]);
+        assert_eq!(class(&config), (ours(), true));
+        config.pd_disagg.host = Some("0.0.0.0".to_owned());
+        assert_eq!(class(&config), (None, false));
+        config.weights.vllm_workers = Some(true);
+        assert_eq!(class(&config), (ours(), true));
+        config.inference.vllm.all.insert("worker-extension-cls".to_owned(), json!("mine.Derived"));
+        assert_eq!(class(&config), (Some("mine.Derived".to_owned()), true));
+        (config.weights.vllm_workers, config.pd_disagg.host) = (None, None);
+        assert_eq!(class(&config), (Some("mine.Derived".to_owned()), false));
+    }
+
+    #[test]
+    fn workers_without_our_runtime_have_doors_of_their_own_for_weights() {
+        let mut config = named();
+        config.inference.parallel.tp = 2;
+        config.inference_gpu_ids = Some(vec![0, 1]);
+        assert!(told(&planned(&config).workers[0]).is_none(), "not unless it is wanted");
+        config.weights.vllm_workers = Some(true);
+        let plan = planned(&config);
+        let worker = &plan.workers[0];
+        let told = told(worker).expect("settings");
+        assert_eq!((&told["ports"], &told["host"]), (&json!(worker.weights_ports), &json!("127.0.0.1")));
+        assert_eq!(worker.weights_ports.len(), 2);
+        assert_eq!(worker.env[SECRET_FILE_ENV], "secret");
+    }
 }

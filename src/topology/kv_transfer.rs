@@ -29,6 +29,8 @@ pub(super) struct Seat<'a> {
     pub port: u16,
     /// One per tensor-parallel rank; the first is the worker's KV port.
     pub kv_ports: &'a [u16],
+    /// One per rank, where the ranks have doors of their own for orders about weights.
+    pub weights_ports: &'a [u16],
     /// Ways for KV to go, best first, with pdlink's own connector.
     pub kv_paths: &'a [Path],
     /// Where the worker computes on the CPU: its cores among those of all.

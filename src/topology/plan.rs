@@ -51,6 +51,8 @@ pub struct WorkerPlan {
     pub kv_port: Option<u16>,
     /// One for each runtime behind the worker, `kv_port` first: with vLLM, one for each rank.
     pub kv_ports: Vec<u16>,
+    /// Where each rank takes orders about new weights, if no runtime of ours does.
+    pub weights_ports: Vec<u16>,
     /// Whether a control connection of ours is behind `kv_port`.
     pub has_runtime: bool,
     pub command: Vec<String>,
@@ -77,6 +79,11 @@ impl WorkerPlan {
         self.kv_port.map(|port| address(&self.reach, port))
     }
 
+    /// Where its first rank takes orders about new weights, if it has a door of its own for them.
+    pub fn weights_address(&self) -> Option<String> {
+        self.weights_ports.first().map(|port| address(&self.reach, *port))
+    }
+
     /// Where each of its runtimes takes control connections, by rank.
     pub fn kv_addresses(&self) -> Vec<String> {
         self.kv_ports.iter().map(|port| address(&self.reach, *port)).collect()
@@ -100,6 +107,7 @@ impl WorkerPlan {
             "kv_port": self.kv_port,
             "kv_address": self.kv_address(),
             "kv_ports": self.kv_ports,
+            "weights_ports": self.weights_ports,
             "command": self.command,
             "env": self.shown_env(),
         })

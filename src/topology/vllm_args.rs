@@ -54,6 +54,9 @@ fn render(name: &str, value: &Value) -> Vec<String> {
 /// last lines show when a worker fails.
 const QUIET_ENDPOINTS: VllmVersion = VllmVersion::new(0, 24);
 
+/// Holds a worker's part in updates of the weights.
+const WEIGHTS_EXTENSION: &str = "pdlink.vllm.weights.WeightsExtension";
+
 /// What sets the size of the KV cache on a CPU, as an argument and in the environment.
 const KV_CACHE_BYTES: &str = "kv_cache_memory_bytes";
 const CPU_KV_CACHE_SPACE: &str = "VLLM_CPU_KVCACHE_SPACE";
@@ -71,6 +74,9 @@ pub(super) fn command(vllm: &VllmProgram, config: &Config, host: &str, seat: &Se
     }
     if vllm.version >= QUIET_ENDPOINTS {
         args.set("disable_access_log_for_endpoints", json!("/health,/metrics"));
+    }
+    if config.vllm_takes_weights(role) {
+        args.set("worker_extension_cls", json!(WEIGHTS_EXTENSION));
     }
     add_pass_through(&mut args, config, role);
     if role != Role::Both {
@@ -147,6 +153,21 @@ fn add_pass_through(args: &mut Args, config: &Config, role: Role) {
     }
 }
 
+/// What the worker's part in updates of the weights is told; the rest it has from the KV connector's settings.
+fn weights(config: &Config, seat: &Seat<'_>) -> Value {
+    let mut weights = serde_json::to_value(&config.weights).unwrap_or_default();
+    if let Value::Object(weights) = &mut weights {
+        weights.retain(|_, value| !value.is_null());
+    }
+    let host = if seat.reach.contains(':') { format!("[{}]", seat.reach) } else { seat.reach.to_owned() };
+    let mut told = json!({ "http": format!("http://{host}:{}", seat.port), "weights": weights });
+    if !seat.weights_ports.is_empty() {
+        told["host"] = json!(seat.reach);
+        told["ports"] = json!(seat.weights_ports);
+    }
+    told
+}
+
 /// Variables that vLLM needs for this configuration. The role's own come on top, in `builder`.
 pub(super) fn env(config: &Config, seat: &Seat<'_>) -> BTreeMap<String, String> {
     let mut env = BTreeMap::new();
@@ -170,6 +191,10 @@ pub(super) fn env(config: &Config, seat: &Seat<'_>) -> BTreeMap<String, String> 
                 set("VLLM_ENABLE_V1_MULTIPROCESSING", "0");
             }
         }
+    }
+    if config.vllm_takes_weights(seat.role) {
+        set("VLLM_SERVER_DEV_MODE", "1");
+        set("PDLINK_WEIGHTS", &weights(config, seat).to_string());
     }
     match (seat.role, config.pd_disagg.connector_impl, config.pd_disagg.kv_connector) {
         (Role::Both, ..) => {}

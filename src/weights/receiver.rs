@@ -284,8 +284,13 @@ impl Driver {
         if let Some(replaced) = self.replaced.take() {
             self.sources.spawn_blocking(move || drop(replaced));
         }
+        if !self.setup.paths.weights.keep
+            && let Some(unkept) = self.serving.take()
+        {
+            self.sources.spawn_blocking(move || drop(unkept));
+        }
         let region = self.serving.as_ref().and_then(|serving| Some((serving, serving.region()?)));
-        let Some((serving, region)) = region.filter(|_| self.setup.paths.weights.keep) else { return };
+        let Some((serving, region)) = region else { return };
         match Source::whole(self.session.version(), serving, region, &self.setup.paths) {
             Ok((source, running)) => {
                 self.sources.spawn(running);

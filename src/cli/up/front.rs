@@ -75,7 +75,7 @@ impl Front {
 
 fn address(worker: &WorkerPlan) -> WorkerAddress {
     let tp = u32::try_from(worker.gpus.len()).unwrap_or(u32::MAX);
-    WorkerAddress { url: worker.url(), kv_addr: worker.kv_address(), tp }
+    WorkerAddress { url: worker.url(), kv_addr: worker.kv_address(), weights_addr: worker.weights_address(), tp }
 }
 
 fn connector(plan: &Plan) -> Connector {

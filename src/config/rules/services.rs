@@ -1,10 +1,9 @@
 //! The proxy's admin door, the launcher's back-off, the log's filter.
 
-use std::net::{IpAddr, Ipv4Addr};
-
 use tracing_subscriber::EnvFilter;
 
 use super::Bench;
+use crate::config::root::is_loopback;
 
 pub(super) fn judge(bench: &mut Bench<'_>) {
     admin(bench);
@@ -29,11 +28,6 @@ fn admin(bench: &mut Bench<'_>) {
         let message = format!("is {listen}, but without a token only callers on this host are let in");
         bench.warn(&[key], message, "set proxy.admin_token, or the variable PDLINK_ADMIN_TOKEN");
     }
-}
-
-fn is_loopback(host: &str) -> bool {
-    let bare = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost" || bare.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)).is_loopback()
 }
 
 fn backoff(bench: &mut Bench<'_>) {

@@ -1,6 +1,6 @@
 //! `[weights]`: the times of an update against each other, and its paths.
 
-use crate::config::Path;
+use crate::config::{Path, Staging};
 
 use super::Bench;
 
@@ -24,6 +24,14 @@ pub(super) fn judge(bench: &mut Bench<'_>) {
                 format!("set weights.hold_timeout_s above {key}"),
             );
         }
+    }
+    let takes = bench.config.roles().iter().any(|role| bench.config.vllm_takes_weights(*role));
+    if takes && weights.staging == Staging::None {
+        bench.refuse(
+            &["weights.staging", "weights.vllm_workers"],
+            "is \"none\", but vLLM's workers load new weights from what is staged whole",
+            "set weights.staging = \"host\", or weights.vllm_workers = false",
+        );
     }
     let host = |path: &Path| matches!(path, Path::Shm | Path::Tcp);
     if weights.paths.is_empty() || !weights.paths.iter().all(host) {

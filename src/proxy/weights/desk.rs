@@ -190,9 +190,9 @@ pub(crate) async fn keep(shared: Arc<Shared>, mut orders: Orders) {
     }
 }
 
-/// All workers that have a runtime of ours, each by its first rank.
+/// All workers that may take weights from us, each by its first rank.
 pub(super) fn members(shared: &Shared) -> Vec<Member> {
-    let with = shared.workers.iter().zip(&shared.runtimes);
+    let with = shared.workers.iter().zip(&shared.doors);
     with.filter_map(|(worker, client)| Some(Member { worker: Arc::clone(worker), rank: 0, client: client.clone()? }))
         .collect()
 }
@@ -203,8 +203,8 @@ async fn carry_out(shared: &Arc<Shared>, order: &Order) -> Outcome {
     let _turn = desk.turn.write().await;
     let all = members(shared);
     if all.len() < shared.workers.len() {
-        let without = shared.workers.iter().find(|worker| shared.runtimes[worker.number].is_none());
-        let why = format!("worker {} has no KV address", without.map_or("?", |worker| worker.name()));
+        let without = shared.workers.iter().find(|worker| shared.doors[worker.number].is_none());
+        let why = format!("worker {} has no address for it", without.map_or("?", |worker| worker.name()));
         return Err(Refused::NoMembers { why });
     }
     // A worker that is down serves nothing; when it is back it catches up first.

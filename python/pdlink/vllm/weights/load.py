@@ -24,7 +24,8 @@ def load(worker: Any, weights: _native.Order | None) -> None:
         worker.reload_weights()
         return
     model = worker.model_runner.get_model()
-    wanted = {name for name, _ in model.named_parameters()}
+    # Layers that adapters are put round are called otherwise in checkpoints.
+    wanted = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
     loaded: set[str] | None = None
     original = model.load_weights
 
