@@ -91,6 +91,30 @@ fn a_report_is_complete_and_its_schema_names_all_of_it() {
 }
 
 #[test]
+fn a_page_holds_everything_itself_and_is_the_same_from_the_file() {
+    let folder = tempfile::tempdir().expect("folder");
+    let (page, again) = (folder.path().join("page.html"), folder.path().join("again.html"));
+    let (file, _) = link_report(folder.path(), &["--html", path(&page)]);
+    let text = std::fs::read_to_string(&page).expect("a page");
+    for elsewhere in ["<script", "<link", "<img", "<iframe", "src=", "@import", "url(", "href=\"http", "href=\"//"] {
+        assert!(!text.contains(elsewhere), "{elsewhere} is in the page");
+    }
+    for part in
+        ["<svg", "role=\"img\"", "<table", "scope=\"col\"", "prefers-color-scheme: dark", "@media print", "lang=\"en\""]
+    {
+        assert!(text.contains(part), "{part} is not in the page");
+    }
+    // Every plot has its name, and every link of the page a target.
+    for id in text.split("aria-labelledby=\"").skip(1).chain(text.split("href=\"#").skip(1)) {
+        let id = id.split('"').next().expect("an end");
+        assert!(text.contains(&format!("id=\"{id}\"")), "{id} is nowhere");
+    }
+    let (output, said) = run(&["bench", "render", path(&file), "--html", path(&again)]);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(std::fs::read_to_string(&again).expect("a page"), text);
+}
+
+#[test]
 fn compare_ends_with_1_where_something_got_slower_and_never_for_noise() {
     let folder = tempfile::tempdir().expect("folder");
     let (_, measured) = link_report(folder.path(), &[]);

@@ -126,14 +126,7 @@ fn warnings(before: &Report, after: &Report) -> Vec<String> {
     differ("kernel", one.kernel.clone(), other.kernel.clone());
     differ("variables", format!("{:?}", one.variables), format!("{:?}", other.variables));
     for (environment, when) in [(one, "before"), (other, "after")] {
-        if !environment.optimised {
-            warnings.push(format!("{when} is of an unoptimised build, which measures nothing worth comparing"));
-        }
-        if environment.load_average > environment.cores as f64 {
-            let load = environment.load_average;
-            warnings
-                .push(format!("the machine was busy when {when} began: load {load} on {} cores", environment.cores));
-        }
+        warnings.extend(environment.warnings().into_iter().map(|warning| format!("{when}: {warning}")));
     }
     warnings
 }

@@ -59,6 +59,20 @@ impl Environment {
         }
     }
 
+    /// What takes worth from everything that was measured.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if !self.optimised {
+            warnings
+                .push("An unoptimised build: its figures are worth nothing. Measure with a release build.".to_owned());
+        }
+        if self.load_average > self.cores as f64 / 2.0 {
+            let Self { load_average, cores, .. } = self;
+            warnings.push(format!("The machine was busy before this began: load {load_average:.1} on {cores} cores."));
+        }
+        warnings
+    }
+
     /// This host's memory.
     pub(super) fn memory_bytes() -> u64 {
         let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();

@@ -5,6 +5,7 @@ pub mod all;
 pub mod client;
 pub mod compare;
 pub mod environment;
+pub mod html;
 pub mod kv;
 pub mod link;
 pub mod load;

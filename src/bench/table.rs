@@ -3,36 +3,70 @@
 use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Width, presets};
 
 /// One table: a head, and rows as wide as it.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Table {
-    inner: comfy_table::Table,
-    columns: usize,
+    /// What it shows, in a few words; may be empty.
+    title: String,
+    head: Vec<String>,
+    /// Columns that hold words.
+    left: usize,
+    rows: Vec<Vec<String>>,
 }
 
 impl Table {
     /// Columns by name. The first `left` ones hold words and stand to the left, the others hold numbers.
     pub fn new(columns: &[&str], left: usize) -> Self {
-        let mut inner = comfy_table::Table::new();
-        inner.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(columns);
-        for (index, column) in inner.column_iter_mut().enumerate() {
-            column.set_padding((0, 2));
-            if index >= left {
-                column.set_cell_alignment(CellAlignment::Right);
-                column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(10)));
-            }
-        }
-        Self { inner, columns: columns.len() }
+        let head = columns.iter().map(|&column| column.to_owned()).collect();
+        Self { title: String::new(), head, left, rows: Vec::new() }
+    }
+
+    /// The same, under a title.
+    pub fn titled(self, title: impl Into<String>) -> Self {
+        Self { title: title.into(), ..self }
     }
 
     pub fn row(&mut self, cells: Vec<String>) {
-        assert_eq!(cells.len(), self.columns, "a row is as wide as its table");
-        self.inner.add_row(cells);
+        assert_eq!(cells.len(), self.head.len(), "a row is as wide as its table");
+        self.rows.push(cells);
+    }
+
+    pub fn title(&self) -> &str {
+        &self.title
+    }
+
+    pub fn head(&self) -> &[String] {
+        &self.head
+    }
+
+    pub fn rows(&self) -> &[Vec<String>] {
+        &self.rows
+    }
+
+    /// Whether a column holds words.
+    pub fn is_words(&self, column: usize) -> bool {
+        column < self.left
     }
 }
 
 impl std::fmt::Display for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.inner.lines().try_for_each(|line| writeln!(f, "{}", line.trim_end()))
+        let mut table = comfy_table::Table::new();
+        table
+            .load_preset(presets::NOTHING)
+            .set_content_arrangement(ContentArrangement::Disabled)
+            .set_header(&self.head);
+        for (index, column) in table.column_iter_mut().enumerate() {
+            column.set_padding((0, 2));
+            if !self.is_words(index) {
+                column.set_cell_alignment(CellAlignment::Right);
+                column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(10)));
+            }
+        }
+        table.add_rows(&self.rows);
+        if !self.title.is_empty() {
+            writeln!(f, "{}\n", self.title)?;
+        }
+        table.lines().try_for_each(|line| writeln!(f, "{}", line.trim_end()))
     }
 }
 

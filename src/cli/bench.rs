@@ -70,6 +70,8 @@ enum Scenario {
     Soak(soak::SoakArgs),
     /// What got slower or faster between two reports, beyond noise; ends with 1 where something got slower.
     Compare(documents::CompareArgs),
+    /// A report as one page with plots.
+    Render(documents::RenderArgs),
     /// The form of reports, as JSON Schema.
     Schema,
 }
@@ -109,6 +111,7 @@ pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
         Scenario::Weights(args) => weights::run(args, &sources),
         Scenario::Soak(args) => soak::run(&args, &sources),
         Scenario::Compare(args) => documents::run_compare(&args),
+        Scenario::Render(args) => documents::run_render(&args),
         Scenario::Schema => documents::run_schema(),
     }
 }

@@ -71,16 +71,16 @@ impl Report {
     }
 }
 
-impl std::fmt::Display for Report {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Report {
+    /// As tables.
+    pub fn tables(&self) -> Vec<Table> {
         let Self { shape, layout, block_size, threads, digest, prefill_tp, decode_tp, .. } = self;
         let digest = if *digest { ", every transfer digested" } else { "" };
         let from = self.other_host.as_ref().map_or_else(String::new, |host| format!(", prefill on {host}"));
-        writeln!(
-            f,
-            "\n{shape} ({layout}), blocks of {block_size} tokens, TP {prefill_tp} to {decode_tp}, {threads} \
-             threads{digest}{from}\n"
-        )?;
+        let title = format!(
+            "{shape} ({layout}), blocks of {block_size} tokens, TP {prefill_tp} to {decode_tp}, {threads} \
+             threads{digest}{from}"
+        );
         let columns = [
             "path",
             "send type",
@@ -121,13 +121,15 @@ impl std::fmt::Display for Report {
                 row.fetch_us.count.to_string(),
             ]);
         }
-        write!(f, "{table}")?;
+        let mut tables = vec![table.titled(title)];
         if let Some(rows) = &self.nixl_api {
-            write!(f, "\nthe same runs by NIXL's own Python API and by pdlink's path\n\n{}", python::table(rows))?;
+            tables.push(python::table(rows).titled("the same runs by NIXL's own Python API and by pdlink's path"));
         }
-        match &self.nixl_api_skipped {
-            Some(why) => writeln!(f, "\nNIXL's own Python API: skipped, {why}"),
-            None => Ok(()),
-        }
+        tables
+    }
+
+    /// What else is to be said.
+    pub fn notes(&self) -> Vec<String> {
+        self.nixl_api_skipped.iter().map(|why| format!("NIXL's own Python API: skipped, {why}")).collect()
     }
 }

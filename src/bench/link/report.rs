@@ -69,11 +69,10 @@ impl Report {
     }
 }
 
-impl std::fmt::Display for Report {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if let Some(host) = &self.other_host {
-            writeln!(f, "\nto {host}")?;
-        }
+impl Report {
+    /// As tables.
+    pub fn tables(&self) -> Vec<Table> {
+        let to = self.other_host.as_ref().map_or_else(String::new, |host| format!(", to {host}"));
         let columns = ["path", "direction", "one run", "median µs", "min µs", "p25", "p75", "p99 µs", "rounds"];
         let mut latency = Table::new(&columns, 2);
         for Latency { path, direction, run_bytes, microseconds: took, .. } in &self.latency {
@@ -111,6 +110,6 @@ impl std::fmt::Display for Report {
             cells.push(row.gigabytes_per_second.count.to_string());
             rates.row(cells);
         }
-        write!(f, "\n{latency}\n{rates}")
+        vec![latency.titled(format!("one short run at a time{to}")), rates.titled(format!("whole transfers{to}"))]
     }
 }

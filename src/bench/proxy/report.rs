@@ -138,8 +138,9 @@ impl Report {
     }
 }
 
-impl std::fmt::Display for Report {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Report {
+    /// As tables.
+    pub fn tables(&self) -> Vec<Table> {
         let columns = [
             "through",
             "prompt bytes",
@@ -173,16 +174,26 @@ impl std::fmt::Display for Report {
             cells.push(row.requests.to_string());
             table.row(cells);
         }
-        write!(f, "\n{table}")?;
-        let Some(memory) = &self.memory else { return Ok(()) };
-        writeln!(f, "\nmemory with {} requests in flight: {} before", memory.inflight, mib(memory.before_bytes))?;
-        for (number, wave) in memory.waves.iter().enumerate() {
-            let Wave { errors, first_error, peak_bytes, after_bytes } = wave;
-            let first = first_error.as_ref().map_or_else(String::new, |error| format!(" (the first: {error})"));
-            let (peak, after) = (mib(*peak_bytes), mib(*after_bytes));
-            writeln!(f, "wave {}: {peak} at most, {after} after, {errors} errors{first}", number + 1)?;
+        let mut tables = vec![table.titled("requests between mock workers")];
+        if let Some(memory) = &self.memory {
+            let title =
+                format!("memory with {} requests in flight, {} before", memory.inflight, mib(memory.before_bytes));
+            let mut table = Table::new(&["wave", "at most", "after", "errors"], 0);
+            for (number, wave) in memory.waves.iter().enumerate() {
+                let Wave { errors, peak_bytes, after_bytes, .. } = wave;
+                let cells = [(number + 1).to_string(), mib(*peak_bytes), mib(*after_bytes), errors.to_string()];
+                table.row(cells.to_vec());
+            }
+            tables.push(table.titled(title));
         }
-        Ok(())
+        tables
+    }
+
+    /// What else is to be said.
+    pub fn notes(&self) -> Vec<String> {
+        let waves = self.memory.iter().flat_map(|memory| &memory.waves);
+        let errors = waves.filter_map(|wave| wave.first_error.as_ref());
+        errors.map(|error| format!("a request in flight failed: {error}")).collect()
     }
 }
 

@@ -41,8 +41,9 @@ impl Report {
     }
 }
 
-impl std::fmt::Display for Report {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Report {
+    /// As tables.
+    pub fn tables(&self) -> Vec<Table> {
         let columns = ["means", "direction", "threads", "bytes", "µs", "min", "p99", "GB/s", "p25", "p75", "rounds"];
         let mut table = Table::new(&columns, 2);
         for row in &self.rows {
@@ -53,6 +54,7 @@ impl std::fmt::Display for Report {
             cells.push(rate.count.to_string());
             table.row(cells);
         }
-        write!(f, "\n{table}")
+        let to = self.other_host.as_ref().map_or_else(String::new, |host| format!(", to {host}"));
+        vec![table.titled(format!("copies without pdlink{to}"))]
     }
 }

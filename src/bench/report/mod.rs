@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use figure::{Figure, Unit};
 
 use super::environment::Environment;
+use super::table::Table;
 use super::{kv, link, proxy, raw, serve, soak, weights};
 
 /// Version of the document's form. It grows when a field changes its meaning or goes; new fields leave it as it is.
@@ -102,6 +103,29 @@ impl Level {
         }
     }
 
+    /// What a person reads.
+    pub fn tables(&self) -> Vec<Table> {
+        match self {
+            Self::Raw(report) => report.tables(),
+            Self::Link(report) => report.tables(),
+            Self::Kv(report) => report.tables(),
+            Self::Serve(report) => report.tables(),
+            Self::Weights(report) => report.tables(),
+            Self::Proxy(report) => report.tables(),
+            Self::Soak(report) => report.tables(),
+        }
+    }
+
+    /// What is to be said beside the tables.
+    pub fn notes(&self) -> Vec<String> {
+        match self {
+            Self::Kv(report) => report.notes(),
+            Self::Serve(report) => report.notes(),
+            Self::Proxy(report) => report.notes(),
+            Self::Raw(_) | Self::Link(_) | Self::Weights(_) | Self::Soak(_) => Vec::new(),
+        }
+    }
+
     fn figures(&self) -> Vec<Figure> {
         match self {
             Self::Raw(report) => report.figures(),
@@ -118,14 +142,7 @@ impl Level {
 
 impl std::fmt::Display for Level {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Raw(report) => report.fmt(f),
-            Self::Link(report) => report.fmt(f),
-            Self::Kv(report) => report.fmt(f),
-            Self::Serve(report) => report.fmt(f),
-            Self::Weights(report) => report.fmt(f),
-            Self::Proxy(report) => report.fmt(f),
-            Self::Soak(report) => report.fmt(f),
-        }
+        self.tables().iter().try_for_each(|table| write!(f, "\n{table}"))?;
+        self.notes().iter().try_for_each(|note| writeln!(f, "\n{note}"))
     }
 }

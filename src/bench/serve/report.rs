@@ -177,8 +177,9 @@ fn cells(quantiles: Option<Spread>) -> [String; 3] {
     [median, p90, p99].map(|value| format!("{value:.2}"))
 }
 
-impl std::fmt::Display for Report {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Report {
+    /// As tables.
+    pub fn tables(&self) -> Vec<Table> {
         let mut table = Table::new(
             &[
                 "server", "load", "prompt", "answer", "requests", "errors", "TTFT p50", "p90", "p99 ms", "ITL p50",
@@ -194,8 +195,22 @@ impl std::fmt::Display for Report {
             line.push(format!("{:.1}", row.tokens_per_second));
             table.row(line);
         }
-        write!(f, "\n{table}")?;
-        self.hand_off(f)
+        std::iter::once(table.titled("what clients waited for")).chain(self.hand_off()).collect()
+    }
+
+    /// What else is to be said.
+    pub fn notes(&self) -> Vec<String> {
+        let missed: usize = self.rows.iter().map(|row| row.hand_offs_missed).sum();
+        let mut notes = Vec::new();
+        if missed > 0 {
+            let why = self.rows.iter().find_map(|row| row.hand_offs_missed_example.as_deref()).unwrap_or_default();
+            notes.push(format!(
+                "records of {missed} transfers could not be read, so the hand-off's part is not told for them: {why}"
+            ));
+        } else if self.rows.iter().all(|row| row.hand_off.is_none()) {
+            notes.push("no records of hand-offs: plain workers, or a connector that keeps none".to_owned());
+        }
+        notes
     }
 }
 
@@ -221,20 +236,9 @@ impl Report {
     }
 
     /// The hand-off, where there are records of it.
-    fn hand_off(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn hand_off(&self) -> Option<Table> {
         let with_records = || self.rows.iter().filter_map(|row| Some((row, row.hand_off.as_ref()?)));
-        let missed: usize = self.rows.iter().map(|row| row.hand_offs_missed).sum();
-        if missed > 0 {
-            let why = self.rows.iter().find_map(|row| row.hand_offs_missed_example.as_deref()).unwrap_or_default();
-            writeln!(
-                f,
-                "\nrecords of {missed} transfers could not be read, so the hand-off's part is not told for them: {why}"
-            )?;
-        }
-        if with_records().next().is_none() {
-            let none = "no records of hand-offs: plain workers, or a connector that keeps none";
-            return if missed > 0 { Ok(()) } else { writeln!(f, "\n{none}") };
-        }
+        with_records().next()?;
         let mut table = Table::new(
             &[
                 "hand-off",
@@ -265,6 +269,6 @@ impl Report {
             line.push(format!("{:.1} %", hand_off.share_of_ttft.median * 100.0));
             table.row(line);
         }
-        write!(f, "\n{table}")
+        Some(table.titled("the hand-off, from the records"))
     }
 }

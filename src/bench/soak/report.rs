@@ -125,8 +125,9 @@ impl Report {
     }
 }
 
-impl std::fmt::Display for Report {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Report {
+    /// As tables.
+    pub fn tables(&self) -> Vec<Table> {
         let mut table = Table::new(&["what", "count"], 1);
         let mut row = |what: &str, count: String| table.row(vec![what.to_owned(), count]);
         row("seconds", format!("{:.0}", self.seconds));
@@ -152,7 +153,7 @@ impl std::fmt::Display for Report {
             |bytes: Option<u64>| bytes.map_or_else(|| "none of age".to_owned(), |bytes| (bytes >> 20).to_string());
         row("largest worker of age, MiB without KV, early", mib(self.workers.own_early_bytes));
         row("largest worker of age, MiB without KV, end", mib(self.workers.own_end_bytes));
-        write!(f, "{table}")
+        vec![table]
     }
 }
 

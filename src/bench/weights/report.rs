@@ -56,8 +56,9 @@ impl Report {
     }
 }
 
-impl std::fmt::Display for Report {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Report {
+    /// As tables.
+    pub fn tables(&self) -> Vec<Table> {
         let columns = [
             "checkpoint",
             "tensors",
@@ -89,6 +90,6 @@ impl std::fmt::Display for Report {
             cells.extend([row.lost.to_string(), rate.count.to_string()]);
             table.row(cells);
         }
-        write!(f, "\n{table}")
+        vec![table.titled("new weights into a fleet that serves")]
     }
 }

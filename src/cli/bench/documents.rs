@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use super::output::write_page;
 use crate::bench::compare::{Verdict, compare};
 use crate::bench::report::Report;
 use crate::cli::{Usage, print};
@@ -27,6 +28,23 @@ pub(super) struct CompareArgs {
     /// Print for machines: one JSON object with every figure
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct RenderArgs {
+    /// A report that `--json` wrote
+    #[arg(value_name = "REPORT.json")]
+    report: PathBuf,
+    /// The page to write
+    #[arg(long, value_name = "FILE")]
+    html: PathBuf,
+}
+
+/// Writes a report that there is already as a page.
+pub(super) fn run_render(args: &RenderArgs) -> anyhow::Result<ExitCode> {
+    let report = Report::read(&args.report).map_err(|error| Usage::new(format!("{error:#}")))?;
+    write_page(&report, &args.html)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// 0 where nothing got slower, 1 where something did.

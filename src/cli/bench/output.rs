@@ -1,9 +1,12 @@
 //! Where a scenario's report goes: the terminal, and files.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context;
+
 use crate::bench::environment::Environment;
+use crate::bench::html;
 use crate::bench::report::{Level, Report};
 use crate::cli::print;
 
@@ -12,6 +15,9 @@ pub(super) struct Output {
     /// Also write the report to this file, as JSON (`pdlink bench schema`)
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Also write it to this file as one page with plots, for a browser or paper
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
 }
 
 impl Output {
@@ -53,6 +59,14 @@ impl Output {
         if let Some(file) = &self.json {
             report.write(file)?;
         }
+        if let Some(file) = &self.html {
+            write_page(report, file)?;
+        }
         Ok(())
     }
+}
+
+/// Writes a report as a page.
+pub(super) fn write_page(report: &Report, file: &Path) -> anyhow::Result<()> {
+    std::fs::write(file, html::page(report)).with_context(|| format!("cannot write {}", file.display()))
 }
