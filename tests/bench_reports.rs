@@ -223,6 +223,12 @@ fn two_hosts_measure_link_and_kv_and_a_stranger_is_refused() {
     let (output, said) = connect("kv", &ours, &["--shape", "small", "--tokens", "64", "--prefill-tp", "2"]);
     assert!(output.status.success(), "{said}");
     assert_eq!(read()["levels"][0]["other_host"], json!(listener.address));
+    let (output, said) = connect("raw", &ours, &["--bytes", "64K"]);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(
+        (&read()["levels"][0]["rows"][0]["means"], read()["levels"][0]["rows"].as_array().map(Vec::len)),
+        (&json!("sockets"), Some(4))
+    );
     let (output, said) = connect("link", &ours, &["--path", "cuda-ipc", "--bytes", "64K"]);
     assert!(!output.status.success() && said.contains("cuda-ipc (pull)"), "it says which path failed: {said}");
 }

@@ -1,7 +1,9 @@
 //! Two reports held against each other: what got slower or faster by more than noise.
 //!
-//! A figure has changed when both are so: the medians differ by more than the tolerance, and the boxes from the 25th to the
-//! 75th percentile do not touch. What lies within either is noise. With `again`, further reports of what the first one
+//! A figure has changed when all of these are so: the medians differ by more than the tolerance; the boxes from the 25th to the
+//! 75th percentile do not touch; and where the same run measured what the machine takes for it without pdlink (a ceiling, a
+//! relay, a server without PD), the figure has changed by more than the tolerance against that, too. Anything less is noise, or
+//! another machine. With `again`, further reports of what the first one
 //! measured, the first side is the range over all of them: how much two runs of one build differ is then measured, too.
 
 use std::collections::BTreeMap;
@@ -22,6 +24,8 @@ pub enum Verdict {
     Faster,
     /// Beyond the tolerance, but with too few samples to tell from noise.
     Unsure,
+    /// Changed, but nothing of pdlink is in it: the machine has.
+    Machine,
     Same,
 }
 
@@ -54,13 +58,16 @@ pub struct Comparison {
 struct Side {
     medians: [f64; 2],
     inner: [f64; 2],
+    /// Of the medians as parts of their controls.
+    relative: Option<[f64; 2]>,
     samples: usize,
 }
 
 impl Side {
     fn of(figure: &Figure) -> Self {
         let spread = figure.spread;
-        Self { medians: [spread.median; 2], inner: [spread.p25, spread.p75], samples: spread.count }
+        let relative = figure.control.map(|control| [spread.median / control; 2]);
+        Self { medians: [spread.median; 2], inner: [spread.p25, spread.p75], relative, samples: spread.count }
     }
 
     fn or(self, other: Self) -> Self {
@@ -68,6 +75,7 @@ impl Side {
         Self {
             medians: range(self.medians, other.medians),
             inner: range(self.inner, other.inner),
+            relative: self.relative.zip(other.relative).map(|(one, other)| range(one, other)),
             samples: self.samples.min(other.samples),
         }
     }
@@ -98,14 +106,20 @@ pub fn compare(before: &Report, again: &[Report], after: &Report, tolerance: f64
 }
 
 fn line(before: &Figure, side: Side, after: &Figure, tolerance: f64) -> Line {
-    let (was, is) = (before.spread.median, after.spread.median);
-    let now = Side::of(after);
-    let (grown, shrunk) = (is > side.medians[1] * (1.0 + tolerance), is < side.medians[0] * (1.0 - tolerance));
+    let (was, is, now) = (before.spread.median, after.spread.median, Side::of(after));
+    let leaves =
+        |[low, high]: [f64; 2], value: f64| (value > high * (1.0 + tolerance), value < low * (1.0 - tolerance));
+    let (mut grown, mut shrunk) = leaves(side.medians, is);
+    if let (Some(range), Some([value, _])) = (side.relative, now.relative) {
+        let against_control = leaves(range, value);
+        (grown, shrunk) = (grown && against_control.0, shrunk && against_control.1);
+    }
     let apart = now.inner[0] > side.inner[1] || now.inner[1] < side.inner[0];
     let verdict = match (grown || shrunk, side.samples.min(now.samples) < SAMPLES_MIN) {
         (false, _) => Verdict::Same,
         (true, true) => Verdict::Unsure,
         (true, false) if !apart => Verdict::Same,
+        (true, false) if before.is_machine => Verdict::Machine,
         (true, false) if grown == before.unit.grows_better() => Verdict::Faster,
         (true, false) => Verdict::Slower,
     };
@@ -152,6 +166,7 @@ impl std::fmt::Display for Comparison {
                 Verdict::Slower => "slower",
                 Verdict::Faster => "faster",
                 Verdict::Unsure => "unsure",
+                Verdict::Machine => "machine",
                 Verdict::Same => "same",
             };
             let mut cells = vec![verdict.to_owned(), line.name.clone(), line.unit.name().to_owned()];
@@ -170,11 +185,12 @@ impl std::fmt::Display for Comparison {
         let count = |verdict| self.count(verdict);
         writeln!(
             f,
-            "{} figures: {} slower, {} faster, {} unsure, {} within noise (tolerance {:.0} %)",
+            "{} figures: {} slower, {} faster, {} unsure, {} of the machine itself, {} within noise (tolerance {:.0} %)",
             self.lines.len(),
             count(Verdict::Slower),
             count(Verdict::Faster),
             count(Verdict::Unsure),
+            count(Verdict::Machine),
             count(Verdict::Same),
             self.tolerance * 100.0
         )
@@ -215,6 +231,17 @@ mod tests {
         let one_spike = [100.0, 100.0, 101.0, 100.0, 900.0, 100.0, 99.0];
         assert_eq!(judge(Unit::Microseconds, &[100.0; 7], &one_spike), Verdict::Same, "a spike moves no median");
         assert_eq!(judge(Unit::Microseconds, &[100.0; 3], &[150.0; 3]), Verdict::Unsure, "too few samples");
+    }
+
+    #[test]
+    fn a_figure_that_moves_with_its_control_has_met_another_machine() {
+        let at = |median: f64, control: f64| figure(Unit::GigabytesPerSecond, &[median; 6]).beside(Some(control));
+        let judge = |before: &Figure, after: &Figure| line(before, Side::of(before), after, 0.05).verdict;
+        assert_eq!(judge(&at(10.0, 20.0), &at(5.0, 10.0)), Verdict::Same, "half as fast as all else");
+        assert_eq!(judge(&at(10.0, 20.0), &at(5.0, 20.0)), Verdict::Slower);
+        assert_eq!(judge(&at(10.0, 20.0), &at(10.0, 10.0)), Verdict::Same, "only the control has moved");
+        let machine = |median: f64| figure(Unit::GigabytesPerSecond, &[median; 6]).of_machine(true);
+        assert_eq!(judge(&machine(10.0), &machine(5.0)), Verdict::Machine);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The KV of whole requests between two real processes, through the runtime: claim, run list, copy, validation, reports.
 //!
-//! Every round alternates with a parallel memcpy of as many bytes on as many threads, or between GPUs with the driver's own
-//! copy. Before a line is measured, one request of its kind is compared byte for byte. `fetch` is what a request waits for
+//! Every round alternates with a parallel memcpy of as many bytes on as many threads, for `tcp` and between hosts with as many
+//! plain sockets, between GPUs with the driver's own copy. Before a line is measured, one request of its kind is compared byte for byte. `fetch` is what a request waits for
 //! once its blocks are there, from the call to the report on another thread; its claim was answered before. `whole` begins
 //! with the claim. Neither holds the time of an engine.
 

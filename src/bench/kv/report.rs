@@ -64,8 +64,11 @@ impl Report {
                 "kv {shape} {layout}, blocks of {block_size}, TP {prefill_tp} to {decode_tp}, {threads} threads{digest}, {path} \
                  {send_type}: {tokens} tokens from {blocks} blocks"
             );
-            figures.push(Figure::new(format!("{name}, fetch"), Unit::Microseconds, row.fetch_us));
-            figures.push(Figure::new(format!("{name}, whole"), Unit::Microseconds, row.whole_us));
+            // What the ceiling takes for as many bytes.
+            let plain_us = row.bytes as f64 / row.ceiling_gigabytes_per_second.median / 1e3;
+            for (what, took) in [("fetch", row.fetch_us), ("whole", row.whole_us)] {
+                figures.push(Figure::new(format!("{name}, {what}"), Unit::Microseconds, took).beside(Some(plain_us)));
+            }
         }
         figures
     }

@@ -144,12 +144,11 @@ impl Rig {
         let decode = Worker::start(&orders, geometry.clone(), ranks.clone(), Role::Decode, peer.our_host(), &secret)?;
         let (sender, reports) = channel();
         decode.tell(sender);
-        let ceiling = match (our_gpu, &options.place) {
-            (_, Place::There { .. }) => Ceiling::sockets(&peer.ready.plain, threads, span, false)?,
-            (Some(_), Place::Here) => {
-                Ceiling::gpu(peer.ready.gpu_memory.as_ref(), &link::memory(span, our_gpu)?, false)?
-            }
-            (None, Place::Here) => Ceiling::memcpy(threads, link::memory(span, None)?)?,
+        let elsewhere = options.place.other_host().is_some();
+        let ceiling = match our_gpu {
+            _ if path == Path::Tcp || elsewhere => Ceiling::sockets(&peer.ready.plain, threads, span, false)?,
+            Some(_) => Ceiling::gpu(peer.ready.gpu_memory.as_ref(), &link::memory(span, our_gpu)?, false)?,
+            None => Ceiling::memcpy(threads, link::memory(span, None)?)?,
         };
         Ok(Self { path, orders, geometry, ranks, peer, decode, reports, ceiling, span, turn: 0 })
     }

@@ -63,7 +63,8 @@ impl Report {
                 size(*bytes),
                 size(*run_bytes)
             );
-            Figure::new(name, Unit::GigabytesPerSecond, row.gigabytes_per_second)
+            let ceiling = row.ceiling_gigabytes_per_second.median;
+            Figure::new(name, Unit::GigabytesPerSecond, row.gigabytes_per_second).beside(Some(ceiling))
         });
         latency.chain(rates).collect()
     }

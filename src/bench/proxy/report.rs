@@ -130,9 +130,19 @@ impl Report {
         for row in &self.rows {
             let Row { prompt_bytes, connections, through, .. } = row;
             let name = format!("proxy, through {through}: {prompt_bytes} B, {connections} connections");
-            figures.push(Figure::new(format!("{name}, p50"), Unit::Microseconds, row.p50_us));
-            let cpu = row.cpu_ms_per_1000;
-            figures.extend(cpu.map(|cpu| Figure::new(format!("{name}, processor"), Unit::CpuPerThousand, cpu)));
+            let is_machine = through == "direct" || through == "relay";
+            // The relay moves the same bytes over the same sockets.
+            let same = |other: &&Row| {
+                (other.prompt_bytes, other.connections) == (*prompt_bytes, *connections) && other.through == "relay"
+            };
+            let relay = self.rows.iter().find(same).filter(|_| !is_machine);
+            let p50 = Figure::new(format!("{name}, p50"), Unit::Microseconds, row.p50_us);
+            figures.push(p50.beside(relay.map(|relay| relay.p50_us.median)).of_machine(is_machine));
+            if let Some(cpu) = row.cpu_ms_per_1000 {
+                let spent = Figure::new(format!("{name}, processor"), Unit::CpuPerThousand, cpu);
+                let control = relay.and_then(|relay| relay.cpu_ms_per_1000).map(|cpu| cpu.median);
+                figures.push(spent.beside(control).of_machine(is_machine));
+            }
         }
         figures
     }

@@ -35,7 +35,7 @@ impl Report {
         let figure = |row: &Row| {
             let Row { means, direction, threads, bytes, .. } = row;
             let name = format!("raw {means} {direction}: {}, {threads} threads", size(*bytes));
-            Figure::new(name, Unit::GigabytesPerSecond, row.gigabytes_per_second)
+            Figure::new(name, Unit::GigabytesPerSecond, row.gigabytes_per_second).of_machine(true)
         };
         self.rows.iter().map(figure).collect()
     }

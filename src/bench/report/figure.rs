@@ -11,6 +11,11 @@ pub struct Figure {
     pub name: String,
     pub unit: Unit,
     pub spread: Spread,
+    /// What the machine itself took for the same in the same run, in whatever grows with it: a figure that moves as its control
+    /// does has met another machine, not another pdlink.
+    pub control: Option<f64>,
+    /// Whether this is such a control: nothing of pdlink is in it.
+    pub is_machine: bool,
 }
 
 /// What it is counted in, which says what is better.
@@ -45,6 +50,17 @@ impl Unit {
 
 impl Figure {
     pub fn new(name: String, unit: Unit, spread: Spread) -> Self {
-        Self { name, unit, spread }
+        Self { name, unit, spread, control: None, is_machine: false }
+    }
+
+    /// The same beside its control.
+    pub fn beside(self, control: Option<f64>) -> Self {
+        // Nothing can be told by a control of 0.
+        Self { control: control.filter(|control| *control > 0.0), ..self }
+    }
+
+    /// The same, of the machine alone.
+    pub fn of_machine(self, is_machine: bool) -> Self {
+        Self { is_machine, ..self }
     }
 }

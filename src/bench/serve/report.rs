@@ -221,18 +221,30 @@ impl Report {
         for row in &self.rows {
             let Row { server, prompt_tokens, output_tokens, load, .. } = row;
             let name = format!("serve {server}: {prompt_tokens} tokens to {output_tokens}, {load}");
-            let mut add = |what: &str, spread: Option<Spread>| {
+            let is_machine = server == "baseline";
+            let without = (!is_machine).then(|| self.without_pd(row)).flatten();
+            let mut add = |what: &str, spread: Option<Spread>, control: Option<Spread>| {
                 let figure = |spread| Figure::new(format!("{name}, {what}"), Unit::Milliseconds, spread);
-                figures.extend(spread.map(figure));
+                let control = control.map(|control| control.median);
+                figures.extend(spread.map(|spread| figure(spread).beside(control).of_machine(is_machine)));
             };
-            add("time to the first token", row.ttft_ms);
-            add("between tokens", row.itl_ms);
+            add("time to the first token", row.ttft_ms, without.and_then(|row| row.ttft_ms));
+            add("between tokens", row.itl_ms, without.and_then(|row| row.itl_ms));
             let hand_off = row.hand_off.as_ref();
-            add("hand-off's wait", hand_off.map(|hand_off| hand_off.wait_ms));
-            add("hand-off's copy", hand_off.map(|hand_off| hand_off.copy_ms));
-            add("hand-off's validation", hand_off.map(|hand_off| hand_off.validate_ms));
+            add("hand-off's wait", hand_off.map(|hand_off| hand_off.wait_ms), None);
+            add("hand-off's copy", hand_off.map(|hand_off| hand_off.copy_ms), None);
+            add("hand-off's validation", hand_off.map(|hand_off| hand_off.validate_ms), None);
         }
         figures
+    }
+
+    /// The same load at the server without PD.
+    fn without_pd(&self, row: &Row) -> Option<&Row> {
+        let same = |other: &&Row| {
+            let shape = |row: &Row| (row.prompt_tokens, row.output_tokens, row.load.clone());
+            other.server == "baseline" && shape(other) == shape(row)
+        };
+        self.rows.iter().find(same)
     }
 
     /// The hand-off, where there are records of it.

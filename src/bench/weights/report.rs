@@ -49,7 +49,9 @@ impl Report {
             let Row { bytes, tensors, workers, clients, .. } = row;
             let name =
                 format!("weights: {} in {tensors} tensors to {workers} workers, {clients} clients", size(*bytes));
-            figures.push(Figure::new(name.clone(), Unit::GigabytesPerSecond, row.gigabytes_per_second));
+            let ceiling = row.ceiling_gigabytes_per_second.median;
+            let rate = Figure::new(name.clone(), Unit::GigabytesPerSecond, row.gigabytes_per_second);
+            figures.push(rate.beside(Some(ceiling)));
             figures.push(Figure::new(format!("{name}, pause"), Unit::Milliseconds, row.paused_ms));
         }
         figures

@@ -13,7 +13,7 @@ pub(super) struct AllArgs {
     /// Measure these levels alone
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Name>,
-    /// Few sizes and little time: under a minute, for a look or a gate
+    /// Few sizes and little time: a minute or two, for a look or a gate
     #[arg(long)]
     quick: bool,
     /// Whose KV is moved; several may be given
