@@ -465,8 +465,8 @@ fn an_update_of_the_weights_has_times_in_order_and_paths_of_host_memory() {
     assert_cases(&[
         (
             "hold",
-            "[weights]\npause_timeout_s = 90.0\n".to_owned(),
-            &["a.toml:2: weights.pause_timeout_s", "gives an update up after 60 s", "others may take 90 s"],
+            "[weights]\npause_timeout_s = 180.0\n".to_owned(),
+            &["a.toml:2: weights.pause_timeout_s", "gives an update up after 120 s", "others may take 180 s"],
         ),
         (
             "paths",

@@ -31,7 +31,7 @@ fn config() -> WeightsConfig {
         drain_timeout_s: 0.2,
         pause_timeout_s: 0.5,
         commit_timeout_s: 0.5,
-        hold_timeout_s: 10.0,
+        hold_timeout_s: 3.0,
         ..WeightsConfig::default()
     }
 }
@@ -174,6 +174,21 @@ async fn wt_4_a_worker_that_never_commits_or_dies_then_is_named_and_the_others_s
         let refused = fleet.proxy.post("/v1/completions", r#"{"model":"m","prompt":"p"}"#).await;
         assert_eq!(refused.status, 503, "a decode worker with other weights gets no request");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wt_1_workers_that_load_for_longer_than_expected_are_not_taken_for_old() {
+    let fleet = Fleet::start(config()).await;
+    fleet.workers.iter().for_each(|worker| worker.trouble(Trouble::CommitsLate));
+    let answer = fleet.update(json!({"folder": fleet.checkpoint(2)})).await;
+    assert_eq!((answer.status, &answer.json()["behind"]), (200, &json!([])), "{}", answer.body);
+    // One that is slower than the other catches up with its own word.
+    let fleet = Fleet::start(config()).await;
+    fleet.workers[1].trouble(Trouble::CommitsLate);
+    let answer = fleet.update(json!({"folder": fleet.checkpoint(2)})).await;
+    assert_eq!(answer.json()["behind"].as_array().map(Vec::len), Some(1), "{}", answer.body);
+    let status = fleet.workers[1].until(|status| status.phase == WeightsPhase::Serving && status.version == 2).await;
+    assert_eq!(status.failure, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -68,11 +68,11 @@ pub struct WeightsConfig {
     /// longest answer that is waited for.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub pause_timeout_s: f64,
-    /// How long the flip itself may take, in seconds. Default 10.
+    /// How long the flip itself may take, in seconds. Default 60: vLLM's workers load from host memory meanwhile.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub commit_timeout_s: f64,
     /// How long a worker that hears nothing more waits in each phase before it gives the update up and serves on, in
-    /// seconds. Default 60. Should exceed the two times above, or slow workers make others give up.
+    /// seconds. Default 120. Should exceed the two times above, or slow workers make others give up.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub hold_timeout_s: f64,
 }
@@ -89,8 +89,8 @@ impl Default for WeightsConfig {
             stage_timeout_s: 600.0,
             drain_timeout_s: 5.0,
             pause_timeout_s: 30.0,
-            commit_timeout_s: 10.0,
-            hold_timeout_s: 60.0,
+            commit_timeout_s: 60.0,
+            hold_timeout_s: 120.0,
         }
     }
 }

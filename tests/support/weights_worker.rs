@@ -16,6 +16,9 @@ use tokio::task::JoinSet;
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Longer than the proxy's patience with a commit in these tests.
+const LATE: std::time::Duration = std::time::Duration::from_millis(1200);
+
 /// What goes wrong in an engine, once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Trouble {
@@ -23,6 +26,7 @@ pub(crate) enum Trouble {
     DiesAtPause,
     RefusesWeights,
     NeverCommits,
+    CommitsLate,
     DiesAtCommit,
 }
 
@@ -63,14 +67,24 @@ impl WeightTarget for Notes {
     }
 
     fn commit(&self, weights: NewWeights, done: Box<dyn FnOnce(Result<(), String>) + Send>) {
-        match self.trouble(&[Trouble::RefusesWeights, Trouble::NeverCommits, Trouble::DiesAtCommit]) {
+        const TROUBLES: [Trouble; 4] =
+            [Trouble::RefusesWeights, Trouble::NeverCommits, Trouble::CommitsLate, Trouble::DiesAtCommit];
+        let trouble = self.trouble(&TROUBLES);
+        match trouble {
             Some(Trouble::RefusesWeights) => return done(Err("it does not fit the model".to_owned())),
             Some(Trouble::DiesAtCommit) => return self.dead.store(true, Ordering::SeqCst),
+            Some(Trouble::CommitsLate) | None => {}
             Some(_) => return self.kept.lock().unwrap().push(Box::new(done)),
-            None => {}
         }
         self.note(&format!("commit {}", weights.version));
         *self.weights.lock().unwrap() = Some(weights);
+        if matches!(trouble, Some(Trouble::CommitsLate)) {
+            std::thread::spawn(move || {
+                std::thread::sleep(LATE);
+                done(Ok(()));
+            });
+            return;
+        }
         done(Ok(()));
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pdlink import PdlinkError
+from pdlink.vllm.weights import lead as lead_module
 from pdlink.vllm.weights import load, rank, settings
 from pdlink.vllm.weights.lead import Lead
 
@@ -42,7 +43,7 @@ class Api:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -90,7 +91,7 @@ def until(done: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(("in_flight", "mode"), [("continue", "keep"), ("restart", "abort"), ("finish", "wait")])
 def test_a_pause_leaves_no_cache_of_the_old_weights(api: Api, in_flight: str, mode: str) -> None:
     order = Order("pause", in_flight)
-    lead = Lead(api.url)
+    lead = Lead(api.url, True)
     lead.carry_out(order)
     assert order.ended.wait(NEVER_S)
     lead.carry_out(Order("resume"))
@@ -101,7 +102,7 @@ def test_while_blocks_are_held_the_engine_goes_on_and_is_paused_again(api: Api) 
     held = iter([(500, {}), (200, {"success": False})])
     api.answer = lambda path, body: next(held, (200, {"success": True})) if path == RESET else (200, {})
     order = Order("pause", "continue")
-    Lead(api.url).carry_out(order)
+    Lead(api.url, True).carry_out(order)
     assert order.ended.wait(NEVER_S)
     once = [pause_of("keep"), RESET, "/resume"]
     assert api.calls == [*once, *once, *once[:2]]
@@ -117,7 +118,7 @@ def test_a_pause_that_comes_too_late_is_taken_back(api: Api) -> None:
         return 200, {}
 
     api.answer = answer
-    lead = Lead(api.url)
+    lead = Lead(api.url, True)
     given_up = Order("pause", "finish")
     lead.carry_out(given_up)
     until(lambda: api.calls == [pause_of("wait")])
@@ -132,11 +133,32 @@ def test_a_pause_that_comes_too_late_is_taken_back(api: Api) -> None:
     assert not given_up.ended.is_set()
 
 
+def test_what_holds_a_pause_up_is_given_up(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lead_module, "LET_GO_S", 0.1)
+    given_up = threading.Event()
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        if path == pause_of("keep"):
+            given_up.wait(NEVER_S)
+        elif body is not None and body["method"] == "pdlink_let_go_of_kv":
+            given_up.set()
+        return 200, {"results": []}
+
+    api.answer = answer
+    order = Order("pause", "continue")
+    Lead(api.url, True).carry_out(order)
+    assert order.ended.wait(NEVER_S)
+    calls = len(api.calls)
+    assert api.calls[:2] == [pause_of("keep"), "/collective_rpc pdlink_let_go_of_kv"]
+    time.sleep(0.3)
+    assert len(api.calls) == calls, "nothing is given up once it is paused"
+
+
 def test_going_on_is_asked_for_until_it_works(api: Api) -> None:
     """WT-1."""
     failing = iter([(500, {}), (503, {})])
     api.answer = lambda path, body: next(failing, (200, {}))
-    Lead(api.url).carry_out(Order("resume"))
+    Lead(api.url, True).carry_out(Order("resume"))
     assert api.calls == ["/resume"] * 3
 
 
@@ -158,7 +180,7 @@ TAKE, SETTLE = "pdlink_take_weights", "pdlink_settle_weights"
 
 
 def test_a_commit_is_settled_on_all_ranks_or_taken_back_on_all(api: Api) -> None:
-    lead = Lead(api.url)
+    lead = Lead(api.url, True)
     both = [f"/collective_rpc {TAKE}", f"/collective_rpc {SETTLE}"]
     for taken, settled in (([None, None], [None, None]), ([None, "no memory"], [None, None])):
         api.calls.clear()
@@ -200,8 +222,11 @@ def of_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 class Link:
     version = 0
 
-    def set_weight_version(self, version: int) -> None:
+    def now_of_weights(self, version: int) -> None:
         self.version = version
+
+    def let_go(self) -> None:
+        self.version = -1
 
 
 def test_a_rank_changes_only_when_all_have_loaded(of_rank: Any) -> None:
@@ -260,6 +285,33 @@ def test_a_rank_answers_at_a_door_of_its_own(of_rank: Any) -> None:
     with pytest.raises(PdlinkError, match="name a free port for each rank"):
         taken = {**json.loads(of_rank.rank.settings.receiver), "port": of_rank.rank.native.port}
         rank._native.WeightReceiver(json.dumps(taken))
+
+
+def parallel(**sizes: int) -> SimpleNamespace:
+    known = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "tensor_parallel_size": 1, **sizes}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**known, data_parallel_index=0),
+        kv_transfer_config=None,
+        model_config=SimpleNamespace(model="name/on-a-hub"),
+    )
+
+
+def test_a_worker_is_told_where_it_is_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"http": "http://127.0.0.1:8100/", "ports": [7001, 7002], "weights": {"keep": False}}
+    monkeypatch.setenv("PDLINK_WEIGHTS", json.dumps(told))
+    given = settings.read(parallel(tensor_parallel_size=2), 1)
+    assert given is not None and given.http == "http://127.0.0.1:8100" and not given.has_connector
+    receiver = json.loads(given.receiver)
+    assert receiver["ranks"] == ["127.0.0.1:7001", "127.0.0.1:7002"] and receiver["port"] == 7002
+    assert receiver["weights"] == {"keep": False} and receiver["base"] is None
+    with pytest.raises(PdlinkError, match="lists 2 ports, and each of 3 ranks"):
+        settings.read(parallel(tensor_parallel_size=3), 0)
+    assert settings.read(parallel(pipeline_parallel_size=2), 0) is None
+    assert settings.read(parallel(data_parallel_size=2), 0) is None
+    for text, why in (("{", "holds no JSON"), ("[1]", "does not know"), ('{"prots": []}', "does not know: prots")):
+        monkeypatch.setenv("PDLINK_WEIGHTS", text)
+        with pytest.raises(PdlinkError, match=why):
+            settings.read(parallel(), 0)
 
 
 class Model(torch.nn.Module):

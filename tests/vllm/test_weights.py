@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 from client import Client, completion, prompt
-from fleet import BIN, MODEL, OTHER_MODEL, Nursery, Proxy, Server, free_ports
+from fleet import BIN, LEASE_S, MODEL, OTHER_MODEL, Nursery, Proxy, Server, free_ports
 from pdlink.trainer import WeightPublisher
 from safetensors.torch import load_file, save_file
+from yarl import URL
 
 PROMPTS = [prompt(40 + 31 * number, 700 + number) for number in range(6)]
 TOKENS = 24
@@ -57,9 +58,9 @@ class Story:
 def workers(nursery: Nursery) -> Iterator[tuple[Server, Server, Server]]:
     """Two prefill workers and a decode worker."""
     servers = (
-        Server("weights-prefill-0", nursery, "kv_producer", weights=True),
-        Server("weights-prefill-1", nursery, "kv_producer", weights=True),
-        Server("weights-decode", nursery, "kv_consumer", policy="recompute", weights=True),
+        Server("weights-prefill-0", nursery, "kv_producer", send_type="PUT_ASYNC", weights=True),
+        Server("weights-prefill-1", nursery, "kv_producer", send_type="PUT_ASYNC", weights=True),
+        Server("weights-decode", nursery, "kv_consumer", policy="recompute", send_type="PUT_ASYNC", weights=True),
     )
     for server in servers:
         server.log.unlink(missing_ok=True)
@@ -75,13 +76,9 @@ def workers(nursery: Nursery) -> Iterator[tuple[Server, Server, Server]]:
 class Fleet:
     """The workers behind a proxy, and the ways to give them weights."""
 
-    def __init__(
-        self, workers: tuple[Server, Server, Server], env: dict[str, str], in_flight: str, wide: bool = False
-    ):
+    def __init__(self, workers: tuple[Server, Server, Server], env: dict[str, str], in_flight: str, *flags: str):
         self.secret = env["PDLINK_SECRET_FILE"]
-        flags = ("--weights.in_flight", in_flight, "--proxy.health_interval_s", "0.2")
-        if wide:
-            flags += ("--pd_disagg.decode_tp", "2")
+        flags = ("--weights.in_flight", in_flight, "--proxy.health_interval_s", "0.2", *flags)
         self.proxy = Proxy(workers[:2], workers[2], env, f"proxy-weights-{in_flight}", flags).wait()
 
     async def update(self, client: Client, path: str, body: dict[str, Any]) -> int:
@@ -107,10 +104,10 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet_of(workers: tuple[Server, Server, Server], env: dict[str, str]) -> Callable[[str], Any]:
+def fleet_of(workers: tuple[Server, Server, Server], env: dict[str, str]) -> Callable[..., Any]:
     @contextmanager
-    def open(in_flight: str) -> Iterator[Fleet]:
-        fleet = Fleet(workers, env, in_flight)
+    def open(in_flight: str, *flags: str) -> Iterator[Fleet]:
+        fleet = Fleet(workers, env, in_flight, *flags)
         try:
             yield fleet
         finally:
@@ -184,10 +181,13 @@ async def until(done: Callable[[], bool], within_s: float = 60) -> None:
         await asyncio.sleep(0.02)
 
 
-@pytest.mark.parametrize("in_flight", ["finish", "restart", "continue"])
-def test_every_answer_says_which_weights_made_it(run, mono, fleet_of, in_flight: str) -> None:
+@pytest.mark.parametrize(
+    ("in_flight", "dispatch"),
+    [("finish", "sequential"), ("finish", "concurrent"), ("restart", "concurrent"), ("continue", "sequential")],
+)
+def test_every_answer_says_which_weights_made_it(run, mono, fleet_of, in_flight: str, dispatch: str) -> None:
     async def test(client: Client) -> None:
-        with fleet_of(in_flight) as fleet:
+        with fleet_of(in_flight, "--proxy.dispatch", dispatch) as fleet:
             story = await begin(client, fleet, mono)
             with load(client, fleet.proxy) as given:
                 for name, way in (
@@ -272,6 +272,28 @@ def drop(tensors: dict[str, torch.Tensor], name: str) -> None:
     del tensors[name]
 
 
+def test_kv_that_nobody_fetches_does_not_stand_in_the_way_and_is_not_used_later(run, mono, fleet_of, workers) -> None:
+    """WT-3, KV-5: it would be held for longer than the update may take."""
+    times = ("--weights.drain_timeout_s", "0.3", "--weights.pause_timeout_s", str(LEASE_S / 2))
+
+    async def test(client: Client) -> None:
+        with fleet_of("continue", *times) as fleet:
+            story = await begin(client, fleet, mono)
+            held = [await client.prefill(workers[number % 2], PROMPTS[number]) for number in range(4)]
+            await fleet.update(client, "/update_weights", {"weight_dir": str(OTHER_MODEL)})
+            for number, params in enumerate(held):
+                answer = await client.complete(workers[2], PROMPTS[number], TOKENS, params)
+                assert answer.tokens == story.right["b"][number]
+            await client.at_rest(*workers, within_s=LEASE_S / 2)
+            # What a pause is made with is for nobody outside.
+            for path in ("/collective_rpc", "/v1/../collective_rpc", "/v1/%2e%2e/collective_rpc", "/sleep", "/server_info"):
+                url = URL(fleet.proxy.url + path, encoded=True)
+                async with client._session.post(url, json={"method": "pdlink_let_go_of_kv"}) as response:
+                    assert response.status == 404, (path, await response.text())
+
+    run(test)
+
+
 def test_a_sender_or_a_worker_that_dies_changes_nothing_and_the_worker_catches_up(
     run, mono, fleet_of, workers: tuple[Server, Server, Server]
 ) -> None:
@@ -343,13 +365,20 @@ async def serves(client: Client, fleet: Fleet, server: Server, version: int) -> 
 def test_all_ranks_of_a_worker_change_together(run, mono, workers, nursery: Nursery, env, tmp_path: Path) -> None:
     flags = ("--max-model-len", "1024", "--kv-cache-memory-bytes", "64M", "--tensor-parallel-size", "2")
     wide = Server(
-        "weights-wide", nursery, "kv_consumer", policy="recompute", flags=flags, ports=free_ports(3), weights=True
+        "weights-wide",
+        nursery,
+        "kv_consumer",
+        policy="recompute",
+        flags=flags,
+        send_type="PUT_ASYNC",
+        ports=free_ports(3),
+        weights=True,
     )
     wide.log.unlink(missing_ok=True)
     partial = damaged(tmp_path / "partial", lambda tensors: drop(tensors, NORM))
 
     async def test(client: Client) -> None:
-        fleet = Fleet((workers[0], workers[1], wide), env, "finish", wide=True)
+        fleet = Fleet((workers[0], workers[1], wide), env, "finish", "--pd_disagg.decode_tp", "2")
         try:
             # The prefill workers have been updated before, and the wide one catches up with them.
             await serves(client, fleet, wide, (await fleet.state(client))["version"])

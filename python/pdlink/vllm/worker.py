@@ -111,7 +111,7 @@ class WorkerSide:
         self._layers = {name: number for number, name in enumerate(cache.names)}
         self._link = _native.Link(json.dumps(settings), cache.memory, receiver.native if receiver is not None else None)
         if receiver is not None:
-            receiver.join(self._link)
+            receiver.join(self)
         groups = [_words(group) for group in cache.geometry["groups"]]
         logger.info("KV link of rank %d (%s) at %s: %s", config.tp_rank, config.role, self._link.address, "; ".join(groups))
 
@@ -120,10 +120,20 @@ class WorkerSide:
         link, self._link = self._link, None
         if link is not None:
             if (receiver := weights.if_any()) is not None:
-                receiver.leave(link)
+                receiver.leave(self)
             link.shutdown()
             self._hear(link)
         self._map = None
+
+    def now_of_weights(self, version: int) -> None:
+        if self._link is not None:
+            self._link.set_weight_version(version)
+
+    def let_go(self) -> None:
+        """Gives up every transfer under way; each still has its one report."""
+        if self._link is not None:
+            for transfer_id in {*self._offered, *self._expected, *self._early}:
+                self._link.abort(transfer_id)
 
     def card(self) -> Card | None:
         return Card(self._link.card()) if self._link is not None else None

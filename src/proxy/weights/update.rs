@@ -20,6 +20,7 @@ use crate::control::{Role, WeightSource, WeightsOffer, WeightsPhase, WeightsRequ
 
 /// How often it is looked whether the last KV in flight has landed.
 const DRAIN_POLL: Duration = Duration::from_millis(2);
+const LOADING_POLL: Duration = Duration::from_millis(50);
 
 /// The times of `[weights]`, ready for use.
 #[derive(Debug, Clone, Copy)]
@@ -184,6 +185,7 @@ impl Update<'_> {
             }
         }
         if behind.len() == self.members.len() {
+            self.outwait_loading(times.hold).await;
             // Nobody said that it has committed. One that did all the same does not go back, and says so.
             let why = "no worker is known to have committed".to_owned();
             let doubted: Vec<Member> = behind.iter().map(|(member, _)| member.clone()).collect();
@@ -198,6 +200,19 @@ impl Update<'_> {
             return Err(behind.remove(0).1);
         }
         Ok(behind.into_iter().map(|(member, failed)| (member, failed.why)).collect())
+    }
+
+    /// A worker that is loading does not stop half-way, and nobody else serves: what becomes of it is waited for.
+    async fn outwait_loading(&self, within: Duration) {
+        let deadline = Instant::now() + within;
+        while Instant::now() < deadline {
+            let statuses = tell_all(self.members, &WeightsRequest::Status).await;
+            let is_loading = |status: &WeightsStatus| status.phase == WeightsPhase::Committing;
+            if !statuses.iter().any(|status| status.as_ref().is_ok_and(is_loading)) {
+                return;
+            }
+            sleep(LOADING_POLL).await;
+        }
     }
 
     /// The old version serves on wherever `result` is an error.

@@ -81,6 +81,10 @@ async fn look(shared: &Arc<Shared>, member: &Member, status: &WeightsStatus) -> 
     // Not while an update is under way: what a worker says then is half of something.
     let Ok(turn) = shared.weights.turn.try_read() else { return Ok(()) };
     let (Some(version), digest) = learn(shared, status) else { return Ok(()) };
+    if let (WeightsPhase::Committed, Some(update), true) = (status.phase, status.update, status.version == version) {
+        // It was slow, and the word to go on came before it could take it.
+        tell_all(&hear_ranks(shared, member, status).await?, &WeightsRequest::Resume { update }).await;
+    }
     if !matches!(status.phase, WeightsPhase::Serving | WeightsPhase::Staging | WeightsPhase::Staged) {
         member.worker.health.bar(true);
         return Err(format!("it is {} in an update that is not under way any more", status.phase.name()));

@@ -23,6 +23,8 @@ logger = init_logger("vllm.pdlink.weights")
 # What vLLM calls what `[weights] in_flight` says.
 MODES = {"continue": "keep", "restart": "abort", "finish": "wait"}
 AGAIN_S = 0.05
+# How long an engine that is to pause may be held up by KV on its way.
+LET_GO_S = 1.0
 # How long a call that does little may take, and one that loads weights or waits for answers.
 SHORT_S = 60.0
 LONG_S = 3600.0
@@ -33,11 +35,14 @@ class CallError(Exception):
 
 
 class Lead:
-    def __init__(self, url: str):
+    def __init__(self, url: str, has_connector: bool):
         self._url = url
+        # Without a connector some versions call a reset of its cache failed.
+        self._reset = f"/reset_prefix_cache?reset_running_requests=true&reset_external={str(has_connector).lower()}"
         self._lock = threading.Lock()
         # The pause that is wanted now, and those that wait for their turn.
         self._wanted: _native.Order | None = None
+        self._paused: _native.Order | None = None
         self._pauses: queue.SimpleQueue[_native.Order] = queue.SimpleQueue()
         threading.Thread(target=self._pause_all, name="pdlink-weights-pause", daemon=True).start()
 
@@ -46,6 +51,7 @@ class Lead:
             with self._lock:
                 self._wanted = order
             self._pauses.put(order)
+            self._let_go_later(order)
         elif order.kind == "resume":
             with self._lock:
                 self._wanted = None
@@ -72,11 +78,28 @@ class Lead:
                     continue
                 with self._lock:
                     is_wanted = self._wanted is order
+                    self._paused = order if is_wanted else None
                 if is_wanted:
                     order.done()
                 else:
                     self._resume()
                 break
+
+    def _let_go_later(self, order: _native.Order) -> None:
+        """The proxy has let hand-offs land before; what is left keeps blocks, and vLLM from pausing."""
+
+        def let_go() -> None:
+            if not self._is_wanted(order) or self._paused is order:
+                return
+            try:
+                self._call("/collective_rpc", SHORT_S, {"method": "pdlink_let_go_of_kv"})
+            except CallError as error:
+                logger.warning("transfers of KV are not given up: %s", error)
+            self._let_go_later(order)
+
+        timer = threading.Timer(LET_GO_S, let_go)
+        timer.daemon = True
+        timer.start()
 
     def _is_wanted(self, order: _native.Order) -> bool:
         with self._lock:
@@ -86,7 +109,7 @@ class Lead:
         """Stops the engine with nothing of the old weights left in its caches. vLLM refuses while blocks are held: for KV on its
         way here, or for whoever fetches it from here."""
         self._call(f"/pause?mode={mode}&clear_cache=true", LONG_S)
-        answer = self._call("/reset_prefix_cache?reset_running_requests=true&reset_external=true", SHORT_S)
+        answer = self._call(self._reset, SHORT_S)
         if answer.get("success") is False:
             raise CallError("blocks of the old weights are held still")
 

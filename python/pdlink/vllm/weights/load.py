@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 
 from ... import _native
 from ...trainer.publisher import DTYPES
+
+logger = init_logger("vllm.pdlink.weights")
 
 # safetensors' names to PyTorch's types, as far as this PyTorch has them.
 TYPES = {told: getattr(torch, name) for name, told in DTYPES.items() if hasattr(torch, name)}
@@ -39,7 +42,10 @@ def load(worker: Any, weights: _native.Order | None) -> None:
     try:
         worker.reload_weights(weights_iterator=views(weights), is_checkpoint_format=True)
     except Exception:
-        _abandon(worker, model)
+        try:
+            _abandon(worker, model)
+        except Exception:
+            logger.exception("a reload that broke off could not be ended")
         raise
     finally:
         del model.load_weights

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from vllm.logger import init_logger
 
@@ -24,6 +24,13 @@ TOLD_WITHIN_S = 5.0
 POLL_S = 3600.0
 
 
+class Link(Protocol):
+    """This rank's side of the KV connector."""
+
+    def now_of_weights(self, version: int) -> None: ...
+    def let_go(self) -> None: ...
+
+
 class Rank:
     """Of this process."""
 
@@ -32,7 +39,7 @@ class Rank:
         self.native = _native.WeightReceiver(settings.receiver)
         self._lead = lead
         self._changed = threading.Condition()
-        self._links: list[_native.Link] = []
+        self._links: list[Link] = []
         self._pending: _native.Order | None = None
         # What `take` has touched, and what serves now; None: what the worker was started with.
         self._taken: _native.Order | None = None
@@ -43,11 +50,16 @@ class Rank:
 
     # ---------------------------------------------------------------- the KV link
 
-    def join(self, link: _native.Link) -> None:
+    def join(self, link: Link) -> None:
         self._links.append(link)
 
-    def leave(self, link: _native.Link) -> None:
+    def leave(self, link: Link) -> None:
         self._links.remove(link)
+
+    def let_go_of_kv(self) -> dict[str, Any]:
+        for link in self._links:
+            link.let_go()
+        return self._answer(None)
 
     # ---------------------------------------------------------------- the receiver's orders
 
@@ -115,7 +127,7 @@ class Rank:
             self._serving, self.version = taken, taken.version
             for link in self._links:
                 # KV made so far, and on its way here, is of the old weights (KV-5).
-                link.set_weight_version(taken.version)
+                link.now_of_weights(taken.version)
             taken.done()
             return self._answer(None)
         if taken is not None:
@@ -139,7 +151,7 @@ def open(settings: Settings) -> None:
     """Makes this process's rank. vLLM has one rank in a process."""
     global _of_process
     _native.init_log(settings.log_filter, settings.log_json)
-    _of_process = Rank(settings, Lead(settings.http) if settings.rank == 0 else None)
+    _of_process = Rank(settings, Lead(settings.http, settings.has_connector) if settings.rank == 0 else None)
     logger.info("rank %d takes weights from pdlink", settings.rank)
 
 

@@ -15,11 +15,15 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
 from ... import _native
 from .. import config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger("vllm.pdlink.weights")
 
 VARIABLE = "PDLINK_WEIGHTS"
 KNOWN = {"http", "host", "bind_host", "ports", "secret_file", "log", "log_format", "weights"}
@@ -35,31 +39,32 @@ class Settings:
     """The API server of this worker."""
     receiver: str
     """For the native receiver, as JSON."""
-    has_link: bool
-    """Our KV link's listener takes what comes for the receiver."""
+    has_connector: bool
+    """Some KV connector is there."""
     log_filter: str
     log_json: bool
 
 
-def read(vllm_config: VllmConfig, rank: int) -> Settings:
+def read(vllm_config: VllmConfig, rank: int) -> Settings | None:
+    """None: such a worker takes no weights from us, and serves as it would without."""
     given = _given()
     parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        raise _native.SettingsError(
-            f"pipeline_parallel_size is {parallel.pipeline_parallel_size}: pdlink brings weights to tensor-parallel ranks only"
-        )
+    for name in ("pipeline_parallel_size", "data_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            logger.warning("%s is %d: pdlink brings weights to tensor-parallel ranks only", name, getattr(parallel, name))
+            return None
     transfer = vllm_config.kv_transfer_config
     has_link = transfer is not None and transfer.kv_connector_module_path == OURS
     extra = dict(transfer.kv_connector_extra_config or {}) if has_link else {}
     host = str(given.get("host") or extra.get("kv_host") or "127.0.0.1")
     ports = given.get("ports")
     if has_link:
-        addresses = [address for address in (_link_address(vllm_config, one) for one in range(parallel.tensor_parallel_size))]
+        addresses = [_link_address(vllm_config, one) for one in range(parallel.tensor_parallel_size)]
     else:
         addresses = [_at(host, int(port)) for port in ports or ()]
     if len(addresses) < parallel.tensor_parallel_size:
         raise _native.SettingsError(
-            f"`ports` in {VARIABLE} lists {len(addresses)} ports, and each of {parallel.tensor_parallel_size} ranks needs one of its own"
+            f"`ports` in {VARIABLE} lists {len(addresses)} ports, and each of {parallel.tensor_parallel_size} ranks needs one"
         )
     # What is staged as a folder can be verified, and be loaded again, without a look at the disk while the engine is paused.
     model = str(vllm_config.model_config.model)
@@ -78,7 +83,7 @@ def read(vllm_config: VllmConfig, rank: int) -> Settings:
         ranks=parallel.tensor_parallel_size,
         http=str(given.get("http") or f"http://127.0.0.1:{extra.get('http_port') or 8000}").rstrip("/"),
         receiver=json.dumps(receiver),
-        has_link=has_link,
+        has_connector=transfer is not None,
         log_filter=str(given.get("log") or extra.get("log") or os.environ.get(config.LOG_ENV) or "info"),
         log_json="json" in (given.get("log_format"), extra.get("log_format")),
     )
