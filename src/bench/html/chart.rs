@@ -5,11 +5,11 @@ use maud::{Markup, html};
 use crate::bench::table::size;
 
 const WIDTH: f64 = 480.0;
-const HEIGHT: f64 = 270.0;
+const HEIGHT: f64 = 280.0;
 const LEFT: f64 = 46.0;
 const RIGHT: f64 = 24.0;
-const TOP: f64 = 20.0;
-const BOTTOM: f64 = 40.0;
+const TOP: f64 = 26.0;
+const BOTTOM: f64 = 46.0;
 /// Colours that the page has; further series begin again.
 const COLOURS: usize = 8;
 /// Labels that fit below a panel.
@@ -205,8 +205,8 @@ impl Chart {
                     text.soft x=(place(x.at(value))) y=(HEIGHT - BOTTOM + 17.0) text-anchor="middle" { (label) }
                 }
                 path.axis d={ "M" (LEFT) " " (HEIGHT - BOTTOM) "H" (WIDTH - RIGHT) } {}
-                text.soft x=(LEFT) y="12" { (self.y.1) }
-                text.soft x=(WIDTH - RIGHT) y=(HEIGHT - 6.0) text-anchor="end" { (self.x.1) }
+                text.soft x=(LEFT) y="15" { (self.y.1) }
+                text.soft x=(WIDTH - RIGHT) y=(HEIGHT - 5.0) text-anchor="end" { (self.x.1) }
                 @for series in &self.series { (line(series, &x, &y)) }
             }
         }
