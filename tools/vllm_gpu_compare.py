@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 ANSWER_TOKENS = 16
 START_SECONDS_MAX = 300
 REQUEST_SECONDS_MAX = 300
+SHARED_GPU_CACHE_BYTES = 20 << 30
 CASES = ("vllm-nixl", "pdlink", "pdlink-concurrent")
 
 
@@ -70,6 +71,9 @@ class Server:
                    "--gpu-memory-utilization", "0.4",
                    "--enable-prefix-caching" if role == "decode" else "--no-enable-prefix-caching",
                    "--kv-transfer-config", json.dumps(kv_config(case, role, kv_port, args.kv)), *args.serve_arg]
+        if len(set(args.gpus)) == 1:
+            # Two servers that start at once on one GPU take each other's memory for their own when they look for the rest.
+            command += ["--kv-cache-memory-bytes", str(SHARED_GPU_CACHE_BYTES)]
         self.kv_address = f"127.0.0.1:{kv_port}"
         self.url, self.log = f"http://127.0.0.1:{port}", os.path.join(args.logs, f"{case}-{role}.log")
         with open(self.log, "w", encoding="utf-8") as log:

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::flight::Flight;
 use super::flight_queue::FlightQueue;
 use super::threads::Threads;
-use super::{Piece, RunList, Totals, TransportError};
+use super::{Piece, RunList, Sums, Totals, TransportError};
 use crate::memory::to_u64;
 
 /// Transfers up to this size are copied by the thread that submits them: it takes less time than waking another.
@@ -55,13 +55,13 @@ impl CopyPool {
     }
 
     /// Cuts a run list into pieces for these threads.
-    pub(super) fn pieces(&self, runs: &RunList, totals: Totals) -> Vec<Piece> {
-        if is_small(totals) {
-            return runs.pieces(INLINE_BYTES_MAX, PIECE_RUNS_MAX);
+    pub(super) fn pieces(&self, runs: &RunList, sums: &Sums) -> Vec<Piece> {
+        if is_small(sums.totals) {
+            return runs.pieces(sums, INLINE_BYTES_MAX, PIECE_RUNS_MAX);
         }
         let shares = to_u64(self.thread_count) * PIECES_PER_THREAD;
-        let piece_bytes = totals.bytes.div_ceil(shares).next_multiple_of(4096);
-        runs.pieces(piece_bytes.clamp(PIECE_BYTES_MIN, PIECE_BYTES_MAX), PIECE_RUNS_MAX)
+        let piece_bytes = sums.totals.bytes.div_ceil(shares).next_multiple_of(4096);
+        runs.pieces(sums, piece_bytes.clamp(PIECE_BYTES_MIN, PIECE_BYTES_MAX), PIECE_RUNS_MAX)
     }
 
     /// Carries `flight` to its end: here if it is small, else on the pool's threads.

@@ -368,8 +368,10 @@ mod tests {
             deadline: Instant::now() + Duration::from_secs(60),
         };
         let done = Box::new(move |result| tell.send(result).unwrap());
-        let plan =
-            |request: &TransferRequest| Ok((request.runs.validate(&[100], &[100])?, request.runs.pieces(piece, 8)));
+        let plan = |request: &TransferRequest| {
+            let sums = request.runs.validate(&[100], &[100])?;
+            Ok((sums.totals, request.runs.pieces(&sums, piece, 8)))
+        };
         let (_, flight) = inflight.admit(request, done, plan);
         (inflight, flight, told)
     }

@@ -18,12 +18,17 @@ pub(super) struct FlightQueue<T> {
 struct Waiting<T> {
     /// Bounded by the links: each admits a bounded number of flights, and each flight is here at most once.
     flights: VecDeque<(Arc<Flight>, T)>,
+    /// A flight is about to come.
+    roused: bool,
     closed: bool,
 }
 
 impl<T: Clone> FlightQueue<T> {
     pub(super) fn new() -> Self {
-        Self { waiting: Mutex::new(Waiting { flights: VecDeque::new(), closed: false }), work: Condvar::new() }
+        Self {
+            waiting: Mutex::new(Waiting { flights: VecDeque::new(), roused: false, closed: false }),
+            work: Condvar::new(),
+        }
     }
 
     /// Adds a flight, or gives it back if the queue is closed.
@@ -50,16 +55,37 @@ impl<T: Clone> FlightQueue<T> {
         None
     }
 
-    /// As [`FlightQueue::take`], but stays awake for a while: waking up takes longer than a small transfer.
+    /// As [`FlightQueue::take`], but stays awake for a while, and again when it is roused: waking up takes longer than a small
+    /// transfer.
     pub(super) fn take_awake(&self, awake: Duration) -> Option<(Arc<Flight>, T, Piece)> {
-        let until = Instant::now() + awake;
-        while Instant::now() < until {
-            if let Some(taken) = self.try_take() {
-                return Some(taken);
+        loop {
+            let until = Instant::now() + awake;
+            while Instant::now() < until {
+                if let Some(taken) = self.try_take() {
+                    return Some(taken);
+                }
+                std::thread::yield_now();
             }
-            std::thread::yield_now();
+            let mut waiting = locked(&self.waiting);
+            loop {
+                if waiting.closed {
+                    return None;
+                }
+                if let Some(taken) = waiting.claim() {
+                    return Some(taken);
+                }
+                if std::mem::take(&mut waiting.roused) {
+                    break;
+                }
+                waiting = self.work.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+            }
         }
-        self.take()
+    }
+
+    /// Wakes whoever takes awake: a flight is about to be pushed.
+    pub(super) fn rouse(&self) {
+        locked(&self.waiting).roused = true;
+        self.work.notify_all();
     }
 
     /// As [`FlightQueue::take`], without waiting.
@@ -89,6 +115,7 @@ impl<T: Clone> Waiting<T> {
     fn claim(&mut self) -> Option<(Arc<Flight>, T, Piece)> {
         while let Some((flight, with)) = self.flights.pop_front() {
             let Some(piece) = flight.claim() else { continue };
+            self.roused = false;
             if flight.has_more() {
                 self.flights.push_back((flight.clone(), with.clone()));
             }

@@ -229,8 +229,8 @@ impl Ends {
     fn plan(&self, request: &TransferRequest) -> Result<(super::Totals, Vec<Piece>), TransportError> {
         let (src, dst) = self.ordered(request.direction);
         let lens = |node: &Node| node.regions.iter().map(|region| region.len()).collect::<Vec<_>>();
-        let totals = request.runs.validate(&lens(src), &lens(dst))?;
-        Ok((totals, request.runs.pieces(STEP_BYTES, STEP_RUNS)))
+        let sums = request.runs.validate(&lens(src), &lens(dst))?;
+        Ok((sums.totals, request.runs.pieces(&sums, STEP_BYTES, STEP_RUNS)))
     }
 
     fn carry(&self, flight: &Flight, piece: Piece) -> Result<(), TransportError> {

@@ -11,11 +11,14 @@ use std::time::Instant;
 use super::flight::{Flight, Inflight, locked};
 use super::links::Links;
 use super::{
-    CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, GrantToken, Link, Piece, RunList, Totals, TransferRequest,
+    CLOSE_WAIT_MAX, Completion, Direction, Export, Grant, GrantToken, Link, Piece, RunList, Sums, TransferRequest,
     TransferTicket, Transport, TransportError,
 };
 use crate::config::Path;
 use crate::memory::Region;
+
+/// Lists from this length on take longer to be read through than a thread takes to be woken.
+const ROUSING_RUNS_MIN: usize = 1024;
 
 /// One peer process with its memory open. Dropping it unmaps everything.
 pub trait PeerMemory: Send + Sync + 'static {
@@ -37,8 +40,11 @@ pub trait Reach: Send + Sync + 'static {
     /// Opens what a peer exported, for copies from and to `ours`.
     fn open(&self, peer: &Export, ours: &Arc<[Arc<Region>]>) -> Result<Self::Peer, TransportError>;
 
+    /// Told before a long list is read through, so that who carries it may wake up meanwhile.
+    fn rouse(&self) {}
+
     /// Cuts a run list into what is copied in one go.
-    fn pieces(&self, runs: &RunList, totals: Totals) -> Vec<Piece>;
+    fn pieces(&self, runs: &RunList, sums: &Sums) -> Vec<Piece>;
 
     /// Carries a flight to its end.
     fn carry(&self, flight: Arc<Flight>, peer: Arc<Self::Peer>);
@@ -127,15 +133,18 @@ impl<R: Reach> Link for MappedLink<R> {
     }
 
     fn submit(&self, request: TransferRequest, done: Completion) -> TransferTicket {
+        if request.runs.runs() >= ROUSING_RUNS_MIN {
+            self.reach.rouse();
+        }
         let peer = self.peer();
         let (ticket, flight) = self.inflight.admit(request, done, |request| {
             let peer = peer.as_ref().ok_or_else(|| self.closed())?;
             let (ours, theirs) = peer.lens();
-            let totals = match request.direction {
+            let sums = match request.direction {
                 Direction::Pull => request.runs.validate(theirs, ours)?,
                 Direction::Push => request.runs.validate(ours, theirs)?,
             };
-            Ok((totals, self.reach.pieces(&request.runs, totals)))
+            Ok((sums.totals, self.reach.pieces(&request.runs, &sums)))
         });
         if let (Some(flight), Some(peer)) = (flight, peer) {
             flight.posted(flight.totals.posts);

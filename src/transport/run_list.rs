@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::{End, TransportError};
+use crate::memory::to_u64;
 
 /// One contiguous copy. Offsets count from the start of the segment's regions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +45,14 @@ pub struct Totals {
     pub posts: u64,
 }
 
+/// A valid run list, added up.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Sums {
+    pub totals: Totals,
+    /// Bytes of each segment.
+    pub segments: Vec<u64>,
+}
+
 impl RunList {
     /// Bytes that all runs move together.
     pub fn bytes(&self) -> u64 {
@@ -56,28 +65,19 @@ impl RunList {
     }
 
     /// Holds every run against the lengths of the regions it names, and adds the list up. All of it, before any byte moves.
-    pub fn validate(&self, src_lens: &[u64], dst_lens: &[u64]) -> Result<Totals, TransportError> {
-        let mut totals = Totals::default();
+    pub fn validate(&self, src_lens: &[u64], dst_lens: &[u64]) -> Result<Sums, TransportError> {
+        let mut sums = Sums::default();
         for segment in &self.segments {
             let src_len = region_len(End::Source, segment.src_region, src_lens)?;
             let dst_len = region_len(End::Destination, segment.dst_region, dst_lens)?;
-            let (mut bytes, mut runs, mut fits) = (0_u64, 0_u64, true);
-            // There are many thousand runs, nothing moves before all were seen, and hardly ever is one wrong: so without a branch
-            // for each.
-            for run in &segment.runs {
-                fits &= inside(run.src, run.len, src_len) & inside(run.dst, run.len, dst_len);
-                let (sum, over) = bytes.overflowing_add(run.len);
-                (bytes, fits) = (sum, fits & !over);
-                runs += u64::from(run.len > 0);
-            }
-            if !fits {
-                return Err(segment.what_does_not_fit(src_len, dst_len));
-            }
+            let (bytes, runs) = segment.sums(src_len, dst_len)?;
+            let totals = &mut sums.totals;
             totals.bytes = totals.bytes.checked_add(bytes).ok_or(TransportError::TooManyBytes)?;
             totals.runs += runs;
             totals.posts += u64::from(bytes > 0);
+            sums.segments.push(bytes);
         }
-        Ok(totals)
+        Ok(sums)
     }
 
     /// Holds the destination of every run against the lengths of our regions: what a grant needs.
@@ -92,12 +92,14 @@ impl RunList {
     }
 
     /// Cuts the list into pieces of at most `bytes_max` bytes and `runs_max` runs, in order and without rest. A long run
-    /// is cut, short runs share a piece, so that threads get even work whatever the runs look like.
-    pub fn pieces(&self, bytes_max: u64, runs_max: usize) -> Vec<Piece> {
+    /// is cut, short runs share a piece, so that threads get even work whatever the runs look like. `sums` are this list's.
+    pub fn pieces(&self, sums: &Sums, bytes_max: u64, runs_max: usize) -> Vec<Piece> {
         assert!(bytes_max > 0 && runs_max > 0, "a piece holds something");
         let mut pieces = Vec::new();
-        for (segment, runs) in self.segments.iter().map(|segment| &segment.runs).enumerate() {
-            let bytes = runs.iter().fold(0_u64, |sum, run| sum.saturating_add(run.len));
+        for (segment, (runs, bytes)) in
+            self.segments.iter().map(|segment| &segment.runs).zip(&sums.segments).enumerate()
+        {
+            let bytes = *bytes;
             if bytes <= bytes_max && runs.len() <= runs_max {
                 pieces.extend((bytes > 0).then_some(Piece { segment, run: 0, skip: 0, bytes }));
                 continue;
@@ -146,19 +148,39 @@ fn region_len(end: End, region: u16, lens: &[u64]) -> Result<u64, TransportError
 }
 
 impl Segment {
-    /// Says which run it is.
-    fn what_does_not_fit(&self, src_len: u64, dst_len: u64) -> TransportError {
-        let wrong = self.runs.iter().find_map(|run| {
-            let source = hold(End::Source, self.src_region, run.src, run.len, src_len);
-            source.and_then(|()| hold(End::Destination, self.dst_region, run.dst, run.len, dst_len)).err()
-        });
-        wrong.unwrap_or(TransportError::TooManyBytes)
+    /// Bytes, and runs with at least one, if all lie inside both regions.
+    ///
+    /// There are many thousand runs, nothing moves before all were seen, and hardly ever is one wrong: so their outermost ends
+    /// are looked at, and each by itself only where those do not fit.
+    fn sums(&self, src_len: u64, dst_len: u64) -> Result<(u64, u64), TransportError> {
+        let (mut bytes, mut runs, mut src_end, mut dst_end, mut bits) = (0_u64, 0, 0, 0, 0);
+        for run in &self.runs {
+            bits |= run.src | run.dst | run.len;
+            src_end = src_end.max(run.src.wrapping_add(run.len));
+            dst_end = dst_end.max(run.dst.wrapping_add(run.len));
+            bytes = bytes.wrapping_add(run.len);
+            runs += u64::from(run.len > 0);
+        }
+        // No number is greater than all bits together: if so many of that do not overflow, neither did an end or the sum.
+        let exact = bits.checked_mul(to_u64(self.runs.len()).max(2)).is_some();
+        if exact && src_end <= src_len && dst_end <= dst_len {
+            Ok((bytes, runs))
+        } else {
+            self.sums_one_by_one(src_len, dst_len)
+        }
     }
-}
 
-/// Whether `len` bytes at `offset` lie in a region of `region_len`.
-fn inside(offset: u64, len: u64, region_len: u64) -> bool {
-    (offset <= region_len) & (len <= region_len.wrapping_sub(offset))
+    /// As [`Segment::sums`], and says which run does not fit.
+    fn sums_one_by_one(&self, src_len: u64, dst_len: u64) -> Result<(u64, u64), TransportError> {
+        let (mut bytes, mut runs) = (0_u64, 0);
+        for run in &self.runs {
+            hold(End::Source, self.src_region, run.src, run.len, src_len)?;
+            hold(End::Destination, self.dst_region, run.dst, run.len, dst_len)?;
+            bytes = bytes.checked_add(run.len).ok_or(TransportError::TooManyBytes)?;
+            runs += u64::from(run.len > 0);
+        }
+        Ok((bytes, runs))
+    }
 }
 
 fn hold(end: End, region: u16, offset: u64, len: u64, region_len: u64) -> Result<(), TransportError> {
@@ -183,7 +205,7 @@ mod tests {
     fn runs_are_held_to_their_regions_at_both_ends() {
         assert_eq!(
             list(&[(0, 8, 4), (12, 0, 0), (8, 12, 4)]).validate(&[12], &[16]).unwrap(),
-            Totals { bytes: 8, runs: 2, posts: 1 }
+            Sums { totals: Totals { bytes: 8, runs: 2, posts: 1 }, segments: vec![8] }
         );
         let refused = |runs: &[(u64, u64, u64)]| list(runs).validate(&[12], &[16]).unwrap_err().to_string();
         assert_eq!(refused(&[(0, 0, 1), (9, 0, 4)]), "source bytes 9..9+4 lie outside region 0 of 12 bytes");
@@ -219,7 +241,9 @@ mod tests {
                 Segment { src_region: u16::try_from(index).unwrap(), dst_region: 0, runs }
             }).collect();
             let list = RunList { segments };
-            let pieces = list.pieces(bytes_max, runs_max);
+            let lens = vec![1_u64 << 20; list.segments.len().max(1)];
+            let sums = list.validate(&lens, &lens).unwrap();
+            let pieces = list.pieces(&sums, bytes_max, runs_max);
             let each_byte = |segment: usize, run: Run| (0..run.len).map(move |i| (segment, run.src + i, run.dst + i));
             let want: Vec<_> = list.segments.iter().enumerate()
                 .flat_map(|(index, segment)| segment.runs.iter().flat_map(move |run| each_byte(index, *run))).collect();

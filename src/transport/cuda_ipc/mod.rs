@@ -15,7 +15,7 @@ use super::flight_queue::FlightQueue;
 use super::identity::Identity;
 use super::mapped::{self, Mapped, PeerMemory, Reach};
 use super::threads::Threads;
-use super::{Export, Piece, RunList, Totals, TransportError};
+use super::{Export, Piece, RunList, Sums, TransportError};
 use crate::config::Path;
 use crate::ffi::cuda::{CudaError, Device, IpcHandle};
 use crate::memory::{GpuCopies, GpuRun, LaunchBytes, Region};
@@ -36,9 +36,9 @@ const AWAKE: Duration = Duration::from_micros(100);
 /// Most runs of a piece.
 const RUNS_MAX: usize = 1 << 20;
 /// What one launch takes: lists of so many bytes are made faster than the link moves them, or the GPU's memory.
-const FIRST_LAUNCH_BYTES: u64 = 4 << 20;
-const LAUNCH_BYTES_MAX: u64 = 32 << 20;
-const LAUNCH_BYTES_WITHIN_MAX: u64 = 64 << 20;
+const LAUNCH_BYTES: LaunchBytes = LaunchBytes { first: 4 << 20, most: 32 << 20 };
+/// Within a GPU 4 MiB are copied before the next launch is made.
+const LAUNCH_BYTES_WITHIN: LaunchBytes = LaunchBytes { first: 32 << 20, most: 64 << 20 };
 
 /// What a peer needs to reach our memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -137,12 +137,9 @@ struct Copies {
 
 impl Copies {
     fn on(device: &Arc<Device>) -> Result<Self, CudaError> {
-        let copies = |multiprocessors_max, most| {
-            GpuCopies::on(device, multiprocessors_max, LaunchBytes { first: FIRST_LAUNCH_BYTES, most })
-        };
         Ok(Self {
-            between: copies(MULTIPROCESSORS_MAX, LAUNCH_BYTES_MAX)?,
-            within: copies(MULTIPROCESSORS_WITHIN_MAX, LAUNCH_BYTES_WITHIN_MAX)?,
+            between: GpuCopies::on(device, MULTIPROCESSORS_MAX, LAUNCH_BYTES)?,
+            within: GpuCopies::on(device, MULTIPROCESSORS_WITHIN_MAX, LAUNCH_BYTES_WITHIN)?,
         })
     }
 
@@ -214,8 +211,12 @@ impl Reach for GpuReach {
         Peer::open(&self.device, &description, ours.clone())
     }
 
-    fn pieces(&self, runs: &RunList, _totals: Totals) -> Vec<Piece> {
-        runs.pieces(COPY_BYTES_MAX, RUNS_MAX)
+    fn rouse(&self) {
+        self.queue.rouse();
+    }
+
+    fn pieces(&self, runs: &RunList, sums: &Sums) -> Vec<Piece> {
+        runs.pieces(sums, COPY_BYTES_MAX, RUNS_MAX)
     }
 
     fn carry(&self, flight: Arc<Flight>, peer: Arc<Peer>) {

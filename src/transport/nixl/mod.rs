@@ -294,16 +294,16 @@ impl Link for NixlLink {
             if self.peer.broken() {
                 return Err(self.peer.ended().unwrap_or_else(|| self.closed()));
             }
-            let totals = match request.direction {
+            let sums = match request.direction {
                 Direction::Pull => request.runs.validate(&self.their_lens, &self.our_lens)?,
                 Direction::Push => request.runs.validate(&self.our_lens, &self.their_lens)?,
             };
-            packed = self.peer.slot_bytes().filter(|_| self.packing.suits(totals));
+            packed = self.peer.slot_bytes().filter(|_| self.packing.suits(sums.totals));
             let pieces = match packed {
-                Some(slot_bytes) => request.runs.pieces(piece_bytes_max(slot_bytes), RUNS_PER_PIECE_MAX),
-                None => request.runs.pieces(self.request_bytes_max, REQUEST_RUNS_MAX),
+                Some(slot_bytes) => request.runs.pieces(&sums, piece_bytes_max(slot_bytes), RUNS_PER_PIECE_MAX),
+                None => request.runs.pieces(&sums, self.request_bytes_max, REQUEST_RUNS_MAX),
             };
-            Ok((totals, pieces))
+            Ok((sums.totals, pieces))
         });
         if let Some(flight) = flight {
             let submit = Command::Submit { flight, peer: self.peer.clone(), packed: packed.is_some() };

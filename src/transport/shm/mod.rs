@@ -15,7 +15,7 @@ use super::copy_pool::CopyPool;
 use super::flight::Flight;
 use super::identity::Identity;
 use super::mapped::{Mapped, Reach, unusable};
-use super::{Export, Piece, RunList, Totals, TransportError};
+use super::{Export, Piece, RunList, Sums, TransportError};
 use crate::config::Path;
 use crate::memory::{Backing, Region};
 
@@ -80,8 +80,8 @@ impl Reach for HostReach {
         Peer::open(&description, ours.clone())
     }
 
-    fn pieces(&self, runs: &RunList, totals: Totals) -> Vec<Piece> {
-        self.pool.pieces(runs, totals)
+    fn pieces(&self, runs: &RunList, sums: &Sums) -> Vec<Piece> {
+        self.pool.pieces(runs, sums)
     }
 
     fn carry(&self, flight: Arc<Flight>, peer: Arc<Peer>) {

@@ -203,11 +203,11 @@ impl Link for TcpLink {
 
     fn submit(&self, request: TransferRequest, done: Completion) -> TransferTicket {
         let (ticket, flight) = self.inflight.admit(request, done, |request| {
-            let totals = match request.direction {
+            let sums = match request.direction {
                 Direction::Pull => request.runs.validate(&self.their_lens, &self.our_lens)?,
                 Direction::Push => request.runs.validate(&self.our_lens, &self.their_lens)?,
             };
-            Ok((totals, request.runs.pieces(REQUEST_BYTES_MAX, REQUEST_RUNS_MAX)))
+            Ok((sums.totals, request.runs.pieces(&sums, REQUEST_BYTES_MAX, REQUEST_RUNS_MAX)))
         });
         if let Some(Err(refused)) = flight.map(|flight| self.queue.push(flight, ())) {
             refused.end(self.closed());
