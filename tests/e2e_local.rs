@@ -212,7 +212,8 @@ fn kv_9_and_px_2_hold_while_workers_are_killed_and_clients_leave() {
     let said = String::from_utf8_lossy(&soak.stdout).into_owned() + &String::from_utf8_lossy(&soak.stderr);
     assert!(soak.status.success(), "{said}");
     let counts: Value = serde_json::from_str(&std::fs::read_to_string(counts).unwrap()).unwrap();
-    let count = |path: &str| counts.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("{path}: {counts}"));
+    let level = &counts["levels"][0];
+    let count = |path: &str| level.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("{path}: {counts}"));
     // Cached prompts and fresh ones were both answered, and the KV of fresh ones moved whole: hundreds of KiB each.
     let (right, fresh) = (count("/right"), count("/fresh_right"));
     assert!(0 < fresh && fresh < right, "{counts}");
