@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::region::{AccessError, Region};
+use super::runs::{Run, RunSlice};
 use crate::ffi::cuda::{Copier, CopyPiece, CudaError, Device, DigestTile, Digester};
 
 /// Longer runs are cut for the kernel, so that all multiprocessors have work.
@@ -16,6 +17,16 @@ pub struct GpuRun<'a> {
     pub dst: &'a Region,
     pub dst_offset: u64,
     pub len: u64,
+}
+
+/// Runs of a copy between two places: their offsets count from there.
+#[derive(Debug, Clone, Copy)]
+pub struct GpuRuns<'a> {
+    pub src: &'a Region,
+    pub src_offset: u64,
+    pub dst: &'a Region,
+    pub dst_offset: u64,
+    pub runs: RunSlice<'a>,
 }
 
 /// What one launch of a copy takes. Each takes twice as much as the one before, so that the GPU begins early, and is kept busy while
@@ -38,7 +49,6 @@ const LAUNCHES: usize = 2;
 pub struct GpuCopies {
     copiers: [Copier; LAUNCHES],
     next: usize,
-    pieces: Vec<CopyPiece>,
     launch_bytes: LaunchBytes,
 }
 
@@ -47,16 +57,37 @@ impl GpuCopies {
     pub fn on(device: &Arc<Device>, multiprocessors_max: u32, launch_bytes: LaunchBytes) -> Result<Self, CudaError> {
         let at_once = if launch_bytes.most == u64::MAX { 1 } else { 2 };
         let copier = || Copier::new(device, multiprocessors_max.div_ceil(at_once));
-        Ok(Self { copiers: [copier()?, copier()?], next: 0, pieces: Vec::new(), launch_bytes })
+        Ok(Self { copiers: [copier()?, copier()?], next: 0, launch_bytes })
     }
 
     /// Copies all runs and returns when the bytes are there. No destination may overlap another or a source; if one does, its
     /// bytes are a matter of chance.
     pub fn copy<'a>(&mut self, runs: impl IntoIterator<Item = GpuRun<'a>>) -> Result<(), AccessError> {
+        self.started(|started| {
+            runs.into_iter().try_for_each(|GpuRun { src, src_offset, dst, dst_offset, len }| {
+                let run = [Run { src: 0, dst: 0, len }];
+                started.put(&GpuRuns { src, src_offset, dst, dst_offset, runs: RunSlice::whole(&run) })
+            })
+        })
+    }
+
+    /// As [`GpuCopies::copy`], of runs that lie in memory already: several times as fast for the processor.
+    pub fn copy_slices<'a>(&mut self, slices: impl IntoIterator<Item = GpuRuns<'a>>) -> Result<(), AccessError> {
+        self.started(|started| slices.into_iter().try_for_each(|slice| started.put(&slice)))
+    }
+
+    fn started(
+        &mut self,
+        put_all: impl FnOnce(&mut Started<'_>) -> Result<(), AccessError>,
+    ) -> Result<(), AccessError> {
+        let filling = Filling::new(self.launch_bytes.first);
         // Waits when dropped: whichever way this ends, nothing that is borrowed here is used afterwards.
-        let mut started = Started(self);
-        started.start(runs)?;
-        Ok(started.0.wait()?)
+        let mut started = Started { copies: self, filling };
+        put_all(&mut started)?;
+        if started.filling.count > 0 {
+            started.launch()?;
+        }
+        Ok(started.copies.wait()?)
     }
 
     fn wait(&mut self) -> Result<(), CudaError> {
@@ -66,39 +97,56 @@ impl GpuCopies {
     }
 }
 
-struct Started<'c>(&'c mut GpuCopies);
+struct Started<'c> {
+    copies: &'c mut GpuCopies,
+    filling: Filling,
+}
 
 impl Started<'_> {
-    fn start<'a>(&mut self, runs: impl IntoIterator<Item = GpuRun<'a>>) -> Result<(), AccessError> {
-        self.0.pieces.clear();
-        let LaunchBytes { first, most } = self.0.launch_bytes;
-        let (mut bytes, mut launch_bytes) = (0, first);
-        let (mut from, mut to) = (None, None);
-        for run in runs {
-            let src = Window::place(&mut from, run.src, run.src_offset, run.len)?;
-            let dst = Window::place(&mut to, run.dst, run.dst_offset, run.len)?;
-            let mut done = 0;
-            while done < run.len {
-                let len = (run.len - done).min(CUT_BYTES);
-                self.0.pieces.push(CopyPiece { src: src + done, dst: dst + done, len });
-                done += len;
-                bytes += len;
-                if bytes >= launch_bytes || self.0.pieces.len() == Copier::pieces_max() {
-                    self.launch()?;
-                    (bytes, launch_bytes) = (0, launch_bytes.saturating_mul(2).min(most));
-                }
+    fn put(&mut self, slice: &GpuRuns<'_>) -> Result<(), AccessError> {
+        let places = Places::of(slice)?;
+        let (first, between, last) = slice.runs.split();
+        self.put_runs(&places, first.as_slice())?;
+        self.put_runs(&places, between)?;
+        self.put_runs(&places, last.as_slice())
+    }
+
+    fn put_runs(&mut self, places: &Places<'_>, mut runs: &[Run]) -> Result<(), AccessError> {
+        while let Some(first) = runs.first() {
+            if first.len > CUT_BYTES {
+                self.put_long(places, *first)?;
+                runs = &runs[1..];
+                continue;
+            }
+            let list = self.copies.copiers[self.copies.next].list();
+            let taken = self.filling.take(list, places, runs)?;
+            runs = &runs[taken..];
+            if self.filling.is_full(list) {
+                self.launch()?;
             }
         }
-        if self.0.pieces.is_empty() { Ok(()) } else { self.launch() }
+        Ok(())
+    }
+
+    fn put_long(&mut self, places: &Places<'_>, run: Run) -> Result<(), AccessError> {
+        let mut done = 0;
+        while done < run.len {
+            let len = (run.len - done).min(CUT_BYTES);
+            let shorter = Run { src: run.src.saturating_add(done), dst: run.dst.saturating_add(done), len };
+            self.put_runs(places, &[shorter])?;
+            done += len;
+        }
+        Ok(())
     }
 
     fn launch(&mut self) -> Result<(), AccessError> {
-        let GpuCopies { copiers, next, pieces, .. } = &mut *self.0;
-        // SAFETY: every piece was found to lie inside a region of a GPU's memory, which is borrowed for longer than `copy` takes;
-        // and when that ends, this has been waited for. Overlaps race among plain bytes of the GPU and harm nothing else.
-        unsafe { copiers[*next].start(pieces) }?;
+        let GpuCopies { copiers, next, launch_bytes } = &mut *self.copies;
+        let Filling { count, longest, launch_bytes: had, .. } = self.filling;
+        // SAFETY: every piece was found to lie inside a region of a GPU's memory, which is borrowed for longer than `started`
+        // takes; and when that ends, this has been waited for. Overlaps race among plain bytes of the GPU and harm nothing else.
+        unsafe { copiers[*next].start(count, longest) }?;
         *next = (*next + 1) % LAUNCHES;
-        pieces.clear();
+        self.filling = Filling::new(had.saturating_mul(2).min(launch_bytes.most));
         Ok(())
     }
 }
@@ -106,31 +154,74 @@ impl Started<'_> {
 impl Drop for Started<'_> {
     fn drop(&mut self) {
         // What failed has been told, or is about to be by a copier that is dropped.
-        let _ = self.0.wait();
+        let _ = self.copies.wait();
     }
 }
 
-/// A region of a GPU's memory as the last run met it: there are many thousand runs, and nearly all meet the one before's.
-struct Window<'a> {
-    region: &'a Region,
-    address: u64,
-    len: u64,
+/// How far the list of the next launch has been made.
+struct Filling {
+    count: usize,
+    bytes: u64,
+    longest: u64,
+    /// The list is launched once it has so many bytes.
+    launch_bytes: u64,
 }
 
-impl<'a> Window<'a> {
-    /// Where a run starts, for the GPU.
-    fn place(last: &mut Option<Self>, region: &'a Region, offset: u64, len: u64) -> Result<u64, AccessError> {
-        match last {
-            Some(window) if std::ptr::eq(window.region, region) => window.at(offset, len),
-            _ => last.insert(Self { region, address: start(region, 0, 0)?, len: region.len() }).at(offset, len),
-        }
+impl Filling {
+    fn new(launch_bytes: u64) -> Self {
+        Self { count: 0, bytes: 0, longest: 0, launch_bytes }
     }
 
-    fn at(&self, offset: u64, len: u64) -> Result<u64, AccessError> {
-        match offset.checked_add(len) {
-            Some(end) if end <= self.len => Ok(self.address + offset),
-            _ => start(self.region, offset, len),
+    fn is_full(&self, list: &[CopyPiece]) -> bool {
+        self.count == list.len() || self.bytes >= self.launch_bytes
+    }
+
+    /// Puts runs on the list up to where it is full, or to a run that must be cut, and says how many. All of them were found to
+    /// lie where they may when this returns `Ok`: there are many thousand, so their outermost ends are looked at.
+    fn take(&mut self, list: &mut [CopyPiece], places: &Places<'_>, runs: &[Run]) -> Result<usize, AccessError> {
+        let (mut src_end, mut dst_end) = (0, 0);
+        let before = self.count;
+        for (piece, run) in list[before..].iter_mut().zip(runs) {
+            if run.len > CUT_BYTES || self.bytes >= self.launch_bytes {
+                break;
+            }
+            let (src, dst) = (places.src.wrapping_add(run.src), places.dst.wrapping_add(run.dst));
+            *piece = CopyPiece { src, dst, len: run.len };
+            src_end = src_end.max(run.src.saturating_add(run.len));
+            dst_end = dst_end.max(run.dst.saturating_add(run.len));
+            self.bytes += run.len;
+            self.longest = self.longest.max(run.len);
+            self.count += 1;
         }
+        let taken = self.count - before;
+        if src_end <= places.src_room && dst_end <= places.dst_room {
+            return Ok(taken);
+        }
+        runs[..taken].iter().try_for_each(|run| places.check(run))?;
+        Ok(taken)
+    }
+}
+
+/// Where the runs of a slice count from, for the GPU, and how many bytes there are from there on.
+struct Places<'a> {
+    slice: &'a GpuRuns<'a>,
+    src: u64,
+    src_room: u64,
+    dst: u64,
+    dst_room: u64,
+}
+
+impl<'a> Places<'a> {
+    fn of(slice: &'a GpuRuns<'a>) -> Result<Self, AccessError> {
+        let (src, dst) = (start(slice.src, slice.src_offset, 0)?, start(slice.dst, slice.dst_offset, 0)?);
+        let (src_room, dst_room) = (slice.src.len() - slice.src_offset, slice.dst.len() - slice.dst_offset);
+        Ok(Self { slice, src, src_room, dst, dst_room })
+    }
+
+    fn check(&self, run: &Run) -> Result<(), AccessError> {
+        let GpuRuns { src, src_offset, dst, dst_offset, .. } = self.slice;
+        src.check(src_offset.saturating_add(run.src), run.len)?;
+        Ok(dst.check(dst_offset.saturating_add(run.dst), run.len)?)
     }
 }
 

@@ -9,13 +9,15 @@ mod gpu;
 mod mapping;
 mod region;
 mod registered;
+mod runs;
 mod stream;
 mod words;
 
 // Named in what regions are made of.
 pub use crate::ffi::cuda::Device;
-pub use gpu::{GpuCopies, GpuDigests, GpuRun, LaunchBytes, Tile};
+pub use gpu::{GpuCopies, GpuDigests, GpuRun, GpuRuns, LaunchBytes, Tile};
 pub use region::{AccessError, Backing, MemoryKind, OutOfRange, Region, RegionOptions};
+pub use runs::{Run, RunSlice};
 
 // Offsets and lengths are `u64` on the wire and in run lists, and `usize` where they meet an address. On the one width we
 // build for the two are the same numbers.

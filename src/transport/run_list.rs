@@ -2,15 +2,9 @@
 #![forbid(unsafe_code)]
 
 use super::{End, TransportError};
-use crate::memory::to_u64;
-
-/// One contiguous copy. Offsets count from the start of the segment's regions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
-    pub src: u64,
-    pub dst: u64,
-    pub len: u64,
-}
+// Offsets of a run count from the start of its segment's regions.
+pub use crate::memory::Run;
+use crate::memory::{RunSlice, to_u64};
 
 /// All runs between one source region and one destination region. One segment is one post.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -26,12 +20,14 @@ pub struct RunList {
     pub segments: Vec<Segment>,
 }
 
-/// A part of one segment: `bytes` bytes, from `skip` bytes into run number `run` on.
+/// A part of one segment: runs `first..end`, without the first `skip` bytes of the first and the last `spare` of the last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece {
     pub segment: usize,
-    pub run: usize,
-    pub skip: u64,
+    first: usize,
+    end: usize,
+    skip: u64,
+    spare: u64,
     pub bytes: u64,
 }
 
@@ -101,19 +97,21 @@ impl RunList {
         {
             let bytes = *bytes;
             if bytes <= bytes_max && runs.len() <= runs_max {
-                pieces.extend((bytes > 0).then_some(Piece { segment, run: 0, skip: 0, bytes }));
+                let whole = Piece { segment, first: 0, end: runs.len(), skip: 0, spare: 0, bytes };
+                pieces.extend((bytes > 0).then_some(whole));
                 continue;
             }
             let mut open: Option<(Piece, usize)> = None;
             for (index, run) in runs.iter().enumerate().filter(|(_, run)| run.len > 0) {
                 let mut skip = 0;
                 while skip < run.len {
-                    let new = || (Piece { segment, run: index, skip, bytes: 0 }, 0);
+                    let new = || (Piece { segment, first: index, end: index, skip, spare: 0, bytes: 0 }, 0);
                     let (mut piece, mut count) = open.take().unwrap_or_else(new);
                     let take = (run.len - skip).min(bytes_max - piece.bytes);
                     piece.bytes += take;
                     count += 1;
                     skip += take;
+                    (piece.end, piece.spare) = (index + 1, run.len - skip);
                     if piece.bytes == bytes_max || count == runs_max {
                         pieces.push(piece);
                     } else {
@@ -126,20 +124,15 @@ impl RunList {
         pieces
     }
 
+    /// The runs of `piece` as they stand in the list, with what it leaves out of the first and the last.
+    pub fn slice(&self, piece: Piece) -> RunSlice<'_> {
+        let runs = &self.segments[piece.segment].runs[piece.first..piece.end];
+        RunSlice { runs, skip: piece.skip, spare: piece.spare }
+    }
+
     /// The runs of `piece`, cut where it starts and ends.
     pub fn walk(&self, piece: Piece) -> impl Iterator<Item = Run> + '_ {
-        let runs = &self.segments[piece.segment].runs[piece.run..];
-        let (mut skip, mut left) = (piece.skip, piece.bytes);
-        runs.iter().filter(|run| run.len > 0).map_while(move |run| {
-            if left == 0 {
-                return None;
-            }
-            let len = (run.len - skip).min(left);
-            let part = Run { src: run.src + skip, dst: run.dst + skip, len };
-            skip = 0;
-            left -= len;
-            Some(part)
-        })
+        self.slice(piece).cut().filter(|run| run.len > 0)
     }
 }
 

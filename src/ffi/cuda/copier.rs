@@ -15,10 +15,10 @@ const WARPS: c_uint = THREADS / 32;
 /// Bytes that one warp takes at a time, as the kernel has it.
 const CHUNK_BYTES: u64 = 4096;
 /// Most pieces of one launch.
-const PIECES_MAX: usize = 64 * 1024;
+const PIECES_MAX: usize = 32 * 1024;
 
 /// One stretch to copy; addresses as the GPU sees them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
 pub struct CopyPiece {
     pub src: u64,
@@ -41,36 +41,36 @@ impl Copier {
         Ok(Self { kernel, blocks, running: false })
     }
 
-    /// Pieces that one launch takes at most.
-    pub const fn pieces_max() -> usize {
-        PIECES_MAX
+    /// The list of the next launch, to be filled from its start, while the one before runs.
+    pub fn list(&mut self) -> &mut [CopyPiece] {
+        self.kernel.list()
     }
 
-    /// Starts to copy all pieces, after waiting for those before. They are there once [`Copier::wait`] has returned.
+    /// Starts to copy the first `count` pieces of the list, none longer than `longest`, after waiting for those before. They are
+    /// there once [`Copier::wait`] has returned.
     ///
     /// # Safety
     /// Each piece must name `len` bytes that this GPU can read at `src` and write at `dst` until the wait has returned, or the
     /// copier is dropped; no destination may overlap another, or a source.
-    pub unsafe fn start(&mut self, pieces: &[CopyPiece]) -> Result<(), CudaError> {
+    pub unsafe fn start(&mut self, count: usize, longest: u64) -> Result<(), CudaError> {
         self.wait()?;
         let device = Arc::clone(self.kernel.device());
         // SAFETY: as the caller promises.
-        device.current(|driver| unsafe { self.launch(driver, pieces) })
+        device.current(|driver| unsafe { self.launch(driver, count, longest) })
     }
 
     /// # Safety
     /// As [`Copier::start`].
-    unsafe fn launch(&mut self, driver: &Driver, pieces: &[CopyPiece]) -> Result<(), CudaError> {
-        let longest = pieces.iter().map(|piece| piece.len).max().unwrap_or(0);
+    unsafe fn launch(&mut self, driver: &Driver, count: usize, longest: u64) -> Result<(), CudaError> {
         let mut chunks = c_uint::try_from(longest.div_ceil(CHUNK_BYTES)).unwrap_or(c_uint::MAX).max(1);
-        let (mut list, mut count) = self.kernel.stage(driver, pieces)?;
-        // One number for all chunks of a launch: 65,536 pieces of 256 KiB are 4 M.
+        // Also if something fails from here on: the list may be on its way.
+        self.running = true;
+        let (mut list, mut count) = self.kernel.stage(driver, count)?;
+        // One number for all chunks of a launch: 32,768 pieces of 256 KiB are 2 M.
         let items = count.checked_mul(chunks).ok_or_else(|| CudaError::Kernel("a piece is too long".to_owned()))?;
         let mut arguments =
             [(&raw mut list).cast::<c_void>(), (&raw mut count).cast::<c_void>(), (&raw mut chunks).cast::<c_void>()];
         let blocks = self.blocks.min(items.div_ceil(WARPS)).max(1);
-        // Also if the launch fails: the list may be on its way.
-        self.running = true;
         // SAFETY: the kernel takes a pointer and two counts, as given, and reads `count` pieces, whose addresses the caller
         // vouches for until they have been waited for.
         unsafe { self.kernel.launch(driver, (blocks, THREADS), &mut arguments) }

@@ -20,7 +20,7 @@ const TILES_MAX: usize = 32 * 1024;
 const SUMS_MAX: usize = 4096;
 
 /// Rows of KV: `heads` by `tokens`, each of `content` bytes; the address as the GPU sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
 pub struct DigestTile {
     pub address: u64,
@@ -78,7 +78,8 @@ impl Digester {
     /// # Safety
     /// As [`Digester::add`], for at most `TILES_MAX` tiles.
     unsafe fn add_part(&mut self, driver: &Driver, tiles: &[DigestTile]) -> Result<(), CudaError> {
-        let (mut list, mut count) = self.kernel.stage(driver, tiles)?;
+        self.kernel.list()[..tiles.len()].copy_from_slice(tiles);
+        let (mut list, mut count) = self.kernel.stage(driver, tiles.len())?;
         let mut sums = self.sums.address();
         let mut arguments =
             [(&raw mut list).cast::<c_void>(), (&raw mut count).cast::<c_void>(), (&raw mut sums).cast::<c_void>()];

@@ -1,6 +1,7 @@
 //! A stream, one kernel of ours, and room for the list that a launch works off.
 
 use std::ffi::{CStr, c_uint, c_void};
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use super::device::{Device, DeviceMemory};
@@ -23,7 +24,7 @@ pub(super) struct Pinned<T> {
     count: usize,
 }
 
-impl<T> Pinned<T> {
+impl<T: Copy + Default> Pinned<T> {
     fn new(device: &Arc<Device>, count: usize) -> Result<Self, CudaError> {
         let mut memory: *mut c_void = std::ptr::null_mut();
         device.current(|driver| {
@@ -31,7 +32,16 @@ impl<T> Pinned<T> {
             let status = unsafe { (driver.host_allocate)(&raw mut memory, count * size_of::<T>(), PORTABLE_MAPPED) };
             driver.check("cuMemHostAlloc", status)
         })?;
-        Ok(Self { device: Arc::clone(device), items: memory.cast::<T>(), count })
+        let items = memory.cast::<T>();
+        // SAFETY: there are so many places, aligned to a page, and nobody else's.
+        let places = unsafe { std::slice::from_raw_parts_mut(memory.cast::<MaybeUninit<T>>(), count) };
+        places.fill(MaybeUninit::new(T::default()));
+        Ok(Self { device: Arc::clone(device), items, count })
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [T] {
+        // SAFETY: all places were written when they were made, and live as long as `self`. The GPU only reads.
+        unsafe { std::slice::from_raw_parts_mut(self.items, self.count) }
     }
 }
 
@@ -51,7 +61,10 @@ pub(super) struct ListKernel<T> {
     event: Event,
     module: Module,
     kernel: Function,
-    items: Pinned<T>,
+    /// A list that may be read by the launch that runs, and the next one's.
+    lists: [Pinned<T>; 2],
+    /// Which of them is the next one's.
+    next: usize,
     /// The list's place on the GPU.
     list: DeviceMemory,
 }
@@ -60,7 +73,7 @@ pub(super) struct ListKernel<T> {
 // it to one at a time. The list is plain data.
 unsafe impl<T: Send> Send for ListKernel<T> {}
 
-impl<T: Copy> ListKernel<T> {
+impl<T: Copy + Default> ListKernel<T> {
     /// The kernel `name` of `text`, in the driver's portable language and ended by a zero, for lists of up to `items_max`.
     pub(super) fn new(device: &Arc<Device>, text: &str, name: &CStr, items_max: usize) -> Result<Self, CudaError> {
         let text = CStr::from_bytes_with_nul(text.as_bytes());
@@ -70,7 +83,8 @@ impl<T: Copy> ListKernel<T> {
             event: std::ptr::null_mut(),
             module: std::ptr::null_mut(),
             kernel: std::ptr::null_mut(),
-            items: Pinned::new(device, items_max)?,
+            lists: [Pinned::new(device, items_max)?, Pinned::new(device, items_max)?],
+            next: 0,
             list: device.allocate(items_max * size_of::<T>())?,
             device: Arc::clone(device),
         };
@@ -101,22 +115,25 @@ impl<T: Copy> ListKernel<T> {
         self.stream
     }
 
-    /// Puts a list where the kernel finds it: the address, and how many items.
-    pub(super) fn stage(&mut self, driver: &Driver, items: &[T]) -> Result<(DevicePtr, c_uint), CudaError> {
-        let too_many = || CudaError::Kernel(format!("{} items are more than {}", items.len(), self.items.count));
-        let count = c_uint::try_from(items.len()).map_err(|_| too_many())?;
-        if items.len() > self.items.count {
-            return Err(too_many());
+    /// The list of the next launch. It may be written while the launch before runs.
+    pub(super) fn list(&mut self) -> &mut [T] {
+        self.lists[self.next].as_mut_slice()
+    }
+
+    /// Puts the first `count` items of the list where the kernel finds them: the address, and how many. The launch before must
+    /// have been waited for: its list is the next one's from now on.
+    pub(super) fn stage(&mut self, driver: &Driver, count: usize) -> Result<(DevicePtr, c_uint), CudaError> {
+        let items = &self.lists[self.next];
+        let too_many = || CudaError::Kernel(format!("{count} items are more than {}", items.count));
+        let number = c_uint::try_from(count).ok().filter(|_| count <= items.count).ok_or_else(too_many)?;
+        self.next = (self.next + 1) % self.lists.len();
+        if count <= ITEMS_IN_PLACE_MAX {
+            return Ok((items.items.addr() as DevicePtr, number));
         }
-        // SAFETY: there is room, as was just found, and the launch that read it last has ended.
-        unsafe { std::ptr::copy_nonoverlapping(items.as_ptr(), self.items.items, items.len()) };
-        if items.len() <= ITEMS_IN_PLACE_MAX {
-            return Ok((self.items.items.addr() as DevicePtr, count));
-        }
-        let (list, from) = (self.list.address(), self.items.items.cast::<c_void>());
+        let (list, from) = (self.list.address(), items.items.cast::<c_void>());
         // SAFETY: both lists have room for them, and the stream copies before the kernel behind it reads.
-        let status = unsafe { (driver.copy_in_async)(list, from, size_of_val(items), self.stream) };
-        driver.check("cuMemcpyHtoDAsync", status).map(|()| (list, count))
+        let status = unsafe { (driver.copy_in_async)(list, from, count * size_of::<T>(), self.stream) };
+        driver.check("cuMemcpyHtoDAsync", status).map(|()| (list, number))
     }
 
     /// Starts the kernel.

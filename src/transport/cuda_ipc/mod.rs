@@ -18,7 +18,7 @@ use super::threads::Threads;
 use super::{Export, Piece, RunList, Sums, TransportError};
 use crate::config::Path;
 use crate::ffi::cuda::{CudaError, Device, IpcHandle};
-use crate::memory::{GpuCopies, GpuRun, LaunchBytes, Region};
+use crate::memory::{GpuCopies, GpuRuns, LaunchBytes, Region};
 
 /// Most multiprocessors that a copy takes from the engine. Between two H200 over NVLink 8 pull 359 GB/s, 16 pull 371, all 132
 /// of them 372, of the 394 of a plain copy.
@@ -184,18 +184,18 @@ fn carry(flight: &Flight, peer: &Peer, pieces: &[Piece], copies: &mut Copies) ->
     if peer.gone() {
         return Err(TransportError::PeerGone { peer: peer.name().to_owned() });
     }
-    let runs = pieces.iter().flat_map(|piece| {
+    let slices = pieces.iter().map(|piece| {
         let segment = &flight.runs.segments[piece.segment];
         let (src, dst) = peer.ends(flight.direction, segment.src_region, segment.dst_region);
-        flight.runs.walk(*piece).map(move |run| GpuRun {
+        GpuRuns {
             src: src.region,
-            src_offset: src.offset + run.src,
+            src_offset: src.offset,
             dst: dst.region,
-            dst_offset: dst.offset + run.dst,
-            len: run.len,
-        })
+            dst_offset: dst.offset,
+            runs: flight.runs.slice(*piece),
+        }
     });
-    copies.for_peer(peer).copy(runs).map_err(|error| TransportError::Unreachable {
+    copies.for_peer(peer).copy_slices(slices).map_err(|error| TransportError::Unreachable {
         path: "cuda-ipc",
         peer: peer.name().to_owned(),
         reason: error.to_string(),
