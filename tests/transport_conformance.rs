@@ -13,6 +13,12 @@ use pdlink::transport::{Direction, RunList, TransferRequest, TransportError};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
+/// The other process of the tests that need one, when it is told to be it.
+#[test]
+fn peer_process() {
+    be_peer();
+}
+
 const BOTH: [Direction; 2] = [Direction::Pull, Direction::Push];
 const MIB: usize = 1024 * 1024;
 
@@ -311,6 +317,7 @@ conformance! {
     shm_borrowed = Kind::ShmBorrowed;
     tcp = Kind::Tcp;
     nccl = Kind::Nccl;
+    #[ignore = "needs a GPU"] cuda_ipc = Kind::CudaIpc;
     #[ignore = "needs two GPUs and NCCL"] nccl_gpus = Kind::NcclGpus;
     #[ignore = "needs NIXL's wheel"] nixl = Kind::Nixl;
     #[ignore = "needs NIXL's wheel"] nixl_sockets = Kind::NixlSockets;

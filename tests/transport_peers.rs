@@ -13,7 +13,8 @@ use links::*;
 use pdlink::memory::{Region, to_u64};
 use pdlink::security::Secret;
 use pdlink::transport::{
-    Direction, Export, GrantToken, Link, Nccl, Nixl, RunList, Shm, Tcp, TransferRequest, Transport, TransportError,
+    CudaIpc, Direction, Export, GrantToken, Link, Nccl, Nixl, RunList, Shm, Tcp, TransferRequest, Transport,
+    TransportError,
 };
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +45,7 @@ impl Apart {
         let region = region(kind, len);
         let regions = [region.clone()];
         let ours: Arc<dyn Transport> = match kind {
+            Kind::CudaIpc => Arc::new(CudaIpc::new(&regions).unwrap()),
             Kind::Tcp => Arc::new(Tcp::new(&regions, &secret, &tcp_setup()).unwrap()),
             Kind::Nccl => Arc::new(Nccl::new(&regions, &secret, &nccl_setup(Kind::Nccl)).unwrap()),
             Kind::Nixl | Kind::NixlSockets | Kind::NixlPacked => {
@@ -117,6 +119,47 @@ fn a_killed_peer_over_process_vm() {
 #[test]
 fn a_killed_peer_over_tcp() {
     a_killed_peer_fails_its_transfers_and_its_successor_serves(Kind::Tcp);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_killed_peer_over_cuda_ipc() {
+    a_killed_peer_fails_its_transfers_and_its_successor_serves(Kind::CudaIpc);
+}
+
+/// A dead peer's memory is free for its successor: the mappings of one that was killed go with its links.
+#[test]
+#[ignore = "needs a GPU"]
+fn killed_peers_leave_no_gpu_memory_behind() {
+    let restarts: usize = std::env::var("PDLINK_TEST_RESTARTS").map_or(100, |count| count.parse().unwrap());
+    let len = 256 * MIB;
+    let apart = Apart::new(Kind::CudaIpc, len);
+    let free = || apart.region.device().unwrap().free_bytes().unwrap();
+    let at_rest = free();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..restarts.div_ceil(8) {
+                    let peer = PeerProcess::start(Kind::CudaIpc, len, &apart.secret_file);
+                    let link = apart.ours.connect(&peer.export, soon()).unwrap();
+                    let (tell, told) = mpsc::channel();
+                    // Half of them die in the middle.
+                    let pull = request(Direction::Pull, whole(len), None);
+                    link.submit(pull, Box::new(move |outcome| tell.send(outcome).unwrap()));
+                    peer.signal(libc::SIGKILL);
+                    let _ = once(&told);
+                    drop(peer);
+                    link.close();
+                }
+            });
+        }
+    });
+    // The driver takes a moment to clear up after a process.
+    let until = soon();
+    while free() + to_u64(len) < at_rest {
+        assert!(Instant::now() < until, "{} of {at_rest} bytes free after {restarts} restarts", free());
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]

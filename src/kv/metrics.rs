@@ -7,6 +7,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
+use crate::memory::gpu_bytes_taken;
 use crate::telemetry::{Side, TransferOutcome, TransferRecord, names};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -47,6 +48,7 @@ pub struct KvMetrics {
     seconds: Family<PartLabels, Histogram, fn() -> Histogram>,
     held: Gauge,
     active: Gauge,
+    gpu_bytes: Gauge,
     peers: Family<SideLabel, Gauge>,
     peer_failures: Family<ReasonLabel, Counter>,
 }
@@ -61,6 +63,8 @@ impl KvMetrics {
         registry.register(names::KV_TRANSFER_SECONDS, "Time of transfers that ended well", metrics.seconds.clone());
         registry.register(names::KV_BLOCKS_HELD, "Blocks held for decode", metrics.held.clone());
         registry.register(names::KV_TRANSFERS_ACTIVE, "Transfers that have not ended", metrics.active.clone());
+        let help = "GPU memory that pdlink has taken for staging and lists";
+        registry.register(names::GPU_MEMORY_BYTES, help, metrics.gpu_bytes.clone());
         registry.register(names::KV_PEERS, "Connected workers of the other role", metrics.peers.clone());
         registry.register(names::KV_PEER_FAILURES, "Workers lost or not reached", metrics.peer_failures.clone());
         metrics
@@ -77,6 +81,7 @@ impl KvMetrics {
             seconds: Family::new_with_constructor(histogram),
             held: Gauge::default(),
             active: Gauge::default(),
+            gpu_bytes: Gauge::default(),
             peers: Family::default(),
             peer_failures: Family::default(),
         }
@@ -103,6 +108,7 @@ impl KvMetrics {
     pub(super) fn gauge(&self, held_blocks: u64, active: u64) {
         self.held.set(i64::try_from(held_blocks).unwrap_or(i64::MAX));
         self.active.set(i64::try_from(active).unwrap_or(i64::MAX));
+        self.gpu_bytes.set(i64::try_from(gpu_bytes_taken()).unwrap_or(i64::MAX));
     }
 
     /// `side` is this process's own: decode workers connect to prefill.

@@ -85,6 +85,8 @@ pub const KV_DIGESTS_CHECKED: &str = "pdlink_kv_digests_checked";
 pub const KV_TRANSFER_SECONDS: &str = "pdlink_kv_transfer_seconds";
 /// Gauge: blocks that prefill holds under a lease. 0 at rest (KV-2).
 pub const KV_BLOCKS_HELD: &str = "pdlink_kv_blocks_held";
+/// GPU memory that the process has taken for itself: staging and lists. Gauge, bytes.
+pub const GPU_MEMORY_BYTES: &str = "pdlink_gpu_memory_bytes";
 /// Gauge: transfers of either side that have not ended.
 pub const KV_TRANSFERS_ACTIVE: &str = "pdlink_kv_transfers_active";
 /// Gauge by `side`: connected workers of the other role.

@@ -15,11 +15,13 @@ use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 use pdlink::config::Path;
-use pdlink::memory::{Region, to_u64, to_usize};
+use pdlink::ffi::cuda::IpcHandle;
+use pdlink::memory::{Device, Region, to_u64, to_usize};
 use pdlink::security::Secret;
 use pdlink::transport::{
-    Completion, Copied, Direction, Export, FaultPlan, Faulty, Fence, GrantToken, Link, LoopbackHub, Nccl, NcclSetup,
-    Nixl, NixlSetup, Run, RunList, Segment, Shm, Tcp, TcpSetup, TransferRequest, Transport, TransportError,
+    Completion, Copied, CudaIpc, Direction, Export, FaultPlan, Faulty, Fence, Grant, GrantToken, Link, LoopbackHub,
+    Nccl, NcclSetup, Nixl, NixlSetup, Run, RunList, Segment, Shm, Tcp, TcpSetup, TransferRequest, Transport,
+    TransportError,
 };
 
 /// Long enough for the slowest machine; every wait ends by it.
@@ -29,6 +31,8 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Loopback,
+    /// GPU memory of another process, on the same GPU or on another one: `PDLINK_TEST_GPUS` names ours and the other's.
+    CudaIpc,
     /// Memory files that the other side maps.
     ShmFile,
     /// Memory that only process_vm_readv and its twin reach.
@@ -62,17 +66,26 @@ pub struct Pair {
 
 /// Memory of one end of a pair.
 fn region_of_end(kind: Kind, end: i32, len: usize) -> Arc<Region> {
-    if kind == Kind::NcclGpus {
-        let device = pdlink::memory::Device::open(end).expect("two GPUs");
-        return Region::allocated_on(&device, len).unwrap();
+    match kind {
+        Kind::NcclGpus => Region::allocated_on(&Device::open(end).expect("two GPUs"), len).unwrap(),
+        Kind::CudaIpc => Region::allocated_on(&device_of_end(to_usize(end.unsigned_abs().into())), len).unwrap(),
+        _ => region(kind, len),
     }
-    region(kind, len)
+}
+
+/// The GPU of one end over `cuda-ipc`.
+fn device_of_end(end: usize) -> Arc<Device> {
+    let gpus = std::env::var("PDLINK_TEST_GPUS").unwrap_or_else(|_| "0,0".to_owned());
+    let ordinals: Vec<i32> = gpus.split(',').map(|gpu| gpu.parse().expect("two numbers of GPUs")).collect();
+    Device::open(ordinals[end]).expect("a GPU")
 }
 
 /// Memory of the kind that makes the path take the way it is to be tested on.
 pub fn region(kind: Kind, len: usize) -> Arc<Region> {
-    if kind != Kind::ShmBorrowed {
-        return Region::shared(len).unwrap();
+    match kind {
+        Kind::ShmBorrowed => {}
+        Kind::CudaIpc => return region_of_end(kind, 0, len),
+        _ => return Region::shared(len).unwrap(),
     }
     let mut memory = vec![0_u8; len].into_boxed_slice();
     let ptr = NonNull::new(memory.as_mut_ptr()).unwrap();
@@ -152,6 +165,9 @@ pub fn soon() -> Instant {
 
 impl Pair {
     pub fn new(kind: Kind, our_lens: &[usize], their_lens: &[usize]) -> Self {
+        if kind == Kind::CudaIpc {
+            return Self::over_cuda_ipc(our_lens, their_lens);
+        }
         let make = |end, lens: &[usize]| lens.iter().map(|len| region_of_end(kind, end, *len)).collect::<Vec<_>>();
         let (our_regions, their_regions) = (make(0, our_lens), make(1, their_lens));
         paint(&our_regions, 1);
@@ -164,6 +180,7 @@ impl Pair {
                 Kind::Faultless => Faulty::around(hub.transport(Path::Shm, regions), FaultPlan::default()),
                 Kind::ShmFile | Kind::ShmBorrowed => Arc::new(Shm::new(regions, 2).unwrap()),
                 Kind::Tcp => Arc::new(Tcp::new(regions, &secret, &tcp_setup()).unwrap()),
+                Kind::CudaIpc => unreachable!("the other end is another process"),
                 Kind::Nccl | Kind::NcclGpus => Arc::new(Nccl::new(regions, &secret, &nccl_setup(kind)).unwrap()),
                 Kind::Nixl | Kind::NixlSockets | Kind::NixlPacked => {
                     Arc::new(Nixl::new(regions, &nixl_setup(kind)).unwrap())
@@ -173,6 +190,23 @@ impl Pair {
         let (ours, theirs) = (open(&our_regions), open(&their_regions));
         let link = ours.connect(&theirs.export(), soon()).unwrap();
         Self { kind, ours, theirs, our_regions, their_regions, link }
+    }
+
+    /// A process cannot map its own GPU memory, so the other end is a process of its own. The test looks into its memory through
+    /// mappings of its own.
+    fn over_cuda_ipc(our_lens: &[usize], their_lens: &[usize]) -> Self {
+        let peer = PeerProcess::of_regions(Kind::CudaIpc, their_lens, std::path::Path::new("/dev/null"));
+        let device = device_of_end(0);
+        let their_regions: Vec<_> =
+            peer.handles.iter().map(|(handle, len)| Region::of_gpu_peer(&device, handle, *len).unwrap()).collect();
+        let regions = |lens: &[usize]| lens.iter().map(|len| region(Kind::CudaIpc, *len)).collect::<Vec<_>>();
+        let our_regions = regions(our_lens);
+        paint(&our_regions, 1);
+        paint(&their_regions, 2);
+        let ours: Arc<dyn Transport> = Arc::new(CudaIpc::new(&our_regions).unwrap());
+        let link = ours.connect(&peer.export, soon()).unwrap();
+        let theirs = Arc::new(Elsewhere { grants: CudaIpc::new(&regions(their_lens)).unwrap(), peer });
+        Self { kind: Kind::CudaIpc, ours, theirs, our_regions, their_regions, link }
     }
 
     /// Regions that a transfer in this direction reads, and those that it writes.
@@ -207,6 +241,34 @@ impl Pair {
     /// Whether dropping a grant alone keeps a peer out.
     pub fn fences(&self) -> bool {
         self.theirs.grant(&RunList::default()).unwrap().fence() == Fence::Fenced
+    }
+}
+
+/// The transport of another process whose grants fence nobody, so that any memory like its own can give them.
+struct Elsewhere {
+    peer: PeerProcess,
+    grants: CudaIpc,
+}
+
+impl Transport for Elsewhere {
+    fn path(&self) -> Path {
+        self.grants.path()
+    }
+
+    fn export(&self) -> Export {
+        self.peer.export.clone()
+    }
+
+    fn connect(&self, peer: &Export, deadline: Instant) -> Result<Arc<dyn Link>, TransportError> {
+        self.grants.connect(peer, deadline)
+    }
+
+    fn grant(&self, runs: &RunList) -> Result<Grant, TransportError> {
+        self.grants.grant(runs)
+    }
+
+    fn close(&self) {
+        self.grants.close();
     }
 }
 
@@ -272,25 +334,34 @@ pub fn unhex(text: &str) -> Vec<u8> {
 
 const PEER_ENV: &str = "PDLINK_TEST_PEER";
 
-/// Another process with one region, painted with salt 2, that offers one path and does nothing else.
+/// Another process with some memory, painted with salt 2, that offers one path and does nothing else.
 pub struct PeerProcess {
     pub child: Child,
     pub export: Export,
+    /// Of its regions on a GPU.
+    pub handles: Vec<(IpcHandle, u64)>,
 }
 
 impl PeerProcess {
-    /// Runs this test binary again, as `peer_process`, a test that must call [`be_peer`].
     pub fn start(kind: Kind, len: usize, secret: &std::path::Path) -> Self {
+        Self::of_regions(kind, &[len], secret)
+    }
+
+    /// Runs this test binary again, as `peer_process`, a test that must call [`be_peer`].
+    pub fn of_regions(kind: Kind, lens: &[usize], secret: &std::path::Path) -> Self {
+        let lens: Vec<_> = lens.iter().map(usize::to_string).collect();
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["peer_process", "--exact", "--nocapture"])
-            .env(PEER_ENV, format!("{kind:?} {len} {}", secret.display()))
+            .env(PEER_ENV, format!("{kind:?} {} {}", lens.join(","), secret.display()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let export = lines.map(Result::unwrap).find_map(|line| Some(unhex(line.split_once("export=")?.1)));
-        Self { child, export: Export::from_bytes(export.expect("the peer says what it exports")) }
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+        let mut said = lines.filter_map(|line| Some(unhex(line.split_once("peer says ")?.1)));
+        let mut next = || said.next().expect("the peer says what it has");
+        let (handles, export) = (next(), next());
+        Self { child, export: Export::from_bytes(export), handles: postcard::from_bytes(&handles).unwrap() }
     }
 
     pub fn signal(&self, signal: i32) {
@@ -327,19 +398,27 @@ impl Drop for PeerProcess {
 pub fn be_peer() {
     let Ok(orders) = std::env::var(PEER_ENV) else { return };
     let orders: Vec<&str> = orders.split(' ').collect();
-    let kind = if orders[0] == "ShmBorrowed" { Kind::ShmBorrowed } else { Kind::ShmFile };
-    let regions = [region(kind, orders[1].parse().unwrap())];
+    let kind = match orders[0] {
+        "ShmBorrowed" => Kind::ShmBorrowed,
+        "CudaIpc" => Kind::CudaIpc,
+        _ => Kind::ShmFile,
+    };
+    let regions: Vec<_> = orders[1].split(',').map(|len| region_of_end(kind, 1, len.parse().unwrap())).collect();
     paint(&regions, 2);
-    let secret = Secret::read_file(std::path::Path::new(orders[2])).unwrap();
+    let secret = || Secret::read_file(std::path::Path::new(orders[2])).unwrap();
     let transport: Box<dyn Transport> = match orders[0] {
-        "Tcp" => Box::new(Tcp::new(&regions, &secret, &tcp_setup()).unwrap()),
-        "Nccl" => Box::new(Nccl::new(&regions, &secret, &nccl_setup(Kind::Nccl)).unwrap()),
+        "CudaIpc" => Box::new(CudaIpc::new(&regions).unwrap()),
+        "Tcp" => Box::new(Tcp::new(&regions, &secret(), &tcp_setup()).unwrap()),
+        "Nccl" => Box::new(Nccl::new(&regions, &secret(), &nccl_setup(Kind::Nccl)).unwrap()),
         "Nixl" => Box::new(Nixl::new(&regions, &nixl_setup(Kind::Nixl)).unwrap()),
         "NixlSockets" => Box::new(Nixl::new(&regions, &nixl_setup(Kind::NixlSockets)).unwrap()),
         "NixlPacked" => Box::new(Nixl::new(&regions, &nixl_setup(Kind::NixlPacked)).unwrap()),
         _ => Box::new(Shm::new(&regions, 1).unwrap()),
     };
-    println!("export={}", hex(transport.export().as_bytes()));
+    let shared = |region: &Arc<Region>| Some((region.device()?.share(region.address()).unwrap(), region.len()));
+    let handles: Vec<(IpcHandle, u64)> = regions.iter().filter_map(shared).collect();
+    println!("peer says {}", hex(&postcard::to_stdvec(&handles).unwrap()));
+    println!("peer says {}", hex(transport.export().as_bytes()));
     std::io::stdout().flush().unwrap();
     let _ = std::io::stdin().lines().count();
 }

@@ -2,12 +2,21 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::driver::{Context, CudaError, DevicePtr, Driver, RawIpcHandle};
 
 const MULTIPROCESSOR_COUNT: i32 = 16;
 /// Lets a mapped peer GPU be reached over NVLink or PCIe without a call of its own.
 const LAZY_PEER_ACCESS: u32 = 1;
+
+/// What all devices' memory that was allocated here adds up to. Memory of the engine is not in it.
+static ALLOCATED_BYTES: AtomicU64 = AtomicU64::new(0);
+
+/// Bytes of GPU memory that pdlink has allocated in this process and not freed: staging and lists, not the engine's own.
+pub fn allocated_bytes() -> u64 {
+    ALLOCATED_BYTES.load(Ordering::Relaxed)
+}
 
 /// A GPU, with the context that PyTorch and everybody else in the process uses too.
 #[derive(Debug)]
@@ -121,13 +130,25 @@ impl Device {
         })
     }
 
+    /// Bytes of this GPU's memory that nobody has.
+    pub fn free_bytes(&self) -> Result<u64, CudaError> {
+        self.current(|driver| {
+            let (mut free, mut total) = (0, 0_usize);
+            // SAFETY: writes two numbers.
+            let status = unsafe { (driver.memory_info)(&raw mut free, &raw mut total) };
+            driver.check("cuMemGetInfo", status).map(|()| free as u64)
+        })
+    }
+
     /// `len` bytes of this GPU's memory.
     pub fn allocate(self: &Arc<Self>, len: usize) -> Result<DeviceMemory, CudaError> {
         self.current(|driver| {
             let mut address = 0;
             // SAFETY: writes one address; freed once, when `DeviceMemory` is dropped.
             let status = unsafe { (driver.memory_allocate)(&raw mut address, len) };
-            driver.check("cuMemAlloc", status).map(|()| DeviceMemory { device: Arc::clone(self), address })
+            driver.check("cuMemAlloc", status)?;
+            ALLOCATED_BYTES.fetch_add(len as u64, Ordering::Relaxed);
+            Ok(DeviceMemory { device: Arc::clone(self), address, len: len as u64 })
         })
     }
 
@@ -193,6 +214,7 @@ impl Drop for Device {
 pub struct DeviceMemory {
     device: Arc<Device>,
     address: DevicePtr,
+    len: u64,
 }
 
 impl DeviceMemory {
@@ -203,6 +225,7 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
+        ALLOCATED_BYTES.fetch_sub(self.len, Ordering::Relaxed);
         // SAFETY: allocated once, and nothing uses it after its owner.
         let _ = self.device.current(|driver| driver.check("cuMemFree", unsafe { (driver.memory_free)(self.address) }));
     }

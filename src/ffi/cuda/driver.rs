@@ -69,6 +69,7 @@ functions! {
     context_pop = b"cuCtxPopCurrent_v2\0" (*mut Context);
     memory_allocate = b"cuMemAlloc_v2\0" (*mut DevicePtr, usize);
     memory_free = b"cuMemFree_v2\0" (DevicePtr);
+    memory_info = b"cuMemGetInfo_v2\0" (*mut usize, *mut usize);
     memory_range = b"cuMemGetAddressRange_v2\0" (*mut DevicePtr, *mut usize, DevicePtr);
     memory_set = b"cuMemsetD8_v2\0" (DevicePtr, u8, usize);
     copy_in = b"cuMemcpyHtoD_v2\0" (DevicePtr, *const c_void, usize);

@@ -10,7 +10,7 @@ mod ordered_stream;
 mod survey;
 
 pub use copier::{Copier, CopyPiece};
-pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped};
+pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped, allocated_bytes};
 pub use digester::{DigestTile, Digester};
 pub use driver::CudaError;
 pub use ordered_stream::{Mark, OrderedStream};
