@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::region::{AccessError, Region};
 use super::runs::{Run, RunSlice};
+use super::to_u64;
 use crate::ffi::cuda::{Copier, CopyPiece, CudaError, Device, DigestTile, Digester};
 
 /// Longer runs are cut for the kernel, so that all multiprocessors have work.
@@ -29,18 +30,25 @@ pub struct GpuRuns<'a> {
     pub runs: RunSlice<'a>,
 }
 
-/// What one launch of a copy takes. Each takes twice as much as the one before, so that the GPU begins early, and is kept busy while
-/// the next list is made; but every launch costs the processor some 14 us.
+/// How the launches of a copy are made.
 #[derive(Debug, Clone, Copy)]
-pub struct LaunchBytes {
-    pub first: u64,
-    pub most: u64,
+pub struct Launches {
+    /// Bytes of the first launch. Each takes twice as much as the one before, so that the GPU begins early, and is kept busy while
+    /// the next list is made; but every launch costs the processor some 14 us.
+    pub first_bytes: u64,
+    pub most_bytes: u64,
+    /// Whether the kernel reads lists of runs of 16 KiB and more where the processor made them. Worth it where many
+    /// multiprocessors copy: a few of them wait for the bus too often.
+    pub in_place: bool,
 }
 
-impl LaunchBytes {
-    /// Everything at once: for copies that take little longer than a launch.
-    pub const WHOLE: Self = Self { first: u64::MAX, most: u64::MAX };
+impl Launches {
+    /// Everything at once: for copies within a GPU that take little longer than a launch.
+    pub const ONE: Self = Self { first_bytes: u64::MAX, most_bytes: u64::MAX, in_place: true };
 }
+
+/// Shorter runs are more than the bus is asked for one by one.
+const IN_PLACE_RUN_BYTES_MIN: u64 = 16 << 10;
 
 /// Lists in the making and at work.
 const LAUNCHES: usize = 2;
@@ -49,15 +57,15 @@ const LAUNCHES: usize = 2;
 pub struct GpuCopies {
     copiers: [Copier; LAUNCHES],
     next: usize,
-    launch_bytes: LaunchBytes,
+    launches: Launches,
 }
 
 impl GpuCopies {
     /// Copies on `device` with at most `multiprocessors_max` of its multiprocessors.
-    pub fn on(device: &Arc<Device>, multiprocessors_max: u32, launch_bytes: LaunchBytes) -> Result<Self, CudaError> {
-        let at_once = if launch_bytes.most == u64::MAX { 1 } else { 2 };
+    pub fn on(device: &Arc<Device>, multiprocessors_max: u32, launches: Launches) -> Result<Self, CudaError> {
+        let at_once = if launches.most_bytes == u64::MAX { 1 } else { 2 };
         let copier = || Copier::new(device, multiprocessors_max.div_ceil(at_once));
-        Ok(Self { copiers: [copier()?, copier()?], next: 0, launch_bytes })
+        Ok(Self { copiers: [copier()?, copier()?], next: 0, launches })
     }
 
     /// Copies all runs and returns when the bytes are there. No destination may overlap another or a source; if one does, its
@@ -80,7 +88,7 @@ impl GpuCopies {
         &mut self,
         put_all: impl FnOnce(&mut Started<'_>) -> Result<(), AccessError>,
     ) -> Result<(), AccessError> {
-        let filling = Filling::new(self.launch_bytes.first);
+        let filling = Filling::new(self.launches.first_bytes);
         // Waits when dropped: whichever way this ends, nothing that is borrowed here is used afterwards.
         let mut started = Started { copies: self, filling };
         put_all(&mut started)?;
@@ -140,13 +148,14 @@ impl Started<'_> {
     }
 
     fn launch(&mut self) -> Result<(), AccessError> {
-        let GpuCopies { copiers, next, launch_bytes } = &mut *self.copies;
-        let Filling { count, longest, launch_bytes: had, .. } = self.filling;
+        let GpuCopies { copiers, next, launches } = &mut *self.copies;
+        let Filling { count, bytes, longest, launch_bytes } = self.filling;
+        let in_place = launches.in_place && bytes / to_u64(count).max(1) >= IN_PLACE_RUN_BYTES_MIN;
         // SAFETY: every piece was found to lie inside a region of a GPU's memory, which is borrowed for longer than `started`
         // takes; and when that ends, this has been waited for. Overlaps race among plain bytes of the GPU and harm nothing else.
-        unsafe { copiers[*next].start(count, longest) }?;
+        unsafe { copiers[*next].start(count, longest, in_place) }?;
         *next = (*next + 1) % LAUNCHES;
-        self.filling = Filling::new(had.saturating_mul(2).min(launch_bytes.most));
+        self.filling = Filling::new(launch_bytes.saturating_mul(2).min(launches.most_bytes));
         Ok(())
     }
 }

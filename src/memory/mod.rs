@@ -15,7 +15,7 @@ mod words;
 
 // Named in what regions are made of.
 pub use crate::ffi::cuda::{Device, allocated_bytes as gpu_bytes_taken};
-pub use gpu::{GpuCopies, GpuDigests, GpuRun, GpuRuns, LaunchBytes, Tile};
+pub use gpu::{GpuCopies, GpuDigests, GpuRun, GpuRuns, Launches, Tile};
 pub use region::{AccessError, Backing, MemoryKind, OutOfRange, Region, RegionOptions};
 pub use runs::{Run, RunSlice};
 

@@ -47,25 +47,26 @@ impl Copier {
     }
 
     /// Starts to copy the first `count` pieces of the list, none longer than `longest`, after waiting for those before. They are
-    /// there once [`Copier::wait`] has returned.
+    /// there once [`Copier::wait`] has returned. A list that is read `in_place` need not be copied first, but each look of the
+    /// kernel at a piece goes over the bus.
     ///
     /// # Safety
     /// Each piece must name `len` bytes that this GPU can read at `src` and write at `dst` until the wait has returned, or the
     /// copier is dropped; no destination may overlap another, or a source.
-    pub unsafe fn start(&mut self, count: usize, longest: u64) -> Result<(), CudaError> {
+    pub unsafe fn start(&mut self, count: usize, longest: u64, in_place: bool) -> Result<(), CudaError> {
         self.wait()?;
         let device = Arc::clone(self.kernel.device());
         // SAFETY: as the caller promises.
-        device.current(|driver| unsafe { self.launch(driver, count, longest) })
+        device.current(|driver| unsafe { self.launch(driver, count, longest, in_place) })
     }
 
     /// # Safety
     /// As [`Copier::start`].
-    unsafe fn launch(&mut self, driver: &Driver, count: usize, longest: u64) -> Result<(), CudaError> {
+    unsafe fn launch(&mut self, driver: &Driver, count: usize, longest: u64, in_place: bool) -> Result<(), CudaError> {
         let mut chunks = c_uint::try_from(longest.div_ceil(CHUNK_BYTES)).unwrap_or(c_uint::MAX).max(1);
         // Also if something fails from here on: the list may be on its way.
         self.running = true;
-        let (mut list, mut count) = self.kernel.stage(driver, count)?;
+        let (mut list, mut count) = self.kernel.stage(driver, count, in_place)?;
         // One number for all chunks of a launch: 32,768 pieces of 256 KiB are 2 M.
         let items = count.checked_mul(chunks).ok_or_else(|| CudaError::Kernel("a piece is too long".to_owned()))?;
         let mut arguments =
@@ -73,7 +74,8 @@ impl Copier {
         let blocks = self.blocks.min(items.div_ceil(WARPS)).max(1);
         // SAFETY: the kernel takes a pointer and two counts, as given, and reads `count` pieces, whose addresses the caller
         // vouches for until they have been waited for.
-        unsafe { self.kernel.launch(driver, (blocks, THREADS), &mut arguments) }
+        unsafe { self.kernel.launch(driver, (blocks, THREADS), &mut arguments) }?;
+        self.kernel.signal(driver)
     }
 
     /// Waits for what was started.

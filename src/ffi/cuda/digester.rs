@@ -71,6 +71,7 @@ impl Digester {
             // SAFETY: as above; plain host memory is written before the call returns.
             let status = unsafe { (driver.copy_out_async)(sums.as_mut_ptr().cast::<c_void>(), place, bytes, stream) };
             driver.check("cuMemcpyDtoHAsync", status)?;
+            self.kernel.signal(driver)?;
             self.kernel.wait(driver)
         })
     }
@@ -79,7 +80,7 @@ impl Digester {
     /// As [`Digester::add`], for at most `TILES_MAX` tiles.
     unsafe fn add_part(&mut self, driver: &Driver, tiles: &[DigestTile]) -> Result<(), CudaError> {
         self.kernel.list()[..tiles.len()].copy_from_slice(tiles);
-        let (mut list, mut count) = self.kernel.stage(driver, tiles.len())?;
+        let (mut list, mut count) = self.kernel.stage(driver, tiles.len(), false)?;
         let mut sums = self.sums.address();
         let mut arguments =
             [(&raw mut list).cast::<c_void>(), (&raw mut count).cast::<c_void>(), (&raw mut sums).cast::<c_void>()];
@@ -87,7 +88,8 @@ impl Digester {
         // SAFETY: the kernel takes a pointer, a count and a pointer, as given, and reads `count` tiles, whose rows and sums the
         // caller vouches for until the wait below has ended.
         unsafe { self.kernel.launch(driver, (blocks, THREADS), &mut arguments) }?;
-        // Also because the next part's list takes the place of this one's.
+        // Also because a list after the next takes the place of this one.
+        self.kernel.signal(driver)?;
         self.kernel.wait(driver)
     }
 }

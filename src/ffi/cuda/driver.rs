@@ -85,6 +85,8 @@ functions! {
     stream_create = b"cuStreamCreate\0" (*mut Stream, c_uint);
     stream_destroy = b"cuStreamDestroy_v2\0" (Stream);
     stream_synchronize = b"cuStreamSynchronize\0" (Stream);
+    stream_query = b"cuStreamQuery\0" (Stream);
+    stream_write = b"cuStreamWriteValue32_v2\0" (Stream, DevicePtr, u32, c_uint);
     event_create = b"cuEventCreate\0" (*mut Event, c_uint);
     event_destroy = b"cuEventDestroy_v2\0" (Event);
     event_record = b"cuEventRecord\0" (Event, Stream);
@@ -100,6 +102,8 @@ functions! {
 
 /// `CUDA_ERROR_NOT_READY`: what an event that has not happened yet answers.
 pub(super) const NOT_READY: Status = 600;
+/// `CUDA_ERROR_NOT_SUPPORTED`.
+pub(super) const NOT_SUPPORTED: Status = 801;
 
 impl Driver {
     /// The library of this process, opened and initialised at the first call.

@@ -7,6 +7,8 @@ mod digester;
 mod driver;
 mod list_kernel;
 mod ordered_stream;
+mod pinned;
+mod signal;
 mod survey;
 
 pub use copier::{Copier, CopyPiece};

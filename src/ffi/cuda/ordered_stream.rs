@@ -7,10 +7,10 @@ use super::device::Device;
 use super::driver::{CudaError, Event, NOT_READY, Stream};
 
 const NON_BLOCKING_STREAM: u32 = 1;
-/// Marks are only asked about, and take no time stamps.
-const WITHOUT_TIME: u32 = 2;
-/// Who waits for a mark sleeps, and leaves the processor to others.
-const BLOCKING: u32 = 1;
+/// Marks take no time stamps.
+const ASKED_ABOUT: u32 = 2;
+/// Who waits for a mark sleeps, and leaves the processor to others. Such a mark costs the GPU an interrupt.
+const WAITED_FOR: u32 = 2 | 1;
 
 /// What is put on it runs in order.
 #[derive(Debug)]
@@ -79,11 +79,16 @@ pub struct Mark {
 unsafe impl Send for Mark {}
 
 impl Mark {
+    /// A mark that is asked about from time to time.
     pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        Self::of_kind(device, ASKED_ABOUT)
+    }
+
+    fn of_kind(device: &Arc<Device>, kind: u32) -> Result<Self, CudaError> {
         let mut event: Event = std::ptr::null_mut();
         device.current(|driver| {
             // SAFETY: writes one handle, destroyed in `drop`.
-            driver.check("cuEventCreate", unsafe { (driver.event_create)(&raw mut event, WITHOUT_TIME | BLOCKING) })
+            driver.check("cuEventCreate", unsafe { (driver.event_create)(&raw mut event, kind) })
         })?;
         Ok(Self { device: Arc::clone(device), event })
     }
@@ -93,7 +98,7 @@ impl Mark {
     /// # Safety
     /// `stream` must be null or a living stream of `device`'s primary context.
     pub unsafe fn behind(device: &Arc<Device>, stream: *mut c_void) -> Result<Self, CudaError> {
-        let mark = Self::new(device)?;
+        let mark = Self::of_kind(device, WAITED_FOR)?;
         device.current(|driver| {
             // SAFETY: the event is ours, and the caller vouches for the stream.
             driver.check("cuEventRecord", unsafe { (driver.event_record)(mark.event, stream) })

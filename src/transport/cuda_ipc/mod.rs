@@ -18,7 +18,7 @@ use super::threads::Threads;
 use super::{Export, Piece, RunList, Sums, TransportError};
 use crate::config::Path;
 use crate::ffi::cuda::{CudaError, Device, IpcHandle};
-use crate::memory::{GpuCopies, GpuRuns, LaunchBytes, Region};
+use crate::memory::{GpuCopies, GpuRuns, Launches, Region};
 
 /// Most multiprocessors that a copy takes from the engine. Between two H200 over NVLink 8 pull 359 GB/s, 16 pull 371, all 132
 /// of them 372, of the 394 of a plain copy.
@@ -35,10 +35,10 @@ const AWAKE: Duration = Duration::from_micros(100);
 
 /// Most runs of a piece.
 const RUNS_MAX: usize = 1 << 20;
-/// What one launch takes: lists of so many bytes are made faster than the link moves them, or the GPU's memory.
-const LAUNCH_BYTES: LaunchBytes = LaunchBytes { first: 4 << 20, most: 32 << 20 };
+/// Lists of so many bytes are made faster than the link moves them.
+const LAUNCHES: Launches = Launches { first_bytes: 4 << 20, most_bytes: 32 << 20, in_place: false };
 /// Within a GPU 4 MiB are copied before the next launch is made.
-const LAUNCH_BYTES_WITHIN: LaunchBytes = LaunchBytes { first: 32 << 20, most: 64 << 20 };
+const LAUNCHES_WITHIN: Launches = Launches { first_bytes: 16 << 20, most_bytes: 64 << 20, in_place: true };
 
 /// What a peer needs to reach our memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -138,8 +138,8 @@ struct Copies {
 impl Copies {
     fn on(device: &Arc<Device>) -> Result<Self, CudaError> {
         Ok(Self {
-            between: GpuCopies::on(device, MULTIPROCESSORS_MAX, LAUNCH_BYTES)?,
-            within: GpuCopies::on(device, MULTIPROCESSORS_WITHIN_MAX, LAUNCH_BYTES_WITHIN)?,
+            between: GpuCopies::on(device, MULTIPROCESSORS_MAX, LAUNCHES)?,
+            within: GpuCopies::on(device, MULTIPROCESSORS_WITHIN_MAX, LAUNCHES_WITHIN)?,
         })
     }
 

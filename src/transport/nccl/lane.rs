@@ -10,7 +10,7 @@ use super::staging::Slot;
 use crate::config::Path;
 use crate::ffi::cuda::Device;
 use crate::ffi::nccl::{Buffer, Communicator, Half, Library, NcclError, Settings, Side, UniqueId};
-use crate::memory::{AccessError, GpuCopies, GpuRun, LaunchBytes, Region};
+use crate::memory::{AccessError, GpuCopies, GpuRun, Launches, Region};
 use crate::transport::TransportError;
 use crate::transport::wire::Patience;
 
@@ -54,7 +54,7 @@ impl Maker {
         let copies = self
             .device
             .as_ref()
-            .map(|device| GpuCopies::on(device, PACK_MULTIPROCESSORS_MAX, LaunchBytes::WHOLE))
+            .map(|device| GpuCopies::on(device, PACK_MULTIPROCESSORS_MAX, Launches::ONE))
             .transpose();
         let copies = copies.map_err(|error| failed(error.to_string()))?;
         let (library, given_up) = (self.library, Arc::new(AtomicBool::new(false)));

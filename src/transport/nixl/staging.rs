@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::NixlSetup;
 use crate::ffi::nixl::MemoryType;
-use crate::memory::{AccessError, Device, GpuCopies, GpuRun, LaunchBytes, Region, to_usize};
+use crate::memory::{AccessError, Device, GpuCopies, GpuRun, Launches, Region, to_usize};
 use crate::transport::Totals;
 use crate::transport::flight::locked;
 
@@ -123,7 +123,7 @@ pub(super) struct Copies(Option<GpuCopies>);
 
 impl Copies {
     pub(super) fn on(gpu: Option<&Arc<Device>>) -> Result<Self, String> {
-        let made = gpu.map(|gpu| GpuCopies::on(gpu, MULTIPROCESSORS_MAX, LaunchBytes::WHOLE)).transpose();
+        let made = gpu.map(|gpu| GpuCopies::on(gpu, MULTIPROCESSORS_MAX, Launches::ONE)).transpose();
         Ok(Self(made.map_err(|error| error.to_string())?))
     }
 
