@@ -6,7 +6,7 @@ use pdlink::config::{All2AllBackend, Config, ConnectorImpl, EngineKind, KvConnec
 use pdlink::topology::host::{Gpus, Host, HostFault, ModelFault, doubts, faults};
 use pdlink::topology::ports::{PortError, PortWish, Ports};
 use pdlink::topology::vllm::{VllmProgram, Wheel};
-use pdlink::topology::{Plan, PlanError, Surroundings, WorkerPlan, plan};
+use pdlink::topology::{Place, Plan, PlanError, Surroundings, WorkerPlan, plan};
 use serde_json::{Value, json};
 
 /// A host whose busy ports are a list.
@@ -59,7 +59,8 @@ fn vllm(release: &str) -> VllmProgram {
 }
 
 fn made_with(config: &Config, vllm: &VllmProgram, cores: &[u32], ports: &mut TablePorts) -> Result<Plan, PlanError> {
-    let around = Surroundings { pdlink: "/bin/pdlink", vllm: Some(vllm), cores, secret_file: "/run/x/secret" };
+    let place = &Place::default();
+    let around = Surroundings { pdlink: "/bin/pdlink", vllm: Some(vllm), cores, secret_file: "/run/x/secret", place };
     plan(config, &around, ports)
 }
 
@@ -569,7 +570,8 @@ fn reference_workers_are_told_what_differs_from_the_default() {
     config.inference.reference.num_blocks = 128;
     config.inference.enable_prefix_caching = Some(false);
     config.kv.paths = Some(vec![Path::Tcp]);
-    let around = Surroundings { pdlink: "/bin/pdlink", vllm: None, cores: &[], secret_file: "/run/x/secret" };
+    let place = &Place::default();
+    let around = Surroundings { pdlink: "/bin/pdlink", vllm: None, cores: &[], secret_file: "/run/x/secret", place };
     let plan = plan(&config, &around, &mut TablePorts::busy(&[])).expect("no vllm is needed");
     assert_eq!(
         plan.workers[0].command.join(" "),

@@ -29,9 +29,12 @@ pub(super) struct Args {
     /// Port of the OpenAI server; 0 takes a free one
     #[arg(long)]
     port: u16,
-    /// Host that both listeners bind to [default: `inference.server.host`, else 127.0.0.1]
+    /// Host that the listeners bind to [default: `inference.server.host`, else 127.0.0.1]
     #[arg(long)]
     host: Option<String>,
+    /// Host that the KV link binds to, if it has a network of its own [default: the same]
+    #[arg(long)]
+    kv_host: Option<String>,
     /// Port of the KV link; 0 takes a free one, which the ready line names
     #[arg(long, default_value_t = 0)]
     kv_port: u16,
@@ -70,8 +73,9 @@ pub(super) fn run(args: Args, mut sources: Sources) -> anyhow::Result<ExitCode> 
     telemetry::log::init(config.telemetry.log_format, &config.telemetry.log_level);
     let host = args.host.as_deref().unwrap_or_else(|| config.host()).to_owned();
     let http = listen(&host, args.port)?;
-    let kv = listen(&host, args.kv_port)?;
-    let engine = Engine::start(setup(&args, &config, &host, kv)?)?;
+    let kv_host = args.kv_host.as_deref().unwrap_or(&host);
+    let kv = listen(kv_host, args.kv_port)?;
+    let engine = Engine::start(setup(&args, &config, kv_host, kv)?)?;
     tracing::info!("{}", engine.memory());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let grace = Duration::try_from_secs_f64(config.launcher.grace_s * DRAIN_SHARE)?;

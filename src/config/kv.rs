@@ -51,6 +51,14 @@ impl Path {
         }
     }
 
+    /// Whether it goes from one host to another.
+    pub fn crosses_hosts(self) -> bool {
+        match self {
+            Self::CudaIpc | Self::Shm => false,
+            Self::Nccl | Self::Nixl | Self::Tcp => true,
+        }
+    }
+
     /// Those that move this memory, best first.
     pub fn that_move(memory: KvMemory) -> impl Iterator<Item = Self> {
         Self::BEST_FIRST.into_iter().filter(move |path| path.moves(memory))

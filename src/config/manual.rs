@@ -41,6 +41,10 @@ fn section(page: &mut String, root: &Value, path: &str, schema: &Value) {
         if let Some(inner) = table(root, property) {
             let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
             section(page, root, &path, inner);
+        } else if let Some(inner) = table(root, &resolve(root, property)["items"]) {
+            // A list of tables: in TOML each begins with its name in two pairs of brackets.
+            let path = if path.is_empty() { format!("[{key}]") } else { format!("[{path}.{key}]") };
+            section(page, root, &path, inner);
         }
     }
 }

@@ -10,6 +10,7 @@ mod launcher;
 mod load;
 mod manual;
 mod model;
+mod network;
 mod orchestrator;
 mod pd_disagg;
 mod proxy;
@@ -25,7 +26,7 @@ mod vllm;
 mod weight_broadcast;
 mod weights;
 
-pub use hosts::HostsConfig;
+pub use hosts::{HOST_ENV, HostsConfig, NodeConfig};
 pub use inference::{
     All2AllBackend, Dtype, EngineKind, InferenceConfig, InferenceModelConfig, ParallelConfig, ServerConfig,
 };
@@ -34,6 +35,7 @@ pub use launcher::{LauncherConfig, Restart};
 pub use load::{Finding, LoadError, LoadRequest, Loaded, Origin, Origins, Override, load, schema};
 pub use manual::markdown;
 pub use model::ModelConfig;
+pub use network::Network;
 pub use orchestrator::{ClientConfig, OrchestratorConfig};
 pub use pd_disagg::{ConnectorImpl, KvConnector, KvSendType, PdDisaggConfig};
 pub use proxy::{Dispatch, Policy, ProxyConfig};

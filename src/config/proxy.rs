@@ -61,6 +61,10 @@ pub struct ProxyConfig {
     /// How long connecting to a worker may take, in seconds. Default 2.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub connect_timeout_s: f64,
+    /// How long the host of a worker may leave bytes or probes unanswered before its connections count as dead, in seconds.
+    /// Default 5. The kernels of both hosts see to it: a worker that computes is not silent. Workers on loopback need none.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub dead_after_s: f64,
     /// How long the whole prefill leg may take, in seconds. Default 600.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub prefill_timeout_s: f64,
@@ -110,6 +114,7 @@ impl Default for ProxyConfig {
             health_interval_s: 5.0,
             health_timeout_s: 5.0,
             connect_timeout_s: 2.0,
+            dead_after_s: 5.0,
             prefill_timeout_s: 600.0,
             first_byte_timeout_s: 600.0,
             idle_timeout_s: 600.0,

@@ -47,7 +47,7 @@ pub struct Config {
     pub launcher: LauncherConfig,
     /// New weights into workers that serve.
     pub weights: WeightsConfig,
-    /// Has no settings yet.
+    /// A run on several hosts.
     pub hosts: HostsConfig,
     /// The run's secret.
     pub security: SecurityConfig,
@@ -94,8 +94,26 @@ impl Config {
         own.unwrap_or(self.inference.parallel.tp)
     }
 
-    /// The GPU ids of a role's workers, in order; with the reference engine only slots. Each run of [`Self::tp`] is one worker.
+    /// Nodes of the run; one where `[hosts]` names none.
+    pub fn node_count(&self) -> usize {
+        self.hosts.nodes.len().max(1)
+    }
+
+    /// The GPU ids of a role's workers on one node, in order; with the reference engine only slots. Each run of [`Self::tp`] is one
+    /// worker.
+    pub fn gpu_ids_on(&self, node: usize, role: Role) -> Vec<u32> {
+        match self.hosts.nodes.get(node) {
+            Some(node) => node.role_gpu_ids(role).to_vec(),
+            None => self.gpu_ids_here(role),
+        }
+    }
+
+    /// The same of all nodes, one after the other. Ids of different nodes may be the same.
     pub fn gpu_ids(&self, role: Role) -> Vec<u32> {
+        (0..self.node_count()).flat_map(|node| self.gpu_ids_on(node, role)).collect()
+    }
+
+    fn gpu_ids_here(&self, role: Role) -> Vec<u32> {
         match (role, &self.inference_gpu_ids) {
             (Role::Prefill | Role::Decode, _) => self.pd_disagg.role_gpu_ids(role).to_vec(),
             (Role::Both, Some(ids)) => ids.clone(),
@@ -151,7 +169,8 @@ impl Config {
     /// Whether vLLM's workers of a role take new weights from us; the reference engine's always do.
     pub fn vllm_takes_weights(&self, role: Role) -> bool {
         let is_wanted = self.weights.vllm_workers.unwrap_or_else(|| {
-            self.has_vllm_runtime(role) && is_loopback(self.host()) && self.worker_extension(role).is_none()
+            let within = is_loopback(self.host()) && !self.hosts.has_several();
+            self.has_vllm_runtime(role) && within && self.worker_extension(role).is_none()
         });
         self.inference.engine == EngineKind::Vllm && is_wanted
     }

@@ -15,6 +15,8 @@ pub enum Part {
     Admin,
     /// A worker that fetches weights.
     Weights,
+    /// The launcher of a node.
+    Node,
 }
 
 /// What an abort found.

@@ -12,7 +12,7 @@ use crate::launcher::vllm::program::{self, VllmError};
 use crate::topology::host::Host;
 use crate::topology::ports::{PortError, PortWish, Ports};
 use crate::topology::vllm::{P2P_NCCL_LAST, TESTED, VllmProgram};
-use crate::topology::{Plan, PlanError, Surroundings, needs_p2p_nccl, plan};
+use crate::topology::{Place, Plan, PlanError, Surroundings, needs_p2p_nccl, plan};
 
 /// How long the look for vLLM may take before it is given up: its Python states versions, nothing is imported.
 const LOOK_MAX: Duration = Duration::from_secs(10);
@@ -169,7 +169,8 @@ fn make_plan(
         None => None,
     };
     let pdlink = std::env::current_exe()?.to_string_lossy().into_owned();
-    let around = Surroundings { pdlink: &pdlink, vllm, cores: &host.cores, secret_file: "secret" };
+    let around =
+        Surroundings { pdlink: &pdlink, vllm, cores: &host.cores, secret_file: "secret", place: &Place::default() };
     Ok(plan(config, &around, ports))
 }
 
@@ -179,7 +180,7 @@ struct Listed(Vec<Wish>);
 
 impl Ports for Listed {
     fn take(&mut self, wish: PortWish<'_>) -> Result<u16, PortError> {
-        let PortWish { purpose, key, base, count, search } = wish;
+        let PortWish { purpose, key, base, count, search, .. } = wish;
         self.0.push(Wish { purpose: purpose.to_owned(), key: key.to_owned(), base, count, search });
         Ok(base)
     }

@@ -35,6 +35,8 @@ const SHUTDOWN_MAX: Duration = Duration::from_secs(5);
 const FLUSH_MAX: Duration = Duration::from_secs(1);
 /// What is answered where an engine takes no weights by this way.
 const NO_WEIGHTS: &str = "this engine takes no weights over the control connection";
+/// Told to a launcher that takes a worker for node 0.
+const NO_NODES: &str = "this is a worker's KV link, not node 0 of the launcher; look at hosts.port";
 /// Events handled between two looks at the timers.
 const BATCH: usize = 256;
 
@@ -294,6 +296,11 @@ impl Core {
                         Box::new(|_| {})
                     }
                 },
+                Part::Node => {
+                    let (peer, why) = (connection.peer().to_owned(), NO_NODES.to_owned());
+                    connection.close(ControlError::Refused { peer, why });
+                    Box::new(|_| {})
+                }
                 Part::Engine => {
                     let client = numbers.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     let events = events.clone();

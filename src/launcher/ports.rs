@@ -17,7 +17,7 @@ use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::topology::ports::{PortError, PortWish, Ports};
+use crate::topology::ports::{Listener, PortError, PortWish, Ports};
 
 /// Ports tried upwards from the base before giving up.
 const SEARCH_MAX: u32 = 2_000;
@@ -130,7 +130,15 @@ impl HeldPorts {
         })?;
         let mut ports = Self::on(host)?;
         let purpose = "admin port of the proxy";
-        let port = ports.take(PortWish { purpose, key: "proxy.admin_listen", base, count: 1, search: false })?;
+        let port = ports.take(PortWish {
+            purpose,
+            key: "proxy.admin_listen",
+            base,
+            count: 1,
+            search: false,
+            node: 0,
+            of: Listener::Front,
+        })?;
         Ok((ports, port))
     }
 
@@ -218,7 +226,15 @@ mod tests {
     const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
     fn wish(base: u16, count: u16, search: bool) -> PortWish<'static> {
-        PortWish { purpose: "HTTP port of prefill 0", key: "pd_disagg.prefill_port", base, count, search }
+        PortWish {
+            purpose: "HTTP port of prefill 0",
+            key: "pd_disagg.prefill_port",
+            base,
+            count,
+            search,
+            node: 0,
+            of: Listener::Http,
+        }
     }
 
     /// A port that was free a moment ago, away from the range in which the kernel picks ports for connections.

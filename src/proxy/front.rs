@@ -345,6 +345,17 @@ impl ProxyHandle {
         self.tell(url, |worker| worker.health.came_up())
     }
 
+    /// Says that a worker finishes what it has and takes nothing more, until it is said to serve again.
+    pub fn worker_leaves(&self, url: &str) -> bool {
+        self.tell(url, |worker| worker.health.leaves())
+    }
+
+    /// Requests that a worker has now; none where there is no worker of that URL.
+    pub fn worker_inflight(&self, url: &str) -> usize {
+        let found = self.shared.workers.iter().filter(|worker| worker.name() == base_url(url));
+        found.map(|worker| worker.inflight()).sum()
+    }
+
     fn tell(&self, url: &str, what: impl Fn(&Worker)) -> bool {
         let found = self.shared.workers.iter().filter(|worker| worker.name() == base_url(url));
         found.inspect(|worker| what(worker)).count() > 0

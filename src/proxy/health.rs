@@ -65,6 +65,8 @@ pub(crate) struct Health {
     rules: Rules,
     /// Kept out whatever its state: its weights are not the fleet's (WT-1).
     barred: AtomicBool,
+    /// Kept out whatever its state: its node leaves, and it finishes what it has.
+    leaves: AtomicBool,
     up: AtomicBool,
     /// Requests that failed in a row.
     failures: AtomicU32,
@@ -78,6 +80,7 @@ impl Health {
         Self {
             rules,
             barred: AtomicBool::new(false),
+            leaves: AtomicBool::new(false),
             up: AtomicBool::new(false),
             failures: AtomicU32::new(0),
             failed_probes: AtomicU32::new(0),
@@ -99,7 +102,7 @@ impl Health {
     }
 
     pub(crate) fn standing(&self, now: Instant) -> Standing {
-        if self.is_barred() {
+        if self.is_kept_out() {
             return Standing::Out;
         }
         if self.up.load(Ordering::Acquire) {
@@ -122,9 +125,13 @@ impl Health {
         self.barred.load(Ordering::Acquire)
     }
 
+    fn is_kept_out(&self) -> bool {
+        self.is_barred() || self.leaves.load(Ordering::Acquire)
+    }
+
     /// Takes the worker for one request. `None` if it went out meanwhile; `Some(true)` if the request is its trial.
     pub(crate) fn admit(&self, now: Instant) -> Option<bool> {
-        if self.is_barred() {
+        if self.is_kept_out() {
             return None;
         }
         if self.up.load(Ordering::Acquire) {
@@ -171,6 +178,17 @@ impl Health {
         quarantine
     }
 
+    /// So many hand-overs of its KV failed in a row, whatever it answered itself. True if that put it in quarantine.
+    pub(crate) fn distrusted(&self, handovers: u32, now: Instant) -> bool {
+        let mut state = self.lock();
+        let quarantine = handovers >= self.rules.quarantine_after_failures
+            && matches!(*state, State::Up | State::Starting | State::Trial);
+        if quarantine {
+            self.set(&mut state, State::Quarantined { until: now + self.rules.quarantine });
+        }
+        quarantine
+    }
+
     /// A trial ended without a verdict: the next request may be one.
     pub(crate) fn undecided(&self, now: Instant) {
         let mut state = self.lock();
@@ -208,9 +226,15 @@ impl Health {
         self.set(&mut state, State::Down);
     }
 
+    /// Somebody who knows says that it takes nothing more, until it is said to serve again: it still answers probes.
+    pub(crate) fn leaves(&self) {
+        self.leaves.store(true, Ordering::Release);
+    }
+
     /// Somebody who knows says that it serves.
     pub(crate) fn came_up(&self) {
         let mut state = self.lock();
+        self.leaves.store(false, Ordering::Release);
         self.failures.store(0, Ordering::Relaxed);
         self.failed_probes.store(0, Ordering::Relaxed);
         self.set(&mut state, State::Up);

@@ -23,19 +23,20 @@ use tokio::time::{Instant, timeout};
 
 use super::abort::Transfer;
 use super::dialect::{self, Connector, pair_headers};
-use super::flight::{Flight, RETRY_AFTER};
+use super::failure::{Blamed, Failure, Pair, unreadable, unusable};
+use super::flight::Flight;
 use super::merge;
 use super::metrics::Leg;
 use super::plan::{Alone, Plan, expects_params};
 use super::pool::Hints;
 use super::shared::Lane;
-use super::upstream::{Deadline, Exchange, Outgoing, UpstreamError, exchange};
+use super::upstream::{Deadline, Exchange, Outgoing, exchange};
 use super::worker::{Load, Worker};
 use crate::config::Dispatch;
 use crate::control::{EarlyParams, Role, TransferId};
+use crate::openai::ApiError;
 use crate::openai::scan::Kind;
 use crate::openai::splice::{Field, RequestBody, Spliced};
-use crate::openai::{ApiError, splice};
 
 /// How long prefill may take to say why decode has failed.
 const CAUSE_WAIT: Duration = Duration::from_millis(200);
@@ -70,20 +71,6 @@ pub(crate) struct Held {
     pub(crate) body: Bytes,
 }
 
-/// Why one attempt did not come to an answer.
-struct Failure {
-    leg: Leg,
-    worker: Option<usize>,
-    /// Whose fault it is, until it has been held against the worker.
-    blamed: Option<Load>,
-    retry: bool,
-    /// Whether the worker may have seen the request.
-    reached: bool,
-    /// The worker's own words, if it said any.
-    answer: Option<Box<Held>>,
-    error: ApiError,
-}
-
 /// One request on its way through the legs.
 pub(crate) struct Job<'a> {
     pub(crate) lane: &'a Arc<Lane>,
@@ -103,57 +90,6 @@ pub(crate) struct Job<'a> {
 struct Prefilled {
     params: Option<Bytes>,
     prompt_logprobs: Option<Bytes>,
-}
-
-impl Failure {
-    /// No worker of a role can serve.
-    fn nobody(leg: Leg, hint: &str) -> Self {
-        let role = match leg {
-            Leg::prefill => "prefill",
-            Leg::decode => "decode",
-        };
-        let message = format!("no {role} worker can serve now{hint}");
-        let error = ApiError::unavailable(message, RETRY_AFTER);
-        Self::own(leg, error)
-    }
-
-    /// One that is no worker's fault.
-    fn own(leg: Leg, error: ApiError) -> Self {
-        Self { leg, worker: None, blamed: None, retry: false, reached: false, answer: None, error }
-    }
-
-    fn of(leg: Leg, load: Load, error: &UpstreamError) -> Self {
-        if let UpstreamError::OutOfSockets { .. } = error {
-            let error = ApiError::unavailable(error.to_string(), RETRY_AFTER);
-            return Self::own(leg, error);
-        }
-        let worker = load.worker();
-        let role = worker.role.name();
-        let message = format!("{role} worker {}: {error}", worker.name());
-        tracing::warn!("{message}");
-        let (status, retry) = match error {
-            // Another worker would take as long, and the client has waited.
-            UpstreamError::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, false),
-            UpstreamError::TooLong { .. } => (StatusCode::BAD_GATEWAY, false),
-            _ => (StatusCode::BAD_GATEWAY, true),
-        };
-        let reached = !matches!(error, UpstreamError::Connect { .. } | UpstreamError::ConnectTimeout { .. });
-        let error = ApiError::new(status, message);
-        Self { leg, worker: Some(worker.number), blamed: Some(load), retry, reached, answer: None, error }
-    }
-
-    /// This is the failure that counts: it is held against the worker.
-    fn stand(&mut self) {
-        if let Some(mut load) = self.blamed.take() {
-            load.failed(std::time::Instant::now());
-        }
-    }
-
-    /// What the client gets of it: the worker's own words if there are any.
-    fn end(mut self) -> Result<Answer, ApiError> {
-        self.stand();
-        self.answer.map(|held| Answer::Held(*held)).ok_or(self.error)
-    }
 }
 
 impl Job<'_> {
@@ -210,12 +146,20 @@ impl Job<'_> {
     }
 
     fn again(&mut self, failure: &mut Failure, avoid: &mut Vec<usize>) {
-        failure.stand();
+        let pair = failure.blamed.as_ref().and_then(|blamed| blamed.pair.as_ref());
+        avoid.extend(pair.map(|pair| pair.prefill.number));
         avoid.extend(failure.worker);
+        failure.stand();
         // Dropped while open: prefill is told to free what it holds for the attempt that failed.
         self.flight.transfer = None;
         self.flight.load = None;
         self.lane.shared.metrics.retried(failure.leg);
+    }
+
+    /// Prefill's half of a pair that hands KV over.
+    fn pair_with(&self, prefill: &Arc<Worker>) -> Pair {
+        let shared = &self.lane.shared;
+        Pair { prefill: Arc::clone(prefill), prefills: shared.prefill.len(), decodes: shared.decode.len() }
     }
 
     fn pick(&self, role: Role, avoid: &[usize]) -> Option<Load> {
@@ -301,7 +245,9 @@ impl Job<'_> {
         }
         self.note_weights();
         let spliced = dialect::decode_body(plan, body, prefilled.params.as_deref());
-        let answered = self.decode_leg(decode, headers, &pieces(&spliced)).await?;
+        let answered = self.decode_leg(decode, headers, &pieces(&spliced)).await;
+        let answered = answered.map_err(|failure| failure.of_pair(self.pair_with(&worker)))?;
+        handed_over(&worker, &answered);
         self.finish(answered, prefilled).await
     }
 
@@ -331,9 +277,12 @@ impl Job<'_> {
             // It may listen elsewhere by now. The next request to it finds out.
             worker.rendezvous.forget();
         }
-        match ended? {
+        match ended.map_err(|failure| failure.of_pair(self.pair_with(&worker)))? {
             (Some(Prefilled { params: None, .. }), _) => Err(self.holds_nothing(&worker)),
-            (Some(prefilled), answered) => self.finish(answered, prefilled).await,
+            (Some(prefilled), answered) => {
+                handed_over(&worker, &answered);
+                self.finish(answered, prefilled).await
+            }
             // Refused by decode. The transfer is open still, and prefill is told to give it up.
             (None, answered) => Ok(self.take(answered)),
         }
@@ -462,7 +411,7 @@ impl Job<'_> {
         Failure {
             leg,
             worker: Some(worker.number),
-            blamed: is_blamed.then_some(load),
+            blamed: is_blamed.then(|| Blamed::alone(load)),
             retry: failed,
             reached: true,
             answer: Some(Box::new(Held { status, headers, body })),
@@ -501,16 +450,12 @@ impl Job<'_> {
     }
 }
 
-/// Only a body that was scanned before comes here, so this is about its inner object.
-fn unreadable(error: &splice::BodyError) -> Failure {
-    let error = ApiError { param: error.param().map(str::to_owned), ..ApiError::bad_request(error.to_string()) };
-    Failure::own(Leg::prefill, error)
-}
-
-/// Prefill answered, but nothing that one could go on with.
-fn unusable(worker: &Worker, why: &str) -> Failure {
-    let error = ApiError::new(StatusCode::BAD_GATEWAY, format!("prefill worker {}: {why}", worker.name()));
-    Failure { worker: Some(worker.number), retry: true, reached: true, ..Failure::own(Leg::prefill, error) }
+/// Decode answered with KV that prefill had: both halves are well.
+fn handed_over(prefill: &Worker, (answer, decode): &(Answer, Load)) {
+    if answer.is_success() {
+        prefill.handovers.succeeded();
+        decode.worker().handovers.succeeded();
+    }
 }
 
 /// Waits for both legs. Where decode refuses the request there is nothing of prefill.

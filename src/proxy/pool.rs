@@ -42,6 +42,11 @@ impl Pool {
         Self { workers, policy, turn: AtomicUsize::new(0), sessions: AffinityTable::new(), prefixes }
     }
 
+    /// Workers of this role, whether they serve or not.
+    pub(crate) fn len(&self) -> usize {
+        self.workers.len()
+    }
+
     /// Whether any worker is known to serve.
     pub(crate) fn can_serve(&self, now: Instant) -> bool {
         self.workers.iter().any(|worker| worker.health.standing(now) >= Standing::OnTrial)

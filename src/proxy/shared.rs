@@ -23,6 +23,7 @@ use crate::security::Secret;
 #[derive(Debug, Clone)]
 pub(crate) struct Limits {
     pub(crate) connect: Duration,
+    pub(crate) dead_after: Duration,
     pub(crate) prefill: Duration,
     pub(crate) first_byte: Duration,
     pub(crate) idle: Duration,
@@ -49,6 +50,7 @@ impl Limits {
         let body_bytes_max = config.body_bytes_max.min(u64::from(u32::MAX));
         Ok(Self {
             connect: time("connect_timeout_s", config.connect_timeout_s)?,
+            dead_after: time("dead_after_s", config.dead_after_s)?,
             prefill: time("prefill_timeout_s", config.prefill_timeout_s)?,
             first_byte: time("first_byte_timeout_s", config.first_byte_timeout_s)?,
             idle: time("idle_timeout_s", config.idle_timeout_s)?,
@@ -121,7 +123,7 @@ pub(crate) struct Lane {
 
 impl Lane {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        let sockets = Sockets::new(shared.workers.len());
+        let sockets = Sockets::new(shared.workers.len(), shared.limits.dead_after);
         Self { shared, sockets, access: Arc::default() }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use super::ProxyError;
+use super::handover::Handovers;
 use super::health::{Health, Rules};
 use super::rendezvous::Rendezvous;
 use super::upstream::Origin;
@@ -42,6 +43,8 @@ pub(crate) struct Worker {
     pub(crate) health: Health,
     /// Where its runtimes listen, once it has said so.
     pub(crate) rendezvous: Rendezvous,
+    /// Hand-overs of KV that failed in a row.
+    pub(crate) handovers: Handovers,
     inflight: AtomicUsize,
     pub(crate) served: AtomicU64,
     pub(crate) failed: AtomicU64,
@@ -59,6 +62,7 @@ impl Worker {
             origin,
             health: Health::new(rules),
             rendezvous: Rendezvous::default(),
+            handovers: Handovers::default(),
             inflight: AtomicUsize::new(0),
             served: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -68,6 +72,17 @@ impl Worker {
 
     pub(crate) fn inflight(&self) -> usize {
         self.inflight.load(Ordering::Relaxed)
+    }
+
+    /// A decode worker, one of so many, failed with KV that this one had. It answers its own leg all the same, so its answers
+    /// do not count here.
+    pub(crate) fn handover_failed(&self, decode: usize, decodes: usize, now: Instant) {
+        let is_new = self.handovers.failed(decode, decodes) > 0;
+        if is_new && self.health.distrusted(self.handovers.counted(), now) {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+            self.quarantines.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(worker = self.name(), "worker quarantined: decode workers cannot use the KV that it has");
+        }
     }
 
     /// The name in logs, metrics and answers.

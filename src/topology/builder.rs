@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use super::cpu::{self, Share};
+use super::placement::{self, Hosts, Place, Spot};
 use super::plan::{LinkPlan, Plan, ProxyPlan, WorkerPlan, count, reach};
-use super::ports::{PortError, PortWish, Ports};
+use super::ports::{Listener, PortError, PortWish, Ports};
 use super::vllm::{NATIVE_FLOOR, NIXL_PUSH_FLOOR, P2P_NCCL_LAST, TESTED, VERSION_FLOOR, VllmProgram, VllmVersion};
 use super::{kv_transfer, reference, vllm_args};
 use crate::config::{
-    Config, ConnectorImpl, EngineKind, KvConnector, KvMemory, KvSendType, Path, Role, WeightBroadcastType,
+    Config, ConnectorImpl, EngineKind, HOST_ENV, KvConnector, KvMemory, KvSendType, Path, Role, WeightBroadcastType,
 };
 use crate::security::SECRET_FILE_ENV;
 
@@ -26,6 +27,8 @@ pub struct Surroundings<'a> {
     pub cores: &'a [u32],
     /// The file with the run's secret.
     pub secret_file: &'a str,
+    /// Which node of the run this is.
+    pub place: &'a Place,
 }
 
 /// Why there is no plan.
@@ -99,18 +102,19 @@ pub fn plan(config: &Config, around: &Surroundings<'_>, ports: &mut dyn Ports) -
     check_vllm(config, around, &mut warnings)?;
     let host = config.host().to_owned();
     let proxy = ProxyPlan { reach: reach(&host), port: take_proxy_port(config, ports)?, host };
-    let mut slots = Vec::new();
-    for role in config.roles() {
-        slots.extend(chunks(config, *role)?.into_iter().enumerate().map(|(index, gpus)| (*role, index, gpus)));
-    }
-    let kv_parallel_size = count(slots.len());
+    let nodes = placement::nodes(config, around.place);
+    let spots = placement::spots(config)?;
+    let kv_parallel_size = count(spots.len());
     let kv_paths = kv_paths(config, around)?;
-    let ranks: Vec<u32> = slots.iter().map(|(.., gpus)| count(gpus.len())).collect();
-    let shares = if is_on_cpu(config, around) { cpu::shares(around.cores, &ranks) } else { Vec::new() };
     let mut workers = Vec::new();
-    for (rank, (role, index, gpus)) in slots.into_iter().enumerate() {
-        let share = shares.get(rank).map(|share| (share, ranks.iter().sum()));
-        let slot = Slot { role, index: count(index), gpus, kv_rank: count(rank), kv_parallel_size, share };
+    for (rank, spot) in spots.iter().enumerate() {
+        // Workers on a CPU share the cores of their node; what other nodes have is told from this one.
+        let ranks = placement::ranks_on(&spots, spot.node);
+        let shares = if is_on_cpu(config, around) { cpu::shares(around.cores, &ranks) } else { Vec::new() };
+        let earlier = spots[..rank].iter().filter(|other| other.node == spot.node).count();
+        let share = shares.get(earlier).map(|share| (share, ranks.iter().sum()));
+        let hosts = placement::hosts(config, &nodes, spot.node);
+        let slot = Slot { spot: spot.clone(), hosts, kv_rank: count(rank), kv_parallel_size, share };
         workers.push(worker(config, around, &kv_paths, ports, slot)?);
     }
     Ok(Plan {
@@ -120,6 +124,7 @@ pub fn plan(config: &Config, around: &Surroundings<'_>, ports: &mut dyn Ports) -
         notes: notes(config, around),
         workers,
         proxy,
+        nodes,
         warnings,
     })
 }
@@ -214,23 +219,12 @@ fn check_vllm(config: &Config, around: &Surroundings<'_>, warnings: &mut Vec<Str
 fn take_proxy_port(config: &Config, ports: &mut dyn Ports) -> Result<u16, PortError> {
     let key = if config.pd_disagg.enabled { "pd_disagg.proxy_port" } else { "inference.server.port" };
     let (base, search) = (config.proxy_port(), config.pd_disagg.auto_ports);
-    ports.take(PortWish { purpose: "proxy", key, base, count: 1, search })
-}
-
-/// Each run of TP ids is one worker.
-fn chunks(config: &Config, role: Role) -> Result<Vec<Vec<u32>>, PlanError> {
-    let (gpus, tp) = (config.gpu_ids(role), config.tp(role));
-    let width = usize::try_from(tp).unwrap_or(usize::MAX);
-    if width == 0 || gpus.is_empty() || gpus.len() % width != 0 {
-        return Err(PlanError::GpuList { role: role.name(), count: gpus.len(), tp });
-    }
-    Ok(gpus.chunks(width).map(<[u32]>::to_vec).collect())
+    ports.take(PortWish { purpose: "proxy", key, base, count: 1, search, node: 0, of: Listener::Front })
 }
 
 struct Slot<'a> {
-    role: Role,
-    index: u32,
-    gpus: Vec<u32>,
+    spot: Spot,
+    hosts: Hosts,
     kv_rank: u32,
     kv_parallel_size: u32,
     /// On a CPU: its cores, and the ranks of all workers.
@@ -244,15 +238,15 @@ fn worker(
     ports: &mut dyn Ports,
     slot: Slot<'_>,
 ) -> Result<WorkerPlan, PlanError> {
-    let host = config.host();
-    let reach = reach(host);
-    let port = take_http_port(config, ports, &slot)?;
-    let kv_ports = take_kv_ports(config, ports, &slot)?;
-    let (engine, role) = (config.inference.engine, slot.role);
-    let weights_ports = take_weights_ports(config, ports, &slot)?;
+    let Hosts { host, reach, kv_host, kv_reach } = slot.hosts.clone();
+    let port = take_http_port(config, ports, &slot.spot)?;
+    let kv_ports = take_kv_ports(config, ports, &slot.spot)?;
+    let Spot { role, index, node, gpus } = slot.spot.clone();
+    let engine = config.inference.engine;
+    let weights_ports = take_weights_ports(config, ports, &slot.spot)?;
     let mut env = BTreeMap::new();
     if slot.share.is_none() {
-        env.insert("CUDA_VISIBLE_DEVICES".to_owned(), list(&slot.gpus));
+        env.insert("CUDA_VISIBLE_DEVICES".to_owned(), list(&gpus));
     }
     let has_runtime = engine == EngineKind::Reference || (role != Role::Both && is_native(config));
     if has_runtime || !weights_ports.is_empty() {
@@ -261,7 +255,8 @@ fn worker(
     let command = match engine {
         EngineKind::Reference => {
             let kv_port = kv_ports.first().copied().unwrap_or(0);
-            reference::command(around.pdlink, config, &reference::Seat { role, host, port, kv_port })
+            let seat = reference::Seat { role, host: &host, kv_host: &kv_host, port, kv_port };
+            reference::command(around.pdlink, config, &seat)
         }
         EngineKind::Vllm => {
             let (kv_rank, kv_parallel_size) = (slot.kv_rank, slot.kv_parallel_size);
@@ -271,6 +266,7 @@ fn worker(
                 kv_rank,
                 kv_parallel_size,
                 reach: &reach,
+                kv_reach: &kv_reach,
                 port,
                 kv_ports: &kv_ports,
                 weights_ports: &weights_ports,
@@ -278,20 +274,27 @@ fn worker(
                 cpu,
             };
             env.extend(vllm_args::env(config, &seat));
-            vllm_args::command(around.vllm.ok_or(PlanError::NoVllm)?, config, host, &seat)
+            vllm_args::command(around.vllm.ok_or(PlanError::NoVllm)?, config, &host, &seat)
         }
     };
-    if role != Role::Both && (kv_paths.contains(&Path::Nixl) || is_own_nixl(config)) {
+    let uses = |path| role != Role::Both && uses(config, kv_paths, path);
+    if config.hosts.is_given() {
+        env.insert(HOST_ENV.to_owned(), host_mark(config, node));
+        env.extend(placement::network_hints(around.place, &gpus, uses));
+    }
+    if uses(Path::Nixl) {
         env.extend(config.kv.nixl.env.clone());
     }
     env.extend(config.pd_disagg.env(role).into_iter().flatten().map(|(name, value)| (name.clone(), value.clone())));
     Ok(WorkerPlan {
         role,
-        index: slot.index,
+        index,
+        node,
         engine,
-        gpus: slot.gpus,
-        host: host.to_owned(),
+        gpus,
+        host,
         reach,
+        kv_reach,
         port,
         kv_port: kv_ports.first().copied(),
         kv_ports,
@@ -300,6 +303,21 @@ fn worker(
         command,
         env,
     })
+}
+
+/// Whether KV of this run may go by a path, whoever's connector has it.
+fn uses(config: &Config, kv_paths: &[Path], path: Path) -> bool {
+    let of_vllm = match path {
+        Path::Nixl => is_own_nixl(config),
+        Path::Nccl => needs_p2p_nccl(config),
+        Path::CudaIpc | Path::Shm | Path::Tcp => false,
+    };
+    kv_paths.contains(&path) || of_vllm
+}
+
+/// What no worker of another node has.
+fn host_mark(config: &Config, node: usize) -> String {
+    format!("node {node} at {}", config.hosts.address(node).unwrap_or_default())
 }
 
 fn is_native(config: &Config) -> bool {
@@ -314,18 +332,26 @@ fn base(first: u16, index: u32) -> u16 {
     first.saturating_add(u16::try_from(index).unwrap_or(u16::MAX))
 }
 
-fn take_http_port(config: &Config, ports: &mut dyn Ports, slot: &Slot<'_>) -> Result<u16, PortError> {
-    let purpose = format!("HTTP port of {} {}", slot.role.name(), slot.index);
-    let key = if slot.role == Role::Prefill { "pd_disagg.prefill_port" } else { "pd_disagg.decode_port" };
-    let base = base(config.pd_disagg.base_port(slot.role), slot.index);
-    ports.take(PortWish { purpose: &purpose, key, base, count: 1, search: config.pd_disagg.auto_ports })
+fn take_http_port(config: &Config, ports: &mut dyn Ports, spot: &Spot) -> Result<u16, PortError> {
+    let purpose = format!("HTTP port of {} {}", spot.role.name(), spot.index);
+    let key = if spot.role == Role::Prefill { "pd_disagg.prefill_port" } else { "pd_disagg.decode_port" };
+    let base = base(config.pd_disagg.base_port(spot.role), spot.index);
+    ports.take(PortWish {
+        purpose: &purpose,
+        key,
+        base,
+        count: 1,
+        search: config.pd_disagg.auto_ports,
+        node: spot.node,
+        of: Listener::Http,
+    })
 }
 
 /// One KV port for each process that listens. Fixed ports stand in a row, worker after worker. Where ports may be searched for,
 /// the ranks of our runtime take what is free: each is told the others' ports. vLLM's `P2pNcclConnector` counts on a row.
-fn take_kv_ports(config: &Config, ports: &mut dyn Ports, slot: &Slot<'_>) -> Result<Vec<u16>, PortError> {
+fn take_kv_ports(config: &Config, ports: &mut dyn Ports, spot: &Spot) -> Result<Vec<u16>, PortError> {
     let pd = &config.pd_disagg;
-    let count = config.fixed_kv_ports(slot.role);
+    let count = config.fixed_kv_ports(spot.role);
     if count == 0 {
         return Ok(Vec::new());
     }
@@ -334,26 +360,44 @@ fn take_kv_ports(config: &Config, ports: &mut dyn Ports, slot: &Slot<'_>) -> Res
         (true, ConnectorImpl::Vllm) => (count, 1),
         (true, ConnectorImpl::Native) => (1, 1),
     };
-    let purpose = format!("KV port of {} {}", slot.role.name(), slot.index);
-    let key = if slot.role == Role::Prefill { "pd_disagg.prefill_kv_port" } else { "pd_disagg.decode_kv_port" };
-    let base = base(pd.base_kv_port(slot.role), slot.index.saturating_mul(step.into()));
-    let first = ports.take(PortWish { purpose: &purpose, key, base, count: row, search: pd.auto_ports })?;
+    let purpose = format!("KV port of {} {}", spot.role.name(), spot.index);
+    let key = if spot.role == Role::Prefill { "pd_disagg.prefill_kv_port" } else { "pd_disagg.decode_kv_port" };
+    let base = base(pd.base_kv_port(spot.role), spot.index.saturating_mul(step.into()));
+    let first = ports.take(PortWish {
+        purpose: &purpose,
+        key,
+        base,
+        count: row,
+        search: pd.auto_ports,
+        node: spot.node,
+        of: Listener::Kv,
+    })?;
     let mut taken: Vec<u16> = (0..row).map(|rank| first.saturating_add(rank)).collect();
     for _ in row..count {
-        taken.push(ports.take(PortWish { purpose: &purpose, key, base: 0, count: 1, search: true })?);
+        taken.push(ports.take(PortWish {
+            purpose: &purpose,
+            key,
+            base: 0,
+            count: 1,
+            search: true,
+            node: spot.node,
+            of: Listener::Kv,
+        })?);
     }
     Ok(taken)
 }
 
 /// Doors for orders about weights, of ranks that have no KV runtime of ours: nobody else has to know these ports beforehand.
-fn take_weights_ports(config: &Config, ports: &mut dyn Ports, slot: &Slot<'_>) -> Result<Vec<u16>, PortError> {
-    if !config.vllm_takes_weights(slot.role) || config.has_vllm_runtime(slot.role) {
+fn take_weights_ports(config: &Config, ports: &mut dyn Ports, spot: &Spot) -> Result<Vec<u16>, PortError> {
+    if !config.vllm_takes_weights(spot.role) || config.has_vllm_runtime(spot.role) {
         return Ok(Vec::new());
     }
-    let purpose = format!("weights port of {} {}", slot.role.name(), slot.index);
+    let purpose = format!("weights port of {} {}", spot.role.name(), spot.index);
     let key = "weights.vllm_workers";
-    let take = |_: &u32| ports.take(PortWish { purpose: &purpose, key, base: 0, count: 1, search: true });
-    slot.gpus.iter().map(take).collect()
+    let of = if config.hosts.is_given() { Listener::Kv } else { Listener::Http };
+    let wish = PortWish { purpose: &purpose, key, base: 0, count: 1, search: true, node: spot.node, of };
+    let take = |_: &u32| ports.take(wish);
+    spot.gpus.iter().map(take).collect()
 }
 
 /// Ranks of a broadcast over all workers: the trainer's, and one per GPU.
@@ -412,7 +456,13 @@ mod tests {
 
     fn planned(config: &Config) -> Plan {
         let vllm = VllmProgram::new(vec!["vllm".to_owned()], "0.33.0").expect("a version");
-        let around = Surroundings { pdlink: "pdlink", vllm: Some(&vllm), cores: &[], secret_file: "secret" };
+        let around = Surroundings {
+            pdlink: "pdlink",
+            vllm: Some(&vllm),
+            cores: &[],
+            secret_file: "secret",
+            place: &Place::default(),
+        };
         plan(config, &around, &mut AnyPort(20_000)).expect("a plan")
     }
 

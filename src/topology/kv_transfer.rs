@@ -26,6 +26,8 @@ pub(super) struct Seat<'a> {
     /// Number of workers.
     pub kv_parallel_size: u32,
     pub reach: &'a str,
+    /// The address of its KV runtime, or of vLLM's own side channel.
+    pub kv_reach: &'a str,
     pub port: u16,
     /// One per tensor-parallel rank; the first is the worker's KV port.
     pub kv_ports: &'a [u16],
@@ -79,7 +81,7 @@ fn native(config: &Config, version: VllmVersion, seat: &Seat<'_>) -> Value {
     settings["kv_connector_extra_config"] = json!({
         "kv_rank": seat.kv_rank,
         "kv_parallel_size": seat.kv_parallel_size,
-        "kv_host": seat.reach,
+        "kv_host": seat.kv_reach,
         "kv_ports": seat.kv_ports,
         "http_port": seat.port,
         "send_type": config.pd_disagg.send_type().name(),

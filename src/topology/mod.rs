@@ -8,6 +8,7 @@ mod builder;
 mod cpu;
 pub mod host;
 mod kv_transfer;
+mod placement;
 mod plan;
 pub mod ports;
 mod redact;
@@ -16,4 +17,5 @@ pub mod vllm;
 mod vllm_args;
 
 pub use builder::{PlanError, Surroundings, needs_p2p_nccl, plan};
-pub use plan::{Plan, ProxyPlan, WorkerPlan};
+pub use placement::{HINTED, Place};
+pub use plan::{NodePlan, Plan, ProxyPlan, WorkerPlan, dial};

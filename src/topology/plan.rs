@@ -14,6 +14,8 @@ pub struct Plan {
     /// Prefill workers first, then decode: vLLM's `kv_rank` order.
     pub workers: Vec<WorkerPlan>,
     pub proxy: ProxyPlan,
+    /// The nodes by rank; none where all runs on the launcher's host.
+    pub nodes: Vec<NodePlan>,
     /// How KV goes from prefill to decode; `None` for plain workers.
     pub link: Option<LinkPlan>,
     /// With weights by NCCL: ranks of all workers, and the trainer's.
@@ -34,18 +36,31 @@ pub struct LinkPlan {
     pub paths: Vec<Path>,
 }
 
+/// One node of a run on several hosts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodePlan {
+    pub rank: usize,
+    pub address: String,
+    /// The address that KV takes. What another node chooses by `hosts.kv_interface` is known once that node has told.
+    pub kv_address: String,
+}
+
 /// One worker: one process tree with one HTTP port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerPlan {
     pub role: Role,
     /// Number within its role.
     pub index: u32,
+    /// The node it is on.
+    pub node: usize,
     pub engine: EngineKind,
     pub gpus: Vec<u32>,
     /// The address it binds, as configured.
     pub host: String,
     /// The address under which others on this host reach it.
     pub reach: String,
+    /// The address under which its KV runtime is reached; on several hosts it may have a network of its own.
+    pub kv_reach: String,
     pub port: u16,
     /// Where its KV runtime (or vLLM's own side channel) listens; a plain worker has none.
     pub kv_port: Option<u16>,
@@ -76,17 +91,17 @@ impl WorkerPlan {
 
     /// Where its runtime takes control connections.
     pub fn kv_address(&self) -> Option<String> {
-        self.kv_port.map(|port| address(&self.reach, port))
+        self.kv_port.map(|port| address(&self.kv_reach, port))
     }
 
     /// Where its first rank takes orders about new weights, if it has a door of its own for them.
     pub fn weights_address(&self) -> Option<String> {
-        self.weights_ports.first().map(|port| address(&self.reach, *port))
+        self.weights_ports.first().map(|port| address(&self.kv_reach, *port))
     }
 
     /// Where each of its runtimes takes control connections, by rank.
     pub fn kv_addresses(&self) -> Vec<String> {
-        self.kv_ports.iter().map(|port| address(&self.reach, *port)).collect()
+        self.kv_ports.iter().map(|port| address(&self.kv_reach, *port)).collect()
     }
 
     /// The environment as it may be shown: values of secrets are not.
@@ -110,6 +125,7 @@ impl WorkerPlan {
             "weights_ports": self.weights_ports,
             "command": self.command,
             "env": self.shown_env(),
+            "node": self.node,
         })
     }
 }
@@ -146,8 +162,23 @@ impl Plan {
         if let Some(world_size) = self.world_size {
             plan["world_size"] = json!(world_size);
         }
+        if !self.nodes.is_empty() {
+            let node =
+                |node: &NodePlan| json!({ "rank": node.rank, "address": node.address, "kv_address": node.kv_address });
+            plan["nodes"] = json!(self.nodes.iter().map(node).collect::<Vec<_>>());
+        }
         plan["notes"] = json!(self.notes);
         plan
+    }
+
+    /// The workers of one node, in order.
+    pub fn on_node(&self, node: usize) -> impl Iterator<Item = &WorkerPlan> {
+        self.workers.iter().filter(move |worker| worker.node == node)
+    }
+
+    /// What one node starts of it: the same plan with that node's workers alone.
+    pub fn share(&self, node: usize) -> Self {
+        Self { workers: self.on_node(node).cloned().collect(), ..self.clone() }
     }
 
     /// Workers of one role, in order.
@@ -159,6 +190,11 @@ impl Plan {
 /// Workers, ranks and cores are far fewer than this type holds; the configuration bounds them by its lists.
 pub(super) fn count(number: usize) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+/// `host:port` of a listener on `host`, for whoever dials.
+pub fn dial(host: &str, port: u16) -> String {
+    address(&reach(host), port)
 }
 
 /// `host:port`, with brackets round an IPv6 address.

@@ -13,6 +13,20 @@ pub struct PortWish<'a> {
     pub count: u16,
     /// Whether later ports may be taken when `base` is not free (`auto_ports`).
     pub search: bool,
+    /// The node whose port it is, and which of its addresses.
+    pub node: usize,
+    pub of: Listener,
+}
+
+/// What listens on a port. On several hosts each may have an address of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Listener {
+    /// The proxy.
+    Front,
+    /// A worker's HTTP server.
+    Http,
+    /// A worker's KV runtime.
+    Kv,
 }
 
 /// Why a wish could not be met.

@@ -10,6 +10,7 @@ use crate::config::{Config, KvConfig, ReferenceConfig, Role, TelemetryConfig, We
 pub(super) struct Seat<'a> {
     pub role: Role,
     pub host: &'a str,
+    pub kv_host: &'a str,
     pub port: u16,
     pub kv_port: u16,
 }
@@ -27,6 +28,9 @@ pub(super) fn command(pdlink: &str, config: &Config, seat: &Seat<'_>) -> Vec<Str
         ("--tp", config.tp(seat.role).to_string()),
     ];
     command.extend(settings.into_iter().flat_map(|(name, value)| [text(name), value]));
+    if seat.kv_host != seat.host {
+        command.extend([text("--kv-host"), seat.kv_host.to_owned()]);
+    }
     command.extend(overrides("inference.reference", &config.inference.reference, &ReferenceConfig::default()));
     command.extend(overrides("kv", &config.kv, &KvConfig::default()));
     command.extend(overrides("weights", &config.weights, &WeightsConfig::default()));

@@ -162,7 +162,7 @@ fn weights(config: &Config, seat: &Seat<'_>) -> Value {
     let host = if seat.reach.contains(':') { format!("[{}]", seat.reach) } else { seat.reach.to_owned() };
     let mut told = json!({ "http": format!("http://{host}:{}", seat.port), "weights": weights });
     if !seat.weights_ports.is_empty() {
-        told["host"] = json!(seat.reach);
+        told["host"] = json!(seat.kv_reach);
         told["ports"] = json!(seat.weights_ports);
     }
     told
@@ -201,13 +201,13 @@ pub(super) fn env(config: &Config, seat: &Seat<'_>) -> BTreeMap<String, String> 
         // The runtime has threads of its own before vLLM starts its workers, and threads do not survive a fork.
         (_, ConnectorImpl::Native, _) => _ = set("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
         (_, ConnectorImpl::Vllm, KvConnector::NixlConnector) => {
-            set("VLLM_NIXL_SIDE_CHANNEL_HOST", seat.reach);
+            set("VLLM_NIXL_SIDE_CHANNEL_HOST", seat.kv_reach);
             set("VLLM_NIXL_SIDE_CHANNEL_PORT", &seat.kv_port().to_string());
         }
         (_, ConnectorImpl::Vllm, KvConnector::P2pNcclConnector) => {
             // Both sides make tensor names from request ids, which vLLM would otherwise change on each side.
             set("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1");
-            set("VLLM_HOST_IP", seat.reach);
+            set("VLLM_HOST_IP", seat.kv_reach);
         }
     }
     env

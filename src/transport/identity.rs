@@ -6,10 +6,12 @@ use std::os::unix::fs::MetadataExt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::HOST_ENV;
+
 /// One process of one boot of one host. A process id alone is reused; with its start time it is not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Identity {
-    /// The kernel's random id of this boot: differs between any two hosts.
+    /// The kernel's random id of this boot differs between any two hosts; with it, what the run calls this host.
     boot: String,
     /// Inode of the process id namespace: in another one our `pid` means somebody else.
     pid_namespace: u64,
@@ -31,7 +33,7 @@ impl Identity {
     pub(super) fn of_self() -> io::Result<Self> {
         let pid = i32::try_from(std::process::id()).map_err(io::Error::other)?;
         Ok(Self {
-            boot: fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
+            boot: boot()?,
             pid_namespace: fs::metadata("/proc/self/ns/pid")?.ino(),
             pid,
             start_time: start_time(pid)?,
@@ -56,6 +58,13 @@ impl Identity {
             Err(error) => Err(error),
         }
     }
+}
+
+/// The boot, and the host as the run names it, if it does: two that are named as different hosts share nothing.
+fn boot() -> io::Result<String> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let named = std::env::var(HOST_ENV).unwrap_or_default();
+    Ok(format!("{} {named}", boot.trim()).trim_end().to_owned())
 }
 
 /// When a process started, in clock ticks since boot.

@@ -60,8 +60,8 @@ fn welcome(door: &WeightsDoor, hello: Hello, connection: &Connection) -> Sink {
             admin_sink(connection, handler)
         }
         Part::Weights => (door.welcome)(hello, connection),
-        Part::Engine => {
-            let (peer, why) = (connection.peer().to_owned(), "no KV is handed over here, only weights".to_owned());
+        Part::Engine | Part::Node => {
+            let (peer, why) = (connection.peer().to_owned(), "nothing is handed over here but weights".to_owned());
             connection.close(ControlError::Refused { peer, why });
             Box::new(|_| {})
         }

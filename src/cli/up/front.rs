@@ -60,6 +60,16 @@ impl Front {
         debug_assert!(known, "the proxy was started with every worker of the plan");
     }
 
+    /// A worker finishes what it has and takes nothing more.
+    pub(super) fn let_leave(&self, worker: &WorkerPlan) {
+        self.handle.worker_leaves(&worker.url());
+    }
+
+    /// Requests that a worker has.
+    pub(super) fn inflight(&self, worker: &WorkerPlan) -> usize {
+        self.handle.worker_inflight(&worker.url())
+    }
+
     /// Takes no more requests and lets those in flight finish within `grace`. The answer says what was cut off.
     pub(super) async fn drain(self, grace: Duration) -> Option<String> {
         let drained = tokio::task::spawn_blocking(move || self.handle.shutdown(grace)).await;

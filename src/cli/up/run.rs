@@ -1,7 +1,7 @@
 //! A run from its first process to its last.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use console::style;
@@ -10,6 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 
 use super::front::{Front, Listeners};
+use super::nodes::{Nodes, next_news};
 use super::pairs::{PairError, meet};
 use super::stage::{Stage, seconds};
 use super::{RunSecret, Sockets};
@@ -26,20 +27,28 @@ use crate::topology::{Plan, WorkerPlan};
 /// Lines of a worker's log that are shown when it dies.
 const TAIL_LINES: usize = 20;
 
+/// How much longer than their workers' grace other nodes may take to end.
+const NODES_END_TIMEOUT: Duration = Duration::from_secs(5);
+
 type Met = Result<BTreeMap<Path, usize>, PairError>;
 
 /// A run: the workers, the front before them, and who is told.
 pub(super) struct Run<'a> {
-    config: &'a Config,
-    plan: Plan,
+    pub(super) config: &'a Config,
+    /// All of it, with the workers of other nodes where they really listen.
+    pub(super) plan: Plan,
+    /// What runs on this host.
+    pub(super) share: Plan,
+    /// The other nodes.
+    pub(super) nodes: Option<Nodes>,
     /// Holds the workers' ports to the end; the proxy's are taken out when it starts.
     sockets: Sockets,
     secret: Secret,
-    stage: Stage,
+    pub(super) stage: Stage,
     /// Nobody else writes to it while the run lives.
     _logs: LogDir,
     fleet: Fleet,
-    front: Option<Front>,
+    pub(super) front: Option<Front>,
     asked: Asked,
     /// Meetings of restarted workers with their peers.
     meetings: JoinSet<Met>,
@@ -48,39 +57,22 @@ pub(super) struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// Starts every worker. Logs go to the log folder from here on: the terminal is for people.
-    pub(super) fn start(
+    pub(super) async fn start(
         config: &'a Config,
         plan: Plan,
         sockets: Sockets,
         secret: &RunSecret,
         stage: Stage,
     ) -> anyhow::Result<Self> {
-        let launcher = &config.launcher;
         let asked = Asked::new()?;
-        let logs = LogDir::take(&launcher.log_dir)?;
-        if logs.is_own() {
-            let (own, asked_for) = (logs.path().display(), launcher.log_dir.display());
-            let text = format!("logs are in {own}: another launcher that runs has {asked_for}");
-            stage.announce(&json!({ "event": "logs", "folder": logs.path() }), &text);
-        }
-        let options = FleetOptions {
-            guard: GuardSetup {
-                program: std::env::current_exe()?,
-                grace: duration(launcher.grace_s),
-                run_dir: secret.folder.as_ref().map(|folder| folder.path().to_owned()),
-            },
-            guards: Guards::adopting().context("cannot adopt orphaned processes")?,
-            limits: Limits::new(launcher),
-            log_dir: logs.path().to_owned(),
-            tail_lines: TAIL_LINES,
-        };
-        let fleet = Fleet::start(plan.workers.iter().map(spec).collect(), options)?;
-        let log = WorkerLog::create(logs.path(), "proxy").and_then(|log| log.open(1));
-        let (log, _) = log.with_context(|| format!("cannot make proxy.log in {}", logs.path().display()))?;
-        telemetry::log::init_to_file(config.telemetry.log_format, &config.telemetry.log_level, log);
+        let nodes = Nodes::listen(config, &plan, &secret.secret).await?;
+        let share = plan.share(0);
+        let (fleet, logs) = start_fleet(config, &share, secret, &stage, "proxy")?;
         Ok(Self {
             config,
             plan,
+            share,
+            nodes,
             sockets,
             secret: secret.secret.clone(),
             stage,
@@ -96,7 +88,7 @@ impl<'a> Run<'a> {
     /// Serves until somebody asks for the end or the run fails; then ends every process.
     pub(super) async fn live_and_end(mut self) -> anyhow::Result<()> {
         let outcome = self.live().await;
-        self.end().await;
+        self.end(outcome.as_ref().err()).await;
         if outcome.is_ok() {
             let took = self.began.elapsed();
             let event = json!({ "event": "all_ended", "after_ms": u64::try_from(took.as_millis()).ok() });
@@ -114,30 +106,33 @@ impl<'a> Run<'a> {
             met = meet(&self.plan, &self.secret, |_, _| true) => met?,
             by = self.asked.next() => return self.say_ending(by),
         };
+        self.nodes_are_ready();
         let listeners = self.listen().context("cannot listen for requests")?;
         self.front = Some(Front::start(self.config, &self.plan, &self.secret, listeners)?);
+        self.tell_who_went_meanwhile();
         self.announce_ready(&met);
         self.watch().await
     }
 
     fn listen(&mut self) -> std::io::Result<Listeners> {
-        let Sockets { run, admin } = &mut self.sockets;
+        let Sockets { run, admin, .. } = &mut self.sockets;
         let admin = admin.as_mut().map(|(ports, port)| ports.listen(*port)).transpose()?;
         Ok(Listeners { clients: run.listen(self.plan.proxy.port)?, admin })
     }
 
     /// True once every worker serves; false when asked to end before.
     async fn until_ready(&mut self) -> anyhow::Result<bool> {
-        let mut starting: BTreeSet<usize> = (0..self.plan.workers.len()).collect();
-        while !starting.is_empty() {
+        let mut starting: BTreeSet<usize> = (0..self.share.workers.len()).collect();
+        while !starting.is_empty() || !self.nodes.as_ref().is_none_or(Nodes::all_serve) {
             tokio::select! {
-                event = self.fleet.event() => {
+                event = next_event(&mut self.fleet, &self.share) => {
                     let event = event.context("every worker is gone")?;
                     if matches!(event.happening, Happening::Ready { .. }) {
                         starting.remove(&event.worker);
                     }
                     self.show(&event)?;
                 }
+                news = next_news(&mut self.nodes) => self.hear(news)?,
                 by = self.asked.next() => {
                     self.say_ending(by)?;
                     return Ok(false);
@@ -150,13 +145,14 @@ impl<'a> Run<'a> {
     async fn watch(&mut self) -> anyhow::Result<()> {
         loop {
             tokio::select! {
-                event = self.fleet.event() => {
+                event = next_event(&mut self.fleet, &self.share) => {
                     let event = event.context("every worker is gone")?;
                     self.show(&event)?;
-                    if matches!(event.happening, Happening::Ready { .. }) {
-                        self.meet_again(event.worker);
+                    if let (Happening::Ready { .. }, Some(worker)) = (&event.happening, self.share.workers.get(event.worker)) {
+                        self.meet_again(worker.name());
                     }
                 }
+                news = next_news(&mut self.nodes) => self.hear(news)?,
                 Some(met) = self.meetings.join_next() => match met {
                     Ok(Ok(met)) => self.warn_of_slower_paths(&met),
                     Ok(Err(error)) => self.stage.warn(&error.to_string()),
@@ -180,7 +176,7 @@ impl<'a> Run<'a> {
     }
 
     fn tell_front(&self, event: &FleetEvent) {
-        let (Some(front), Some(worker)) = (&self.front, self.plan.workers.get(event.worker)) else { return };
+        let (Some(front), Some(worker)) = (&self.front, self.share.workers.get(event.worker)) else { return };
         match event.happening {
             Happening::Ready { .. } => front.tell(worker, true),
             Happening::Restarts { .. } | Happening::GivenUp { .. } => front.tell(worker, false),
@@ -189,16 +185,18 @@ impl<'a> Run<'a> {
     }
 
     /// A restarted worker is a new peer: it meets the others again, in the background, while they serve.
-    fn meet_again(&mut self, worker: usize) {
-        let Some(worker) = self.plan.workers.get(worker) else { return };
-        let (plan, secret, port) = (self.plan.clone(), self.secret.clone(), worker.port);
+    pub(super) fn meet_again(&mut self, worker: String) {
+        let (plan, secret) = (self.plan.clone(), self.secret.clone());
         self.meetings.spawn(async move {
-            meet(&plan, &secret, |prefill, decode| prefill.port == port || decode.port == port).await
+            meet(&plan, &secret, |prefill, decode| prefill.name() == worker || decode.name() == worker).await
         });
     }
 
     fn announce_ready(&self, met: &BTreeMap<Path, usize>) {
         let base_url = self.plan.proxy.base_url();
+        if let Some(nodes) = &self.nodes {
+            nodes.tell_ready(&base_url);
+        }
         let paths: Vec<&str> = met.keys().map(|path| path.name()).collect();
         let count = |role| self.plan.of_role(role).count();
         let (prefill, decode, plain) = (count(Role::Prefill), count(Role::Decode), count(Role::Both));
@@ -226,8 +224,10 @@ impl<'a> Run<'a> {
 
     /// A path that is not the first choice is allowed, but it is said.
     fn warn_of_slower_paths(&self, met: &BTreeMap<Path, usize>) {
-        let Some(best) = self.plan.link.as_ref().and_then(|link| link.paths.first()) else { return };
-        for (path, pairs) in met.iter().filter(|(path, _)| *path != best) {
+        // Between nodes the first path that goes there is the first choice, within one any other.
+        let crosses = |path: &&Path| self.nodes.is_none() || path.crosses_hosts();
+        let Some(best) = self.plan.link.as_ref().and_then(|link| link.paths.iter().find(crosses)) else { return };
+        for (path, pairs) in met.iter().filter(|(path, _)| *path != best && crosses(path)) {
             let (path, best) = (path.name(), best.name());
             self.stage
                 .warn(&format!("{pairs} pair(s) move KV by {path}: {best}, which comes first in the list, cannot"));
@@ -242,7 +242,7 @@ impl<'a> Run<'a> {
     }
 
     /// Stops taking requests, lets those in flight finish, ends the workers. Asked again, ends at once.
-    async fn end(&mut self) {
+    async fn end(&mut self, failure: Option<&anyhow::Error>) {
         self.meetings.abort_all();
         let mut hurry = false;
         if let Some(front) = self.front.take() {
@@ -255,6 +255,9 @@ impl<'a> Run<'a> {
                 }
                 _ = self.asked.next() => hurry = true,
             }
+        }
+        if let Some(nodes) = &self.nodes {
+            nodes.tell_end(failure);
         }
         self.fleet.stop();
         if hurry {
@@ -269,7 +272,51 @@ impl<'a> Run<'a> {
                 _ = self.asked.next() => self.fleet.halt(),
             }
         }
+        if let Some(nodes) = &mut self.nodes {
+            let bound = duration(self.config.launcher.grace_s) + NODES_END_TIMEOUT;
+            if !hurry && tokio::time::timeout(bound, nodes.ended()).await.is_err() {
+                self.stage.warn("some nodes have not said that they ended; look at their terminals");
+            }
+        }
     }
+}
+
+/// The next happening; where nothing runs here there is none to wait for.
+async fn next_event(fleet: &mut Fleet, share: &Plan) -> Option<FleetEvent> {
+    if share.workers.is_empty() { std::future::pending().await } else { fleet.event().await }
+}
+
+/// Starts the workers of a share. `own` names the log of this process itself, which writes there from here on.
+pub(super) fn start_fleet(
+    config: &Config,
+    share: &Plan,
+    secret: &RunSecret,
+    stage: &Stage,
+    own: &str,
+) -> anyhow::Result<(Fleet, LogDir)> {
+    let launcher = &config.launcher;
+    let logs = LogDir::take(&launcher.log_dir)?;
+    if logs.is_own() {
+        let (own, asked_for) = (logs.path().display(), launcher.log_dir.display());
+        let text = format!("logs are in {own}: another launcher that runs has {asked_for}");
+        stage.announce(&json!({ "event": "logs", "folder": logs.path() }), &text);
+    }
+    let options = FleetOptions {
+        guard: GuardSetup {
+            program: std::env::current_exe()?,
+            grace: duration(launcher.grace_s),
+            run_dir: secret.folder.as_ref().map(|folder| folder.path().to_owned()),
+        },
+        guards: Guards::adopting().context("cannot adopt orphaned processes")?,
+        limits: Limits::new(launcher),
+        log_dir: logs.path().to_owned(),
+        tail_lines: TAIL_LINES,
+    };
+    let fleet = Fleet::start(share.workers.iter().map(spec).collect(), options)?;
+    let log = WorkerLog::create(logs.path(), own).and_then(|log| log.open(1));
+    let (log, _) = log.with_context(|| format!("cannot make {own}.log in {}", logs.path().display()))?;
+    telemetry::log::init_to_file(config.telemetry.log_format, &config.telemetry.log_level, log);
+    Ok((fleet, logs))
 }
 
 fn spec(worker: &WorkerPlan) -> WorkerSpec {
@@ -284,14 +331,14 @@ fn spec(worker: &WorkerPlan) -> WorkerSpec {
 }
 
 /// The signals by which people and systems ask for the end.
-struct Asked {
+pub(super) struct Asked {
     interrupt: Signal,
     terminate: Signal,
     hangup: Signal,
 }
 
 impl Asked {
-    fn new() -> std::io::Result<Self> {
+    pub(super) fn new() -> std::io::Result<Self> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
@@ -299,7 +346,7 @@ impl Asked {
         })
     }
 
-    async fn next(&mut self) -> &'static str {
+    pub(super) async fn next(&mut self) -> &'static str {
         tokio::select! {
             _ = self.interrupt.recv() => "Ctrl-C",
             _ = self.terminate.recv() => "SIGTERM",

@@ -9,22 +9,31 @@ use crate::topology::{Plan, WorkerPlan};
 pub(super) fn table(plan: &Plan) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
-    let head = ["worker", "engine", "gpus", "http", "kv"].map(|title| Cell::new(title).add_attribute(Attribute::Dim));
-    table.set_header(head);
+    let has_nodes = !plan.nodes.is_empty();
+    let head = ["worker", "node", "engine", "gpus", "http", "kv"];
+    let shown = move |titles: Vec<String>| titles.into_iter().enumerate().filter(move |(at, _)| has_nodes || *at != 1);
+    let titles = shown(head.map(str::to_owned).to_vec());
+    table.set_header(titles.map(|(_, title)| Cell::new(title).add_attribute(Attribute::Dim)));
     if !console::colors_enabled() {
         table.force_no_tty();
     }
     for worker in &plan.workers {
-        table.add_row([
-            worker.name(),
-            worker.engine.name().to_owned(),
-            list(&worker.gpus),
-            worker.url(),
-            worker.kv_address().unwrap_or_else(|| "-".to_owned()),
-        ]);
+        table.add_row(
+            shown(vec![
+                worker.name(),
+                worker.node.to_string(),
+                worker.engine.name().to_owned(),
+                list(&worker.gpus),
+                worker.url(),
+                worker.kv_address().unwrap_or_else(|| "-".to_owned()),
+            ])
+            .map(|(_, cell)| cell),
+        );
     }
-    table.add_row(["proxy".to_owned(), "-".to_owned(), "-".to_owned(), plan.proxy.base_url(), "-".to_owned()]);
-    if let Some(column) = table.column_mut(2) {
+    let none = || "-".to_owned();
+    let proxy = vec!["proxy".to_owned(), "0".to_owned(), none(), none(), plan.proxy.base_url(), none()];
+    table.add_row(shown(proxy).map(|(_, cell)| cell));
+    if let Some(column) = table.column_mut(if has_nodes { 3 } else { 2 }) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     let lines: Vec<String> = table.lines().map(|line| line.trim_end().to_owned()).collect();
@@ -49,11 +58,15 @@ fn list(ids: &[u32]) -> String {
 
 /// What each worker would run.
 pub(super) fn commands(plan: &Plan) -> String {
-    plan.workers.iter().map(command).collect::<Vec<_>>().join("\n")
+    let place = |worker: &WorkerPlan| match plan.nodes.get(worker.node) {
+        Some(node) => format!("# {}, on node {} ({})", worker.name(), node.rank, node.address),
+        None => format!("# {}", worker.name()),
+    };
+    plan.workers.iter().map(|worker| command(worker, &place(worker))).collect::<Vec<_>>().join("\n")
 }
 
-fn command(worker: &WorkerPlan) -> String {
-    let mut text = format!("{}\n", style(format!("# {}", worker.name())).dim());
+fn command(worker: &WorkerPlan, title: &str) -> String {
+    let mut text = format!("{}\n", style(title).dim());
     for (name, value) in worker.shown_env() {
         text.push_str(&format!("{name}={} \\\n", quoted(&value)));
     }

@@ -135,6 +135,15 @@ impl Stage {
         }
     }
 
+    /// An event for machines; for people a line, or a warning.
+    pub(super) fn tell(&self, event: &Value, text: &str, warns: bool) {
+        match (&self.form, warns) {
+            (Form::Json, _) => emit(event),
+            (_, true) => self.warn(text),
+            (_, false) => self.say(text),
+        }
+    }
+
     /// Why a worker is gone, what to do, and its last lines.
     pub(super) fn failure(&self, worker: usize, failure: &Failure) -> String {
         let Failure { cause, diagnosis, tail, log } = failure;
@@ -174,6 +183,15 @@ fn mend(failure: &Failure) -> Option<&'static str> {
 pub(super) fn warn_on_stderr(text: &str) {
     let label = style("warning:").for_stderr().yellow().bold();
     let _ = Term::stderr().write_line(&format!("{label} {text}"));
+}
+
+/// Said by a node before it has joined.
+pub(super) fn looking_for_node_0(json: bool, rank: usize, node0: &str) {
+    if json {
+        emit(&json!({ "event": "joining", "node": rank, "node0": node0 }));
+    } else {
+        line(&format!("  this is node {rank}; looking for node 0 at {node0}"));
+    }
 }
 
 /// Said while the look for vLLM takes its time. Machines are not told: it is no event of the run.

@@ -98,10 +98,6 @@ impl Walk {
     fn unknown(&mut self, node: &Node, name: &str, shape: Shape<'_>) {
         let table = self.path[..self.path.len() - 1].join(".");
         let place = if table.is_empty() { "at the top".to_owned() } else { format!("in [{table}]") };
-        if shape.keys().next().is_none() {
-            let message = format!("is unknown: this version has no settings {place}");
-            return self.refuse(node, message, "take the key out".to_owned());
-        }
         let mend = match nearest(name, shape.keys()) {
             Some(nearest) => {
                 self.found.tainted.push(join(&table, nearest));

@@ -8,6 +8,10 @@ use crate::config::{EngineKind, Role};
 use super::Bench;
 
 pub(super) fn judge(bench: &mut Bench<'_>) {
+    if bench.config.hosts.is_given() {
+        // The nodes have lists of their own: `hosts`.
+        return;
+    }
     if !bench.config.pd_disagg.enabled {
         if bench.config.inference_gpu_ids.is_some() {
             list(bench, Role::Both, "inference_gpu_ids", "inference.parallel.tp");

@@ -6,6 +6,7 @@
 mod dispatch;
 mod engine;
 mod gpus;
+mod hosts;
 mod kv;
 mod pd;
 mod ports;
@@ -39,6 +40,7 @@ pub(super) fn judge(config: &Config, given: &Node, origins: &Origins, tainted: &
     let mut bench = Bench { config, given, origins, tainted, verdict: Verdict::default() };
     pd::judge(&mut bench);
     gpus::judge(&mut bench);
+    hosts::judge(&mut bench);
     ports::judge(&mut bench);
     weights::judge(&mut bench);
     update::judge(&mut bench);

@@ -1,12 +1,15 @@
 //! Prefill and decode apart: what it needs, and what it leaves unused.
 
-use crate::config::EngineKind;
+use crate::config::{EngineKind, HOST_ENV};
 
 use super::Bench;
 
 /// Environment variables that the launcher writes itself, and what decides them.
-const ENV_OF_OURS: &[(&str, &str)] =
-    &[("CUDA_VISIBLE_DEVICES", "the lists of GPU ids"), ("PDLINK_SECRET_FILE", "security.secret_file")];
+const ENV_OF_OURS: &[(&str, &str)] = &[
+    ("CUDA_VISIBLE_DEVICES", "the lists of GPU ids"),
+    ("PDLINK_SECRET_FILE", "security.secret_file"),
+    (HOST_ENV, "[[hosts.nodes]]"),
+];
 
 pub(super) fn judge(bench: &mut Bench<'_>) {
     if bench.config.pd_disagg.enabled {

@@ -55,6 +55,8 @@ fn ranges(bench: &Bench<'_>) -> Vec<Range> {
     };
     let range =
         |key, whose: &str, first: u16, count| Range { key, whose: whose.to_owned(), first: first.into(), count };
+    let nodes = bench.config.hosts.has_several();
+    let control = nodes.then(|| range("hosts.port", "the nodes' control connection", config.hosts.port, 1));
     if !pd.enabled {
         let plain = workers(Role::Both);
         let mut ranges = vec![
@@ -64,17 +66,20 @@ fn ranges(bench: &Bench<'_>) -> Vec<Range> {
         if config.inference.engine == EngineKind::Reference {
             ranges.push(range("pd_disagg.decode_kv_port", "control of the workers", pd.decode_kv_port, plain));
         }
+        ranges.extend(control);
         return ranges;
     }
     let (prefill, decode) = (workers(Role::Prefill), workers(Role::Decode));
     let kv = |role, count: u32| count.saturating_mul(config.fixed_kv_ports(role).into());
-    vec![
+    let mut ranges = vec![
         range("pd_disagg.proxy_port", "the proxy", pd.proxy_port, 1),
         range("pd_disagg.prefill_port", "HTTP of the prefill workers", pd.prefill_port, prefill),
         range("pd_disagg.decode_port", "HTTP of the decode workers", pd.decode_port, decode),
         range("pd_disagg.prefill_kv_port", "KV of the prefill workers", pd.prefill_kv_port, kv(Role::Prefill, prefill)),
         range("pd_disagg.decode_kv_port", "KV of the decode workers", pd.decode_kv_port, kv(Role::Decode, decode)),
-    ]
+    ];
+    ranges.extend(control);
+    ranges
 }
 
 fn collision(bench: &mut Bench<'_>, earlier: &Range, later: &Range) {

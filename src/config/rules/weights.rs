@@ -104,6 +104,10 @@ fn in_step(bench: &mut Bench<'_>, by: &str) {
 
 fn two_gpus(bench: &mut Bench<'_>, by: &str) {
     let config = bench.config;
+    if config.hosts.has_several() {
+        // The same id on two nodes is two GPUs.
+        return;
+    }
     let workers = config.roles().iter().flat_map(|role| config.gpu_ids(*role));
     let trainer = config.trainer_gpu_ids.iter().flatten().copied();
     let gpus: BTreeSet<u32> = workers.chain(trainer).collect();

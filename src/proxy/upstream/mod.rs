@@ -307,10 +307,10 @@ pub(crate) async fn exchange(
 
 /// Connects. When the process is out of sockets, idle ones are given up for it; that shortage is no worker's fault.
 async fn connect_or_make_room(sockets: &Sockets, origin: &Origin) -> Result<TcpStream, UpstreamError> {
-    let mut connected = connect(origin).await;
+    let mut connected = connect(sockets, origin).await;
     if connected.as_ref().is_err_and(is_out_of_sockets) {
         sockets.clear();
-        connected = connect(origin).await;
+        connected = connect(sockets, origin).await;
     }
     connected.map_err(|source| {
         let address = origin.authority.clone();
@@ -326,13 +326,14 @@ fn is_out_of_sockets(error: &io::Error) -> bool {
     [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE].iter().any(|errno| code == Some(errno.raw_os_error()))
 }
 
-async fn connect(origin: &Origin) -> io::Result<TcpStream> {
+async fn connect(sockets: &Sockets, origin: &Origin) -> io::Result<TcpStream> {
     let stream = match origin.address {
         Some(address) => TcpStream::connect(address).await?,
         None => TcpStream::connect(origin.authority.as_str()).await?,
     };
     // Every write is a whole message: waiting to fill a segment would only add delay.
     stream.set_nodelay(true)?;
+    sockets.watch(&stream)?;
     Ok(stream)
 }
 

@@ -1,8 +1,11 @@
 //! Idle connections of one server thread, newest first. Threads share none, so that no wake-up crosses cores.
 
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::Conn;
@@ -16,6 +19,10 @@ const BUFFER_KEPT_BYTES_MAX: usize = 16 << 10;
 /// Most idle connections kept per worker.
 const IDLE_PER_WORKER_MAX: usize = 512;
 
+/// Probes of a silent host before it counts as gone, and the shortest time between two: the kernel counts whole seconds.
+const PROBES: u32 = 4;
+const PROBE_INTERVAL_MIN: Duration = Duration::from_secs(1);
+
 #[derive(Debug)]
 struct Idle {
     conn: Conn,
@@ -26,11 +33,26 @@ struct Idle {
 #[derive(Debug)]
 pub(crate) struct Sockets {
     workers: Box<[Mutex<Vec<Idle>>]>,
+    /// Silence of another host after which a connection to it is dead.
+    dead_after: Duration,
 }
 
 impl Sockets {
-    pub(crate) fn new(workers: usize) -> Self {
-        Self { workers: (0..workers).map(|_| Mutex::default()).collect() }
+    pub(crate) fn new(workers: usize, dead_after: Duration) -> Self {
+        Self { workers: (0..workers).map(|_| Mutex::default()).collect(), dead_after }
+    }
+
+    /// Lets the kernel end a connection whose other host is gone: without, a request on it would wait for its last deadline.
+    pub(super) fn watch(&self, stream: &TcpStream) -> io::Result<()> {
+        if stream.peer_addr()?.ip().is_loopback() {
+            return Ok(());
+        }
+        let socket = SockRef::from(stream);
+        let interval = (self.dead_after / PROBES).max(PROBE_INTERVAL_MIN);
+        let probes = TcpKeepalive::new().with_time(interval).with_interval(interval).with_retries(PROBES);
+        socket.set_tcp_keepalive(&probes)?;
+        // Bytes that were sent and not acknowledged have a clock of their own.
+        socket.set_tcp_user_timeout(Some(self.dead_after))
     }
 
     fn of(&self, worker: usize) -> MutexGuard<'_, Vec<Idle>> {

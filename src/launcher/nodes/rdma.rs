@@ -1,0 +1,177 @@
+//! Which RDMA ports are next to which GPU, as the kernel knows it.
+//!
+//! Both are PCI devices, and their places in `/sys/devices` are paths: the longer the part that two paths share, the fewer bridges
+//! lie between. Devices that share nothing but the root are told apart by their NUMA node.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::Command;
+
+const CLASS: &str = "sys/class/infiniband";
+const PCI: &str = "sys/bus/pci/devices";
+
+/// How long `nvidia-smi` may take: it wakes a driver that sleeps.
+const SMI_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// One active port of one RDMA device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct RdmaPort {
+    /// `mlx5_0:1`, as UCX and NCCL write it.
+    name: String,
+    place: Seat,
+}
+
+/// Where a PCI device is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Seat {
+    /// From the root complex down: `pci0000:3a`, `0000:3a:00.0`, `0000:3b:00.0`.
+    path: Vec<String>,
+    numa: Option<u32>,
+}
+
+impl Seat {
+    /// How near: bridges that two devices share, then the NUMA node.
+    fn nearness(&self, other: &Self) -> (usize, bool) {
+        let shared = self.path.iter().zip(&other.path).take_while(|(ours, theirs)| ours == theirs).count();
+        (shared, self.numa.is_some() && self.numa == other.numa)
+    }
+}
+
+/// By GPU: the ports that are nearest to it. GPUs whose place is not known are left out.
+pub async fn near_gpus() -> BTreeMap<u32, Vec<String>> {
+    let root = Path::new("/");
+    let ports = ports(root);
+    if ports.is_empty() {
+        return BTreeMap::new();
+    }
+    nearest(&gpus(root).await, &ports)
+}
+
+fn nearest(gpus: &BTreeMap<u32, Seat>, ports: &[RdmaPort]) -> BTreeMap<u32, Vec<String>> {
+    let of_gpu = |gpu: &Seat| {
+        let best = ports.iter().map(|port| gpu.nearness(&port.place)).max()?;
+        let near = ports.iter().filter(|port| gpu.nearness(&port.place) == best);
+        Some(near.map(|port| port.name.clone()).collect())
+    };
+    gpus.iter().filter_map(|(id, gpu)| Some((*id, of_gpu(gpu)?))).collect()
+}
+
+/// Places of the GPUs by their numbers, which `nvidia-smi` counts in the order of their PCI addresses.
+async fn gpus(root: &Path) -> BTreeMap<u32, Seat> {
+    let asked = Command::new("nvidia-smi")
+        .args(["--query-gpu=index,pci.bus_id", "--format=csv,noheader"])
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let listed = match tokio::time::timeout(SMI_TIMEOUT, asked).await {
+        Ok(Ok(output)) if output.status.success() => parse(&String::from_utf8_lossy(&output.stdout)),
+        _ => in_proc(&names(&root.join("proc/driver/nvidia/gpus"))),
+    };
+    listed.into_iter().filter_map(|(id, address)| Some((id, seat(&root.join(PCI).join(address))?))).collect()
+}
+
+/// Lines `0, 00000000:3B:00.0`; sysfs writes the address in small letters, with a domain of four digits.
+fn parse(text: &str) -> Vec<(u32, String)> {
+    let line = |line: &str| {
+        let (id, address) = line.split_once(',')?;
+        let (domain, rest) = address.trim().split_once(':')?;
+        let domain = u32::from_str_radix(domain, 16).ok()?;
+        Some((id.trim().parse().ok()?, format!("{domain:04x}:{}", rest.to_lowercase())))
+    };
+    text.lines().filter_map(line).collect()
+}
+
+/// The driver's folders are named by address.
+fn in_proc(names: &[String]) -> Vec<(u32, String)> {
+    (0..).zip(names.iter().map(|name| name.to_lowercase())).collect()
+}
+
+fn ports(root: &Path) -> Vec<RdmaPort> {
+    let class = root.join(CLASS);
+    let mut found = Vec::new();
+    for device in names(&class) {
+        let folder = class.join(&device);
+        let Some(place) = seat(&folder.join("device")) else { continue };
+        for port in names(&folder.join("ports")) {
+            let state = std::fs::read_to_string(folder.join("ports").join(&port).join("state")).unwrap_or_default();
+            if state.contains("ACTIVE") {
+                found.push(RdmaPort { name: format!("{device}:{port}"), place: place.clone() });
+            }
+        }
+    }
+    found
+}
+
+/// Where the device behind a link of sysfs is.
+fn seat(link: &Path) -> Option<Seat> {
+    let place: PathBuf = std::fs::canonicalize(link).ok()?;
+    let parts = place.components().map(|part| part.as_os_str().to_string_lossy().into_owned());
+    let path: Vec<String> = parts.skip_while(|part| !part.starts_with("pci")).collect();
+    // -1 where the firmware does not say.
+    let numa = std::fs::read_to_string(place.join("numa_node")).ok().and_then(|text| text.trim().parse().ok());
+    (!path.is_empty()).then_some(Seat { path, numa })
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{create_dir_all, write};
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// A device in a tree as the kernel shows it, with a link to it.
+    fn device(root: &Path, place: &str, numa: &str, link: &str) {
+        let (place, link) = (root.join("sys/devices").join(place), root.join(link));
+        create_dir_all(&place).unwrap();
+        write(place.join("numa_node"), numa).unwrap();
+        create_dir_all(link.parent().unwrap()).unwrap();
+        symlink(place, link).unwrap();
+    }
+
+    fn port(root: &Path, device: &str, state: &str) {
+        let folder = root.join(CLASS).join(device).join("ports/1");
+        create_dir_all(&folder).unwrap();
+        write(folder.join("state"), state).unwrap();
+    }
+
+    #[test]
+    fn the_device_behind_the_same_switch_is_nearest_and_then_the_one_of_the_same_node() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        for (gpu, place, numa) in [
+            ("0000:3b:00.0", "pci0000:3a/0000:3a:00.0/0000:3b:00.0", "0"),
+            ("0000:5e:00.0", "pci0000:5d/0000:5d:00.0/0000:5e:00.0", "0"),
+            ("0000:af:00.0", "pci0000:ae/0000:ae:00.0/0000:af:00.0", "1"),
+        ] {
+            device(root, place, numa, &format!("{PCI}/{gpu}"));
+        }
+        device(root, "pci0000:3a/0000:3a:00.0/0000:3c:00.0", "0", &format!("{CLASS}/mlx5_0/device"));
+        device(root, "pci0000:90/0000:90:00.0/0000:91:00.0", "1", &format!("{CLASS}/mlx5_1/device"));
+        device(root, "pci0000:3a/0000:3a:00.0/0000:3d:00.0", "0", &format!("{CLASS}/mlx5_2/device"));
+        for (device, state) in [("mlx5_0", "4: ACTIVE\n"), ("mlx5_1", "4: ACTIVE\n"), ("mlx5_2", "1: DOWN\n")] {
+            port(root, device, state);
+        }
+        let listed = "0, 00000000:3B:00.0\n1, 00000000:5E:00.0\n2, 00000000:AF:00.0\nno line\n";
+        let gpus = parse(listed).into_iter().map(|(id, at)| (id, seat(&root.join(PCI).join(at)).expect("a place")));
+        let near = nearest(&gpus.collect(), &ports(root));
+        assert_eq!(near[&0], ["mlx5_0:1"], "behind one switch; the other port there is down");
+        assert_eq!((&near[&1], &near[&2]), (&vec!["mlx5_0:1".to_owned()], &vec!["mlx5_1:1".to_owned()]), "one node");
+        assert_eq!(in_proc(&["0000:3B:00.0".to_owned()]), [(0, "0000:3b:00.0".to_owned())]);
+    }
+
+    #[tokio::test]
+    async fn a_host_without_such_devices_gives_no_hints() {
+        assert!(ports(tempfile::tempdir().unwrap().path()).is_empty());
+        let _ = near_gpus().await;
+    }
+}
