@@ -6,6 +6,7 @@
 pub mod cuda;
 pub mod nccl;
 pub mod nixl;
+pub mod nvml;
 mod search;
 pub mod ucx;
 

@@ -1,5 +1,6 @@
 //! Checks of the machine, and of the container that we may be in.
 
+mod gpu_wires;
 mod gpus;
 mod limits;
 mod memory;
@@ -31,6 +32,7 @@ pub(super) fn checks(setting: &Shared) -> Vec<Check> {
         check("ports", KERNEL, setting, ports::check),
         check("gpus", KERNEL, setting, gpus::check),
         check("gpu-peers", KERNEL, setting, gpus::peers),
+        check("gpu-wires", KERNEL, setting, gpu_wires::check),
         check("rdma", KERNEL, setting, rdma::check),
     ]
 }

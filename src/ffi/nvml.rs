@@ -1,0 +1,45 @@
+//! How GPUs are wired to one another and to the host, as NVIDIA's management library tells. It sees all GPUs of the machine or
+//! container, whatever `CUDA_VISIBLE_DEVICES` leaves, in the order of the bus.
+#![forbid(unsafe_code)]
+
+use nvml_wrapper::Nvml;
+use nvml_wrapper::error::NvmlError;
+
+/// More than any GPU has.
+const NVLINKS_MAX: u32 = 36;
+
+/// One GPU's wires.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Wires {
+    pub uuid: String,
+    /// `00000000:1B:00.0`
+    pub bus_id: String,
+    /// Lanes in use, and those that GPU and board have.
+    pub pcie_width: Option<(u32, u32)>,
+    /// Newest generation that GPU and board speak. They fall back to an older one at rest.
+    pub pcie_generation: Option<u32>,
+    /// For each NVLink that it has: whether it is up.
+    pub nvlinks: Vec<bool>,
+}
+
+/// Asks the library. An error where there is none.
+pub fn wires() -> Result<Vec<Wires>, String> {
+    let failed = |error: NvmlError| format!("NVIDIA's management library cannot be used: {error}");
+    let nvml = Nvml::init().map_err(failed)?;
+    let count = nvml.device_count().map_err(failed)?;
+    (0..count).map(|number| of(&nvml, number).map_err(failed)).collect()
+}
+
+fn of(nvml: &Nvml, number: u32) -> Result<Wires, NvmlError> {
+    let gpu = nvml.device_by_index(number)?;
+    let width = gpu.current_pcie_link_width().ok().zip(gpu.max_pcie_link_width().ok());
+    // The first that does not exist is answered with an error.
+    let nvlinks = (0..NVLINKS_MAX).map_while(|link| gpu.link_wrapper_for(link).is_active().ok()).collect();
+    Ok(Wires {
+        uuid: gpu.uuid()?,
+        bus_id: gpu.pci_info()?.bus_id,
+        pcie_width: width,
+        pcie_generation: gpu.max_pcie_link_gen().ok(),
+        nvlinks,
+    })
+}
