@@ -134,13 +134,14 @@ impl Rig {
     /// Submits all of these before it waits for any. Seconds until all had ended, and of each.
     fn at_once(&self, transfers: Vec<(Direction, RunList)>) -> anyhow::Result<(f64, Vec<f64>)> {
         let (tell, told) = mpsc::channel();
-        let mut wanted = Vec::with_capacity(transfers.len());
+        let wanted: Vec<u64> = transfers.iter().map(|(_, runs)| runs.bytes()).collect();
+        let mut submitted = Vec::with_capacity(transfers.len());
         let deadline = Instant::now() + PATIENCE;
         let started = Instant::now();
         for (index, (direction, runs)) in transfers.into_iter().enumerate() {
             let grant = (direction == Direction::Push).then_some(self.grant);
             let tell = tell.clone();
-            wanted.push((runs.bytes(), Instant::now()));
+            submitted.push(Instant::now());
             let request = TransferRequest { direction, runs, grant, deadline };
             self.link.submit(request, Box::new(move |outcome| drop(tell.send((index, outcome, Instant::now())))));
         }
@@ -148,11 +149,11 @@ impl Rig {
         let (mut each, mut last) = (Vec::with_capacity(wanted.len()), started);
         for _ in 0..wanted.len() {
             let (index, outcome, ended) = told.recv().context("the link dropped a completion")?;
-            let (bytes, submitted) = wanted[index];
+            let bytes = wanted[index];
             if outcome.context("transfer")?.bytes != bytes {
                 bail!("a transfer of {bytes} bytes ended with another number");
             }
-            each.push((ended - submitted).as_secs_f64());
+            each.push((ended - submitted[index]).as_secs_f64());
             last = last.max(ended);
         }
         Ok(((last - started).as_secs_f64(), each))
