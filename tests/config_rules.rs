@@ -455,8 +455,10 @@ fn sections_with_defaults_are_accepted_empty() {
 }
 
 #[test]
-fn an_update_of_the_weights_has_times_in_order_and_paths_of_host_memory() {
+fn an_update_of_the_weights_has_times_in_order_and_paths_that_weights_go_by() {
     load_text("[weights]\nstaging = \"none\"\nin_flight = \"finish\"\npaths = [\"tcp\"]\n").expect("all of it can be");
+    load_text(&format!("{}[weights]\nstaging = \"device\"\npaths = [\"cuda-ipc\"]\n", pd_1_1("")))
+        .expect("all of it can be");
     assert_cases(&[
         (
             "hold",
@@ -465,8 +467,13 @@ fn an_update_of_the_weights_has_times_in_order_and_paths_of_host_memory() {
         ),
         (
             "paths",
-            "[weights]\npaths = [\"cuda-ipc\"]\n".to_owned(),
-            &["a.toml:2: weights.paths", "weights are staged in host memory", "name \"shm\", \"tcp\" or both"],
+            "[weights]\npaths = [\"nixl\"]\n".to_owned(),
+            &["a.toml:2: weights.paths", "is [nixl]", "name some of \"nccl\", \"cuda-ipc\", \"shm\", \"tcp\""],
+        ),
+        (
+            "staging on no GPU",
+            "[inference]\nengine = \"reference\"\n[weights]\nstaging = \"device\"\n".to_owned(),
+            &["a.toml:4: weights.staging", "no worker of this configuration takes weights on a GPU"],
         ),
     ]);
 }

@@ -66,6 +66,34 @@ async fn the_broadcaster_gets_a_place_for_every_worker() {
     refused.error();
 }
 
+/// Servers of vLLM itself, which know none of PRIME-RL's paths.
+#[tokio::test(flavor = "multi_thread")]
+async fn adapters_reach_vllm_by_its_own_route_and_its_broadcast_is_refused_with_what_to_do() {
+    let vllm = || {
+        MockWorker::start(|asked, _| match asked.path.as_str() {
+            "/v1/load_lora_adapter" | "/v1/unload_lora_adapter" => Reply::Json(200, "{}".to_owned()),
+            _ => Reply::Json(404, "{}".to_owned()),
+        })
+    };
+    let workers = [vllm().await, vllm().await];
+    let proxy = Proxied::between(&[&workers[0]], &[&workers[1]]).await;
+    let body = json!({"lora_name": "a", "lora_path": "/a"}).to_string();
+    assert_eq!(proxy.post("/load_lora_adapter", body.clone()).await.status, 200);
+    assert_eq!(proxy.post("/unload_lora_adapter", body).await.status, 200);
+    for worker in &workers {
+        let seen = worker.seen();
+        let paths: Vec<_> = seen.iter().map(|asked| asked.path.as_str()).collect();
+        let both = ["/load_lora_adapter", "/v1/load_lora_adapter", "/unload_lora_adapter", "/v1/unload_lora_adapter"];
+        assert_eq!(paths, both);
+        let want = json!({"lora_name": "a", "lora_path": "/a", "load_inplace": true});
+        assert_eq!(seen[1].json(), want, "a name that is there gets the new files");
+    }
+    let refused = proxy.post("/init_broadcaster", r#"{"host": "10.0.0.9", "port": 29501}"#).await;
+    assert_eq!(refused.status, 501);
+    let why = refused.error();
+    assert!(why.contains("weight_broadcast.type = \"filesystem\"") && why.contains("WeightPublisher"), "{why}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fleet_out_of_step_is_told_apart_from_a_call_nobody_knows() {
     let good = agreeing().await;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use pdlink::config::{Path, Staging, WeightsConfig};
 use pdlink::control::{self, Hello, WeightSource, WeightsOffer, WeightsPhase, WeightsRequest};
 use pdlink::transport::{Fault, FaultPlan, Faulty, Transport, When};
-use pdlink::weights::{Checkpoint, Manifest, Paths, ReadError, Source, TensorBytes};
+use pdlink::weights::{Checkpoint, Manifest, Paths, Progress, ReadError, Source, TensorBytes};
 use tokio::task::JoinSet;
 use weights_worker::{PATIENCE, Worker, listen, paths, small_buckets};
 
@@ -49,8 +49,10 @@ async fn wt_5_two_workers_get_every_byte_of_a_sender_over_each_path() {
             assert!(worker.notes.said.lock().unwrap().is_empty(), "WT-2: nothing is paused while bytes move");
         }
         assert_eq!(digests[0], digests[1]);
-        let progress = source.progress().borrow().clone();
-        assert_eq!((progress.sent_bytes, progress.receivers), (progress.total_bytes, Some(2)));
+        // A worker may have checked its last bucket before its word for it has come here.
+        let mut progress = source.progress();
+        let is_all = |progress: &Progress| (progress.sent_bytes, progress.receivers) == (progress.total_bytes, Some(2));
+        tokio::time::timeout(PATIENCE, progress.wait_for(is_all)).await.expect("everybody has everything").unwrap();
         for worker in &workers {
             worker.commit(3).await;
             assert_eq!(*worker.notes.said.lock().unwrap(), ["pause", "commit 3", "resume"]);

@@ -26,6 +26,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<request::KvRequest>()?;
     module.add_class::<sender::WeightSender>()?;
     module.add_class::<weights::Order>()?;
+    module.add_class::<weights::StagedMemory>()?;
     module.add_class::<weights::WeightReceiver>()?;
     module.add_function(wrap_pyfunction!(request::parse_request, module)?)?;
     module.add_function(wrap_pyfunction!(request::new_transfer_id, module)?)?;

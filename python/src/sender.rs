@@ -1,12 +1,12 @@
-//! A trainer's sender of weights: named tensors in host memory, packed and digested as workers pull them.
+//! A trainer's sender of weights: named tensors where they lie, packed and digested as workers pull them.
 
 use std::net::TcpListener;
 use std::path::PathBuf;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, LazyLock, RwLock};
 
 use pdlink::config::{KvConfig, WeightsConfig};
-use pdlink::memory::Region;
-use pdlink::weights::{Dtype, Manifest, Paths, Progress, ReadError, Sender, Tensor, TensorBytes};
+use pdlink::memory::{Device, Region};
+use pdlink::weights::{Casts, Dtype, Manifest, Paths, Progress, ReadError, Sender, Tensor, TensorBytes};
 use pyo3::prelude::*;
 use serde::Deserialize;
 
@@ -25,6 +25,9 @@ struct SenderSettings {
     weights: WeightsConfig,
 }
 
+/// The group that this process broadcasts to: it outlives each sender, for to make one takes a second.
+static CASTS: LazyLock<Arc<Casts>> = LazyLock::new(Arc::default);
+
 /// One tensor: its name, its dtype as safetensors calls it, its shape, and its memory.
 type Given = (String, String, Vec<u64>, regions::Memory);
 
@@ -33,6 +36,8 @@ struct Tensors {
     manifest: Arc<Manifest>,
     /// In the manifest's order; none of a tensor without elements.
     regions: Vec<Option<Arc<Region>>>,
+    /// That all of them lie on.
+    gpu: Option<Arc<Device>>,
 }
 
 impl Tensors {
@@ -51,7 +56,10 @@ impl Tensors {
             tensors.push(tensor);
         }
         let manifest = Manifest::new(tensors).map_err(|error| errors::settings("the tensors", &error))?;
-        Ok(Self { manifest: Arc::new(manifest), regions })
+        let mut gpus = regions.iter().flatten().map(|region: &Arc<Region>| region.device());
+        let first = gpus.next().flatten().cloned();
+        let is_one = gpus.all(|gpu| gpu.map(|gpu| gpu.ordinal()) == first.as_ref().map(|gpu| gpu.ordinal()));
+        Ok(Self { manifest: Arc::new(manifest), regions, gpu: first.filter(|_| is_one) })
     }
 }
 
@@ -67,6 +75,14 @@ impl TensorBytes for Tensors {
             from: "the trainer's memory".to_owned(),
             why: error.to_string(),
         })
+    }
+
+    fn device(&self) -> Option<&Arc<Device>> {
+        self.gpu.as_ref()
+    }
+
+    fn on_gpu(&self, tensor: usize) -> Option<&Region> {
+        self.regions[tensor].as_deref()
     }
 }
 
@@ -119,6 +135,10 @@ fn start(given: SenderSettings, tensors: Arc<Tensors>) -> PyResult<WeightSender>
         secret: settings::secret(secret_file.as_ref())?,
         bind: listener.local_addr().map_err(|error| failed(&error))?.ip(),
         advertise_host: host,
+        gpu: tensors.gpu.as_ref().map(|gpu| gpu.ordinal()),
+        streams: false,
+        casts: Arc::clone(&CASTS),
+        casts_host: false,
         wrap_path: None,
     };
     let sender = Sender::start(version, tensors, &paths, listener).map_err(|error| failed(&error))?;

@@ -11,8 +11,10 @@ use std::time::Duration;
 
 use pdlink::config::{InFlight, KvConfig, Staging, WeightsConfig};
 use pdlink::control::WeightsDoor;
+use pdlink::memory::Region;
 use pdlink::weights::{
-    Listening, NewWeights, Paths, ReceiverSetup, Staged, WeightTarget, WeightsMetrics, WeightsReceiver,
+    Arrived, Listening, Manifest, NewWeights, Paths, ReceiverSetup, Staged, Stream, WeightTarget, WeightsMetrics,
+    WeightsReceiver,
 };
 use pyo3::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -32,6 +34,8 @@ struct ReceiverSettings {
     secret_file: Option<PathBuf>,
     /// The folder that the worker was started with, if it is one.
     base: Option<String>,
+    /// The rank's GPU.
+    gpu: Option<i32>,
     /// `host:port` of every rank of the worker.
     ranks: Vec<String>,
 }
@@ -56,6 +60,7 @@ pub(crate) struct Order {
     #[pyo3(get)]
     version: u64,
     staged: Option<Arc<Staged>>,
+    stream: Option<Arc<Stream>>,
     answer: Mutex<Option<Answer>>,
 }
 
@@ -72,22 +77,65 @@ impl Order {
         }
     }
 
-    /// Of a commit: where the new weights lie, as (address, bytes). The memory is valid while this order lives. `None`: they are
-    /// what the worker was started with.
-    fn memory(&self) -> Option<(u64, u64)> {
-        let region = self.staged.as_ref()?.region()?;
-        Some((region.address(), region.len()))
+    /// Of a commit: where the new weights lie, or come to. `None`: they are what the worker was started with.
+    fn memory(&self) -> Option<StagedMemory> {
+        match &self.stream {
+            Some(stream) => Some(StagedMemory(Arc::clone(stream.region()))),
+            None => self.staged.as_ref()?.region().map(StagedMemory),
+        }
     }
 
     /// Of a commit: name, dtype as safetensors calls it, shape, and the first and last byte of each tensor in that memory.
-    fn tensors(&self) -> Vec<(String, String, Vec<u64>, u64, u64)> {
+    fn tensors(&self) -> Vec<Placed> {
         let Some(staged) = &self.staged else { return Vec::new() };
         let manifest = staged.manifest();
-        let told = |(number, tensor): (usize, &pdlink::weights::Tensor)| {
-            let place = manifest.place(number);
-            (tensor.name.clone(), name_of(&tensor.dtype), tensor.shape.clone(), place.start, place.end)
-        };
-        manifest.tensors().iter().enumerate().map(told).collect()
+        (0..manifest.tensors().len()).map(|number| placed(manifest, number, manifest.place(number).start)).collect()
+    }
+
+    /// Of a commit: its weights come as they are taken, by `arrived`.
+    #[getter]
+    fn streams(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    /// The tensors that came next, as `tensors` tells them; `None` after the last. Waits for them. Those before are gone.
+    fn arrived(&self, py: Python<'_>) -> PyResult<Option<Vec<Placed>>> {
+        let Some(stream) = &self.stream else { return Ok(None) };
+        let next = py.detach(|| stream.next());
+        let next = next.map_err(|why| errors::SendError::new_err(format!("new weights did not come: {why}")))?;
+        let told = |arrived: &Arrived| placed(stream.manifest(), arrived.tensor, arrived.at);
+        Ok(next.map(|next| next.iter().map(told).collect()))
+    }
+}
+
+/// A tensor's name, dtype, shape, and where its first and last byte are in some memory.
+type Placed = (String, String, Vec<u64>, u64, u64);
+
+fn placed(manifest: &Manifest, number: usize, at: u64) -> Placed {
+    let (tensor, place) = (&manifest.tensors()[number], manifest.place(number));
+    (tensor.name.clone(), name_of(&tensor.dtype), tensor.shape.clone(), at, at + (place.end - place.start))
+}
+
+/// Memory that new weights lie in. It is valid while this lives.
+#[pyclass(frozen, module = "pdlink")]
+pub(crate) struct StagedMemory(Arc<Region>);
+
+#[pymethods]
+impl StagedMemory {
+    #[getter]
+    fn address(&self) -> u64 {
+        self.0.address()
+    }
+
+    #[getter]
+    fn bytes(&self) -> u64 {
+        self.0.len()
+    }
+
+    /// The GPU that it is on, by CUDA's number of it in this process.
+    #[getter]
+    fn gpu(&self) -> Option<i32> {
+        self.0.device().map(|device| device.ordinal())
     }
 }
 
@@ -107,7 +155,7 @@ impl Target {
 }
 
 fn order(kind: &'static str, answer: Option<Answer>) -> Order {
-    Order { kind, in_flight: None, update: 0, version: 0, staged: None, answer: Mutex::new(answer) }
+    Order { kind, in_flight: None, update: 0, version: 0, staged: None, stream: None, answer: Mutex::new(answer) }
 }
 
 impl WeightTarget for Target {
@@ -116,8 +164,8 @@ impl WeightTarget for Target {
     }
 
     fn commit(&self, weights: NewWeights, done: Box<dyn FnOnce(Result<(), String>) + Send>) {
-        let NewWeights { update, version, staged } = weights;
-        self.order(Order { update, version, staged, ..order("commit", Some(Answer::Committed(done))) });
+        let NewWeights { update, version, staged, stream } = weights;
+        self.order(Order { update, version, staged, stream, ..order("commit", Some(Answer::Committed(done))) });
     }
 
     fn resume(&self) {
@@ -178,8 +226,8 @@ impl WeightReceiver {
 }
 
 fn start(given: ReceiverSettings) -> PyResult<WeightReceiver> {
-    if given.weights.staging != Staging::Host {
-        let why = "vLLM loads from what is staged whole; set weights.staging = \"host\"";
+    if given.weights.staging == Staging::Device && given.gpu.is_none() {
+        let why = "\"device\" is for ranks on a GPU, and this one has none; set it to \"host\"";
         return Err(errors::settings("weights.staging", &why));
     }
     let failed = |error: &dyn std::fmt::Display| errors::StartError::new_err(format!("the weights' receiver: {error}"));
@@ -200,6 +248,10 @@ fn start(given: ReceiverSettings) -> PyResult<WeightReceiver> {
         secret: secret.clone(),
         bind: bind_ip,
         advertise_host: given.advertise_host,
+        gpu: given.gpu,
+        streams: true,
+        casts: Arc::default(),
+        casts_host: false,
         wrap_path: None,
     };
     let (orders, queue) = channel();

@@ -165,6 +165,10 @@ async fn push(args: &PushArgs, config: &Config) -> anyhow::Result<ExitCode> {
         secret: secret(args, config)?,
         bind: listener.local_addr()?.ip(),
         advertise_host: args.host.clone(),
+        gpu: None,
+        streams: false,
+        casts: Arc::default(),
+        casts_host: false,
         wrap_path: None,
     };
     let sender = Sender::start(version, Arc::clone(&checkpoint) as Arc<dyn TensorBytes>, &paths, listener)?;

@@ -12,8 +12,27 @@ pub enum Staging {
     /// In host memory, whole. The old weights serve until all workers have the new ones (WT-1).
     #[default]
     Host,
+    /// In the GPU's own memory, whole, while an update is under way; once it serves, they are brought to host memory and kept
+    /// there. As safe as `host`, and loaded several times as fast; vLLM must have left room for them on the GPU.
+    Device,
     /// Nowhere: bytes go on as they come. Gives WT-1 up: an update that fails half-way leaves neither version.
     None,
+}
+
+impl Staging {
+    /// As in configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Device => "device",
+            Self::None => "none",
+        }
+    }
+
+    /// Whether the old weights serve on whatever fails before all have the new ones (WT-1).
+    pub fn keeps_the_old(self) -> bool {
+        self != Self::None
+    }
 }
 
 /// What happens to answers in flight when the weights change.
@@ -45,13 +64,18 @@ pub struct WeightsConfig {
     /// Where new weights lie until every worker has them. Default `host`: costs each worker the size of the model in host
     /// memory while an update is under way.
     pub staging: Staging,
+    /// Most bytes that one rank may stage of an update, wherever that is. Default: what is free there.
+    #[schemars(range(min = 1))]
+    pub staging_bytes_max: Option<u64>,
     /// What happens to answers in flight when the weights change. Default `continue`.
     pub in_flight: InFlight,
     /// Whether a worker keeps what it staged, so that one that was restarted can have it from there. Default true: costs
     /// each worker the size of the model in host memory all the time. Without it, such a worker waits for the next update.
     /// vLLM's workers keep it in any case: what they cannot load is taken back from there.
     pub keep: bool,
-    /// Ways for weights to go, best first. Default `["shm", "tcp"]`: a sender on the same host, then any other.
+    /// Ways for weights to go, best first. Default `["cuda-ipc", "shm", "tcp"]`: GPU to GPU from a trainer's tensors on the same
+    /// host, host memory to host memory there, then any other. With `nccl` in front a trainer broadcasts each bucket once to all
+    /// workers on other GPUs, one rank on each, on any host that NCCL reaches; the others take the next path.
     pub paths: Vec<Path>,
     /// Bytes that are packed and sent as one. Default 64 MiB. A sender holds two such buckets in memory.
     #[schemars(range(min = 4096, max = 1_073_741_824))]
@@ -82,9 +106,10 @@ impl Default for WeightsConfig {
         Self {
             vllm_workers: None,
             staging: Staging::default(),
+            staging_bytes_max: None,
             in_flight: InFlight::default(),
             keep: true,
-            paths: vec![Path::Shm, Path::Tcp],
+            paths: vec![Path::CudaIpc, Path::Shm, Path::Tcp],
             bucket_bytes: 64 << 20,
             stage_timeout_s: 600.0,
             drain_timeout_s: 5.0,

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::{AdminHandler, Welcome};
-use crate::config::InFlight;
+use crate::config::{InFlight, Staging};
 
 /// What a worker's listener does with what is about weights: the listener is the KV runtime's, which knows no weights.
 #[derive(Clone)]
@@ -144,6 +144,8 @@ pub struct WeightsStatus {
     pub serves_peers: bool,
     /// Where each rank of this worker takes its own part, `host:port`, in order. Empty: this answer is for all of them.
     pub ranks: Vec<String>,
+    /// Where new weights lie until all have them.
+    pub staging: Staging,
     /// The last update that was given up.
     pub failure: Option<WeightsFailure>,
 }

@@ -287,6 +287,10 @@ fn start_receiver(
         secret: setup.secret.clone(),
         bind: setup.kv_listener.local_addr().map_err(EngineError::Address)?.ip(),
         advertise_host: setup.advertise_host.clone(),
+        gpu: None,
+        streams: false,
+        casts: Arc::default(),
+        casts_host: false,
         wrap_path: None,
     };
     let target = Arc::new(Target { front: front.clone(), base });

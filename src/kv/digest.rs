@@ -23,9 +23,8 @@ use super::layout::covered_from;
 use super::runtime::locked;
 use super::shares::Scope;
 use super::{BlockId, GroupGeometry, GroupKind, HeadRange, LayerPlacement, Layout, LayoutError};
-use crate::memory::{AccessError, GpuDigests, Region, Tile, to_usize};
+use crate::memory::{AccessError, GpuDigests, Region, Tile, row, row_key, to_usize};
 
-const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 /// Rows are read in lumps of about this many bytes: small enough for the first-level cache.
 const LUMP_BYTES: u64 = 8192;
 
@@ -128,7 +127,7 @@ fn combine(scope: &Scope, sums: &[u64]) -> u64 {
             match primary {
                 Some((first, first_sum)) if first == heads => {
                     if sum != first_sum {
-                        total = total.wrapping_add(scatter(rank, 0) | 1);
+                        total = total.wrapping_add(row_key(rank, 0) | 1);
                     }
                 }
                 _ => {
@@ -143,42 +142,6 @@ fn combine(scope: &Scope, sums: &[u64]) -> u64 {
 
 fn first_head(layout: &Layout, group: &GroupGeometry, rank: u32) -> u32 {
     group.heads_of(rank, layout.geometry().tp_size).first
-}
-
-/// The mix of one row. `words` are the row's bytes, least significant first.
-pub fn row(key: u64, bytes: &[u8]) -> u64 {
-    let (words, rest) = bytes.as_chunks::<8>();
-    let mut sum = 0_u64;
-    let mut word_key = key;
-    for word in words {
-        sum = sum.wrapping_add(mix(u64::from_le_bytes(*word), word_key));
-        word_key = word_key.wrapping_add(GOLDEN);
-    }
-    if !rest.is_empty() {
-        let mut last = [0; 8];
-        last[..rest.len()].copy_from_slice(rest);
-        sum = sum.wrapping_add(mix(u64::from_le_bytes(last), word_key));
-    }
-    sum
-}
-
-/// The key of a row: a plane, (layer · halves + half) · heads + head, and a token.
-pub fn row_key(plane: u32, token: u32) -> u64 {
-    scatter(plane, token)
-}
-
-#[inline]
-fn mix(word: u64, key: u64) -> u64 {
-    let x = word ^ key;
-    (x & 0xFFFF_FFFF).wrapping_mul(x >> 32).wrapping_add(word.rotate_left(32))
-}
-
-/// The finaliser of splitmix64: neighbouring places get unrelated keys.
-fn scatter(plane: u32, token: u32) -> u64 {
-    let mut x = (u64::from(plane) << 32 | u64::from(token)).wrapping_add(GOLDEN);
-    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
 }
 
 /// One KV group of a span.

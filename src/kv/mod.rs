@@ -49,7 +49,7 @@ mod testing;
 
 pub use crate::control::{EarlyParams, Role, RuntimeStatus, TransferId};
 pub use card::{ParamsMaker, RankCard};
-pub use digest::{Span, digest, row as digest_row, row_key as digest_row_key};
+pub use digest::{Span, digest};
 pub use error::KvError;
 pub use geometry::{BlockId, Geometry, GroupGeometry, GroupKind, HeadRange, LayerPlacement};
 pub use layout::{Layout, LayoutError, MemoryMap, RankMemory};

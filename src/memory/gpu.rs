@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::region::{AccessError, Region};
 use super::runs::{Run, RunSlice};
 use super::to_u64;
-use crate::ffi::cuda::{Copier, CopyPiece, CudaError, Device, DigestTile, Digester};
+use crate::ffi::cuda::{Copier, CopyPiece, CudaError, Device, DigestTile, Digester, SUMS_MAX};
 
 /// Longer runs are cut for the kernel, so that all multiprocessors have work.
 const CUT_BYTES: u64 = 256 << 10;
@@ -265,6 +265,9 @@ pub struct GpuDigests {
 }
 
 impl GpuDigests {
+    /// Most sums of one call.
+    pub const SUMS_MAX: usize = SUMS_MAX;
+
     pub fn on(device: &Arc<Device>) -> Result<Self, CudaError> {
         Ok(Self { digester: Digester::new(device)?, tiles: Vec::new() })
     }

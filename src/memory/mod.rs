@@ -9,14 +9,16 @@ mod gpu;
 mod mapping;
 mod region;
 mod registered;
+mod row_digest;
 mod runs;
 mod stream;
 mod words;
 
 // Named in what regions are made of.
-pub use crate::ffi::cuda::{Device, allocated_bytes as gpu_bytes_taken};
+pub use crate::ffi::cuda::{CudaError, Device, allocated_bytes as gpu_bytes_taken};
 pub use gpu::{GpuCopies, GpuDigests, GpuRun, GpuRuns, Launches, Tile};
 pub use region::{AccessError, Backing, MemoryKind, OutOfRange, Region, RegionOptions};
+pub use row_digest::{row, row_key};
 pub use runs::{Run, RunSlice};
 
 // Offsets and lengths are `u64` on the wire and in run lists, and `usize` where they meet an address. On the one width we

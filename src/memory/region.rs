@@ -5,13 +5,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 
 use super::mapping::Mapping;
 use super::{to_u64, to_usize};
-use crate::ffi::cuda::{CudaError, Device, IpcHandle};
+use crate::ffi::cuda::{CudaError, Device, IpcHandle, Pin};
 
 /// Most bytes that one read of a file is asked for: Linux gives no more than this at once anyway.
 const READ_BYTES_MAX: u64 = 1 << 30;
@@ -91,6 +91,8 @@ enum Owner {
 pub struct Region {
     ptr: NonNull<u8>,
     len: u64,
+    /// Before the owner, because it goes first.
+    pin: OnceLock<Pin>,
     owner: Owner,
 }
 
@@ -102,6 +104,10 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
+    fn new(ptr: NonNull<u8>, len: u64, owner: Owner) -> Self {
+        Self { ptr, len, pin: OnceLock::new(), owner }
+    }
+
     /// `len` bytes of zeroed memory that a peer on the same host can map: a memory file, sealed so that it never shrinks.
     pub fn shared(len: usize) -> io::Result<Arc<Self>> {
         Self::shared_with(len, RegionOptions::default())
@@ -127,7 +133,7 @@ impl Region {
         let ptr = mapping.ptr();
         let prefault = options.prefault;
         let owner = Owner::Shared { _mapping: mapping, fd, device: stat.st_dev, inode: stat.st_ino, prefault };
-        Ok(Arc::new(Self { ptr, len: to_u64(len), owner }))
+        Ok(Arc::new(Self::new(ptr, to_u64(len), owner)))
     }
 
     /// Memory that somebody else allocated: an engine's own KV tensors.
@@ -136,7 +142,7 @@ impl Region {
     /// `ptr` must point at `len` bytes that stay readable and writable until `owner` is dropped. Rust code must hold no
     /// reference into them while a transfer that names them runs.
     pub unsafe fn borrowed(ptr: NonNull<u8>, len: usize, owner: Box<dyn Any + Send + Sync>) -> Arc<Self> {
-        Arc::new(Self { ptr, len: to_u64(len), owner: Owner::Borrowed { _owner: owner } })
+        Arc::new(Self::new(ptr, to_u64(len), Owner::Borrowed { _owner: owner }))
     }
 
     /// Memory of a GPU that somebody allocated: an engine's KV tensors.
@@ -150,7 +156,7 @@ impl Region {
         owner: Box<dyn Any + Send + Sync>,
     ) -> Option<Arc<Self>> {
         let ptr = NonNull::new(std::ptr::without_provenance_mut::<u8>(to_usize(address)))?;
-        Some(Arc::new(Self { ptr, len, owner: Owner::Device { device, _owner: owner } }))
+        Some(Arc::new(Self::new(ptr, len, Owner::Device { device, _owner: owner })))
     }
 
     /// `len` bytes of our own on a GPU.
@@ -191,7 +197,19 @@ impl Region {
             mapping.populate()?;
         }
         let ptr = mapping.ptr();
-        Ok(Arc::new(Self { ptr, len, owner: Owner::Peer { _mapping: mapping } }))
+        Ok(Arc::new(Self::new(ptr, len, Owner::Peer { _mapping: mapping })))
+    }
+
+    /// Fixes host memory in place, all of it, so that `device` copies at the full speed of the bus. Memory of a GPU is fixed.
+    pub fn pin_for(&self, device: &Arc<Device>) -> Result<(), CudaError> {
+        if self.device().is_some() || self.pin.get().is_some() {
+            return Ok(());
+        }
+        // SAFETY: the region keeps its memory mapped for as long as it lives, and lets go of the pin before it.
+        let pin = unsafe { device.pin(self.ptr.as_ptr(), to_usize(self.len)) }?;
+        // Two at once: the driver has refused the second.
+        let _ = self.pin.set(pin);
+        Ok(())
     }
 
     /// Bytes in the region.
@@ -249,8 +267,8 @@ impl Region {
     pub fn copy_in(&self, offset: u64, bytes: &[u8]) -> Result<(), AccessError> {
         if let Some(device) = self.device() {
             self.check(offset, to_u64(bytes.len()))?;
-            // SAFETY: checked to lie in the region, which `device` can write.
-            return Ok(unsafe { device.copy_in(self.address() + offset, bytes) }?);
+            // SAFETY: checked to lie in the region, which `device` can write; `bytes` are as many as are named.
+            return Ok(unsafe { device.copy_in(self.address() + offset, bytes.as_ptr(), bytes.len()) }?);
         }
         let dst = self.at(offset, to_u64(bytes.len()))?;
         // SAFETY: `dst` is as many writable bytes of this region as `bytes` has. `copy` allows the two to overlap, which
@@ -290,8 +308,8 @@ impl Region {
     pub fn copy_out(&self, offset: u64, bytes: &mut [u8]) -> Result<(), AccessError> {
         if let Some(device) = self.device() {
             self.check(offset, to_u64(bytes.len()))?;
-            // SAFETY: checked to lie in the region, which `device` can read.
-            return Ok(unsafe { device.copy_out(self.address() + offset, bytes) }?);
+            // SAFETY: checked to lie in the region, which `device` can read; `bytes` has room for as many as are named.
+            return Ok(unsafe { device.copy_out(self.address() + offset, bytes.as_mut_ptr(), bytes.len()) }?);
         }
         let src = self.at(offset, to_u64(bytes.len()))?;
         // SAFETY: `src` is as many readable bytes of this region as `bytes` has room for. A concurrent write by a peer
@@ -308,21 +326,26 @@ impl Region {
         Ok(bytes)
     }
 
-    /// Copies `len` bytes from here into `dst`, which may be this region; in host memory ranges may overlap. Both must be
-    /// of one kind.
+    /// Copies `len` bytes from here into `dst`, which may be this region; in host memory ranges may overlap. Either may be on a
+    /// GPU, and both if the one can address the other.
     pub fn copy_to(&self, offset: u64, dst: &Self, dst_offset: u64, len: u64) -> Result<(), AccessError> {
-        if let (Some(device), Some(_)) = (dst.device(), self.device()) {
-            self.check(offset, len)?;
-            dst.check(dst_offset, len)?;
-            let (from, to) = (self.address() + offset, dst.address() + dst_offset);
+        self.check(offset, len)?;
+        dst.check(dst_offset, len)?;
+        let (from, to, count) = (self.address() + offset, dst.address() + dst_offset, to_usize(len));
+        match (self.device(), dst.device()) {
             // SAFETY: checked to lie in two regions that `device` can address: its own, and a peer's mapped for it.
-            return Ok(unsafe { device.copy_within(from, to, to_usize(len)) }?);
+            (Some(_), Some(device)) => Ok(unsafe { device.copy_within(from, to, count) }?),
+            // SAFETY: checked to lie in a region of `device` and in one of this process.
+            (Some(device), None) => Ok(unsafe { device.copy_out_beside(from, dst.at(dst_offset, len)?, count) }?),
+            // SAFETY: as above.
+            (None, Some(device)) => Ok(unsafe { device.copy_in_beside(to, self.at(offset, len)?, count) }?),
+            (None, None) => {
+                let (src, dst) = (self.at(offset, len)?, dst.at(dst_offset, len)?);
+                // SAFETY: both are `len` bytes of live regions, and `copy` allows overlap.
+                unsafe { std::ptr::copy(src, dst, count) };
+                Ok(())
+            }
         }
-        let src = self.at(offset, len)?;
-        let dst = dst.at(dst_offset, len)?;
-        // SAFETY: both are `len` bytes of live regions, and `copy` allows overlap.
-        unsafe { std::ptr::copy(src, dst, to_usize(len)) };
-        Ok(())
     }
 
     /// Sets `len` bytes to `byte`.

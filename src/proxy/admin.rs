@@ -117,13 +117,32 @@ impl Call {
             asked.spawn(async move {
                 let deadline = Deadline::after(Instant::now(), lane.shared.limits.request);
                 let question = Question { method: &call.method, path: &call.path, headers: &call.headers, body: &body };
-                let reply = ask(&lane, &worker, question, deadline).await;
+                let mut reply = ask(&lane, &worker, question, deadline).await;
+                if let (Some((path, body)), Ok(Reply { status: StatusCode::NOT_FOUND, .. })) =
+                    (in_vllms_words(&call.path, &body), &reply)
+                {
+                    reply = ask(&lane, &worker, Question { path: &path, body: &body, ..question }, deadline).await;
+                }
                 (worker, reply)
             });
         }
         let mut replies = asked.join_all().await;
         replies.sort_by_key(|(worker, _)| worker.number);
         summarise(&call.path, &replies)
+    }
+}
+
+/// PRIME-RL's servers have a route of their own for adapters, which takes new files for a name that is there. vLLM's has another
+/// path, and does that if it is told to.
+fn in_vllms_words(path: &str, body: &bytes::Bytes) -> Option<(String, bytes::Bytes)> {
+    match path {
+        "/unload_lora_adapter" => Some((format!("/v1{path}"), body.clone())),
+        "/load_lora_adapter" => {
+            let mut told = serde_json::from_slice::<Map<String, Value>>(body).ok()?;
+            told.entry("load_inplace").or_insert(true.into());
+            Some((format!("/v1{path}"), Value::Object(told).to_string().into()))
+        }
+        _ => None,
     }
 }
 
@@ -194,7 +213,16 @@ async fn init_broadcaster(State(lane): State<Arc<Lane>>, request: Request) -> Re
     };
     let places =
         broadcaster_bodies(&given, &lane.shared.workers.iter().map(|worker| worker.address.tp).collect::<Vec<_>>());
-    call.send(&lane, |number| places[number].clone()).await
+    let answer = call.send(&lane, |number| places[number].clone()).await;
+    if answer.status() == StatusCode::NOT_FOUND { no_broadcaster().into_response() } else { answer }
+}
+
+/// PRIME-RL's trainer would wait for workers that never join, and its orchestrator takes a 404 for a warning.
+fn no_broadcaster() -> ApiError {
+    let why = "no worker here has /init_broadcaster: PRIME-RL's own NCCL stream is spoken by its own inference servers alone; set \
+               weight_broadcast.type = \"filesystem\", or publish from the trainer with pdlink.trainer.WeightPublisher(url, \
+               weights={\"paths\": [\"nccl\", \"cuda-ipc\", \"tcp\"]}), which broadcasts over NCCL";
+    ApiError::new(StatusCode::NOT_IMPLEMENTED, why)
 }
 
 /// vLLM's own broadcast: the group's ranks are told once, and each worker's begin where the last one's ended.

@@ -49,7 +49,7 @@ pub use export::{Export, Offer};
 pub use faulty::{Fault, FaultPlan, Faulty, When};
 pub use grant::{Fence, Grant, GrantToken};
 pub use loopback::{Loopback, LoopbackHub};
-pub use nccl::{Nccl, NcclSetup};
+pub use nccl::{Caster, Ended, Nccl, NcclSetup, Seat, casts_here, group_name};
 pub use nixl::{Nixl, NixlSetup};
 pub use request::{Completion, Copied, Direction, TransferRequest, TransferTicket};
 pub use run_list::{Piece, Run, RunList, Segment, Sums, Totals};

@@ -4,12 +4,13 @@
 //! receiver                               source
 //!   Join              ──►       ◄──        Head: how many tensors and buckets, over which paths
 //!   Tensors(from)     ──►       ◄──        Tensors: the manifest, in parts
+//!   Seat              ──►       ◄──        Seated: whether it gets the buckets together with others, over nccl
 //!   Bucket(k)         ──►       ◄──        Ready: where it lies, and the digests of the tensors that end in it
-//!      (pulls the bytes over the path)
+//!      (pulls the bytes over the path, or takes part in their broadcast)
 //!   Taken(k)          ──►                  (the source may use the bucket's memory again)
 //! ```
 //!
-//! All but `Taken` are requests: the answer to `Bucket` comes once the bucket is there.
+//! The last word is Ended, answered by Ended. All but `Taken` are requests: the answer to `Bucket` comes once the bucket is there.
 
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +27,38 @@ pub(super) enum Ask {
     Join(Join),
     /// The manifest, from this tensor on.
     Tensors(u32),
-    Bucket(u64),
+    /// Whether this receiver gets its buckets together with others. Answered once all receivers have come.
+    Seat(Wish),
+    Bucket(Bucket),
+    /// Everything is here and right. Answered, so that all that was said before has come too.
+    Ended,
+}
+
+/// What a receiver brings to a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Wish {
+    pub(super) process: u64,
+    pub(super) gpu: [u8; 16],
+    /// The group that it is in still.
+    pub(super) holds: Option<u64>,
+}
+
+/// A seat in a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Group {
+    pub(super) token: u64,
+    /// NCCL's, of a group that is to be made; empty: it is there.
+    pub(super) name: Vec<u8>,
+    pub(super) rank: u32,
+    pub(super) ranks: u32,
+}
+
+/// A bucket that is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Bucket {
+    pub(super) number: u64,
+    /// The chosen path moves host memory, whatever the source packs in.
+    pub(super) on_host: bool,
 }
 
 /// Who wants what.
@@ -47,7 +79,10 @@ pub(super) struct Taken(pub(super) u64);
 pub(super) enum Said {
     Head(Head),
     Tensors(Vec<Tensor>),
+    /// `None`: it pulls.
+    Seated(Option<Group>),
     Ready(Ready),
+    Ended,
     Refused(String),
 }
 

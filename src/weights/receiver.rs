@@ -13,24 +13,28 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use super::metrics::WeightsMetrics;
+use super::paths::Paths;
 use super::session::{Act, Heard, Session};
-use super::source::{Paths, Source};
+use super::source::Source;
 use super::stage::{Stage, StageError, StageProgress};
 use super::staged::Staged;
-use crate::config::InFlight;
+use super::stream::{self, Stream};
+use crate::config::{InFlight, Staging};
 use crate::control::{
-    AdminAnswer, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello, Sink, WeightsDoor,
-    WeightsOffer, WeightsPhase, WeightsRequest, WeightsStatus,
+    AdminAnswer, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello, Sink, WeightSource,
+    WeightsDoor, WeightsOffer, WeightsPhase, WeightsRequest, WeightsStatus,
 };
 
 /// What an engine takes over at a commit.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct NewWeights {
     /// Names the transaction, the same on all ranks of a worker.
     pub update: u64,
     pub version: u64,
-    /// `None`: what the worker was started with.
+    /// Neither this nor a stream: what the worker was started with.
     pub staged: Option<Arc<Staged>>,
+    /// Bytes that come as they are taken.
+    pub stream: Option<Arc<Stream>>,
 }
 
 /// An engine whose weights can be changed. Nothing here blocks: what takes time ends in `done`, on any thread.
@@ -62,8 +66,18 @@ type Answer = Box<dyn FnOnce(Result<WeightsStatus, String>) + Send>;
 
 enum Event {
     Ask(WeightsRequest, Answer),
-    Staged { update: u64, result: Result<Option<Staged>, StageError> },
+    Staged {
+        update: u64,
+        result: Result<Option<Staged>, StageError>,
+    },
+    /// Ready to be taken as they come.
+    Streams {
+        update: u64,
+        stream: Stream,
+    },
     Heard(Heard),
+    /// What serves lies where it is kept.
+    Settled(Arc<Staged>),
     Stop,
 }
 
@@ -88,6 +102,7 @@ impl WeightsReceiver {
             serving: None,
             replaced: None,
             staged: None,
+            stream: None,
             progress: Arc::default(),
             paused_at: None,
             staging: JoinSet::new(),
@@ -167,6 +182,7 @@ struct Driver {
     /// What served before, until the engine goes on: to give back its memory takes time.
     replaced: Option<Arc<Staged>>,
     staged: Option<Arc<Staged>>,
+    stream: Option<Arc<Stream>>,
     progress: Arc<StageProgress>,
     paused_at: Option<Instant>,
     staging: JoinSet<()>,
@@ -201,16 +217,30 @@ impl Driver {
                 answer(answered.map(|()| self.status()));
             }
             Event::Staged { update, result } => self.staged(update, result),
+            Event::Streams { update, stream } => {
+                if self.session.update() == Some(update) && self.session.phase() == WeightsPhase::Staging {
+                    tracing::warn!(
+                        "the new weights go into the engine as they come: if that fails, neither version is left (WT-1 is given up)"
+                    );
+                    self.stream = Some(Arc::new(stream));
+                }
+                let acts = self.session.hear(Heard::Staged { update, result: Ok(None) }, Instant::now());
+                self.act(acts);
+            }
             Event::Heard(heard) => {
                 let acts = self.session.hear(heard, Instant::now());
                 self.act(acts);
                 if self.session.phase() == WeightsPhase::Committed {
                     self.replaced = std::mem::replace(&mut self.serving, self.staged.take());
+                    if let Some(stream) = self.stream.take() {
+                        self.session.serves(stream.digest());
+                    }
                     self.setup.metrics.ended("committed");
                     self.setup.metrics.version(self.session.version());
                     tracing::info!(version = self.session.version(), digest = ?self.session.digest(), "new weights taken");
                 }
             }
+            Event::Settled(staged) => self.give_to_others(&staged),
             Event::Stop => {}
         }
     }
@@ -234,7 +264,7 @@ impl Driver {
                 Act::Stage(offer) => self.stage(offer),
                 Act::Drop => {
                     self.staging = JoinSet::new();
-                    self.staged = None;
+                    (self.staged, self.stream) = (None, None);
                     self.setup.metrics.ended("aborted");
                     let failure = self.session.failure();
                     tracing::warn!(why = failure.map(|failure| &*failure.why), "an update of the weights was given up");
@@ -246,7 +276,8 @@ impl Driver {
                     self.setup.target.pause(in_flight, Box::new(done));
                 }
                 Act::Commit { update, version } => {
-                    let weights = NewWeights { update, version, staged: self.staged.clone() };
+                    let (staged, stream) = (self.staged.clone(), self.stream.clone());
+                    let weights = NewWeights { update, version, staged, stream };
                     let events = self.events.clone();
                     let done = move |result| drop(events.send(Event::Heard(Heard::Committed { update, result })));
                     self.setup.target.commit(weights, Box::new(done));
@@ -270,8 +301,18 @@ impl Driver {
         let base = self.setup.base.clone();
         let stage = Stage { offer, base, paths, progress, deadline };
         let events = self.events.clone();
+        let streams = stage.paths.streams && stage.paths.weights.staging == Staging::None;
         self.staging.spawn(async move {
-            let result = stage.run().await;
+            let result = match stage.offer.source.clone() {
+                WeightSource::Peer(address) if streams => match stream::open(stage, &address).await {
+                    Ok((stream, run)) => {
+                        let _ = events.send(Event::Streams { update, stream });
+                        return run.await;
+                    }
+                    Err(error) => Err(error),
+                },
+                _ => stage.run().await,
+            };
             let _ = events.send(Event::Staged { update, result });
         });
     }
@@ -284,14 +325,32 @@ impl Driver {
         if let Some(replaced) = self.replaced.take() {
             self.sources.spawn_blocking(move || drop(replaced));
         }
-        if !self.setup.paths.weights.keep
-            && let Some(unkept) = self.serving.take()
-        {
-            self.sources.spawn_blocking(move || drop(unkept));
+        let Some(serving) = self.serving.clone() else { return };
+        if !self.setup.paths.weights.keep {
+            self.serving = None;
         }
-        let region = self.serving.as_ref().and_then(|serving| Some((serving, serving.region()?)));
-        let Some((serving, region)) = region else { return };
-        match Source::whole(self.session.version(), serving, region, &self.setup.paths) {
+        if serving.region().is_none_or(|region| region.device().is_none()) {
+            self.give_to_others(&serving);
+            self.sources.spawn_blocking(move || drop(serving));
+            return;
+        }
+        let events = self.events.clone();
+        self.sources.spawn_blocking(move || {
+            // The engine has loaded it; what is kept of it must not take the GPU's memory.
+            if let Err(error) = serving.leave_gpu() {
+                tracing::warn!(%error, "weights stay on the GPU: there is no host memory to keep them in");
+            }
+            let _ = events.send(Event::Settled(serving));
+        });
+    }
+
+    fn give_to_others(&mut self, staged: &Arc<Staged>) {
+        // Another version serves by now, or nothing is kept.
+        let is_kept = self.serving.as_ref().is_some_and(|serving| Arc::ptr_eq(serving, staged));
+        let Some(region) = staged.region().filter(|_| is_kept && self.session.phase() == WeightsPhase::Serving) else {
+            return;
+        };
+        match Source::whole(self.session.version(), staged, &region, &self.setup.paths) {
             Ok((source, running)) => {
                 self.sources.spawn(running);
                 *locked(&self.kept) = Some(source);
@@ -314,6 +373,7 @@ impl Driver {
             path: self.progress.path().map(str::to_owned),
             serves_peers: locked(&self.kept).is_some(),
             ranks: self.setup.ranks.clone(),
+            staging: self.setup.paths.weights.staging,
             failure: session.failure().cloned(),
         }
     }

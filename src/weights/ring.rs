@@ -89,6 +89,11 @@ impl Ring {
         self.packed += 1;
     }
 
+    /// Buckets that were packed.
+    pub(super) fn packed_so_far(&self) -> u64 {
+        self.packed
+    }
+
     /// Whether a receiver can have a bucket now. It asks for them in order, one ahead of what it has taken at most.
     pub(super) fn is_ready(&self, receiver: u32, bucket: u64) -> Result<bool, OutOfTurn> {
         let taken = self.taken.get(&receiver).copied().unwrap_or(0);

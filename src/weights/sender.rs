@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 
-use super::source::{Paths, Progress, Source, SourceError};
+use super::paths::Paths;
+use super::source::{Progress, Source, SourceError};
 use super::tensors::TensorBytes;
 use crate::control::{self, Connection, Hello, Identity, Liveness, Part, Role, VERSIONS};
 use crate::security::SecretError;

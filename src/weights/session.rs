@@ -207,6 +207,11 @@ impl Session {
         }
     }
 
+    /// What serves was known by no digest before it had all come.
+    pub(super) fn serves(&mut self, digest: Option<WeightsDigest>) {
+        self.digest = digest;
+    }
+
     /// Staging or the engine has something to say. What is about another update comes too late and means nothing.
     pub(super) fn hear(&mut self, heard: Heard, now: Instant) -> Vec<Act> {
         let update = match &heard {

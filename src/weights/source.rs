@@ -3,9 +3,8 @@
 //! One task owns a source. Receivers come over control connections and pull the bytes over a path; `ring` says when a
 //! bucket may be packed over an older one. What is packed is digested on the way (WT-5), so nothing is read twice.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::future::Future;
-use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -16,55 +15,15 @@ use tokio::task::JoinSet;
 use super::Staged;
 use super::digest::{StreamDigests, TensorDigest};
 use super::manifest::{Buckets, Manifest, Tensor};
-use super::messages::{Ask, Head, Join, PART_TENSORS, Ready, Said, Taken};
+use super::messages::{Ask, Bucket, Head, Join, PART_TENSORS, Ready, Said, Taken, Wish};
+use super::paths::Paths;
 use super::ring::Ring;
-use super::tensors::{TensorBytes, lay};
-use crate::config::{KvConfig, WeightsConfig};
+use super::seating::Seating;
+use super::slots::{SLOTS, Slots};
+use super::tensors::{Packer, TensorBytes};
 use crate::control::{Answerer, Connection, ControlError, Inbound, Message, Sink, from_body, to_body};
-use crate::memory::{Region, to_usize};
-use crate::security::Secret;
-use crate::transport::{self, Transport, TransportError, export_all};
-
-/// Buckets that a sender has memory for: one is packed while receivers pull the other.
-const SLOTS: u64 = 2;
-
-/// How paths between senders and receivers of weights are opened.
-#[derive(Clone)]
-pub struct Paths {
-    pub weights: WeightsConfig,
-    /// For what the paths themselves can be told: streams, threads, how long a copy may stall.
-    pub kv: KvConfig,
-    pub secret: Secret,
-    /// Where data ports listen, and how peers reach them.
-    pub bind: IpAddr,
-    pub advertise_host: String,
-    /// Put around each path: how tests make paths go wrong.
-    #[doc(hidden)]
-    pub wrap_path: Option<WrapPath>,
-}
-
-/// Makes one path of another.
-#[doc(hidden)]
-pub type WrapPath = Arc<dyn Fn(Arc<dyn Transport>) -> Arc<dyn Transport> + Send + Sync>;
-
-impl Paths {
-    /// Opens every allowed path to `region`.
-    pub(super) fn open(&self, region: &Arc<Region>) -> Result<Vec<Arc<dyn Transport>>, TransportError> {
-        let kv = KvConfig { paths: Some(self.weights.paths.clone()), ..self.kv.clone() };
-        let regions = [Arc::clone(region)];
-        let opened = transport::offers(&transport::Setup {
-            config: &kv,
-            regions: &regions,
-            secret: &self.secret,
-            bind: self.bind,
-            advertise_host: &self.advertise_host,
-        })?;
-        Ok(match &self.wrap_path {
-            Some(wrap) => opened.into_iter().map(|path| wrap(path)).collect(),
-            None => opened,
-        })
-    }
-}
+use crate::memory::Region;
+use crate::transport::TransportError;
 
 /// Why a source cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -97,15 +56,34 @@ pub struct Source {
 }
 
 enum Event {
-    Up { visitor: u64, connection: Connection },
-    From { visitor: u64, inbound: Inbound },
+    Up {
+        visitor: u64,
+        connection: Connection,
+    },
+    From {
+        visitor: u64,
+        inbound: Inbound,
+    },
     Packed(Packed),
+    /// A bucket lies in host memory too, or could not be brought there.
+    Mirrored(u64, Result<(), String>),
+    /// The group is there, or could not be made.
+    Made(Result<(), TransportError>),
+    /// A broadcast did not end well.
+    NotCast(TransportError),
 }
 
 /// A bucket that was packed, or could not be.
 struct Packed {
-    digests: StreamDigests,
+    packing: Box<Packing>,
     result: Result<(), String>,
+}
+
+/// What goes from bucket to bucket.
+#[derive(Default)]
+struct Packing {
+    packer: Packer,
+    digests: StreamDigests,
 }
 
 /// A source's task, to be run until it ends.
@@ -116,13 +94,11 @@ impl Source {
     pub fn packing(version: u64, bytes: Arc<dyn TensorBytes>, paths: &Paths) -> Result<(Self, Running), SourceError> {
         let stream_bytes = bytes.manifest().stream_bytes();
         let buckets = Buckets::new(stream_bytes, paths.weights.bucket_bytes.min(stream_bytes));
-        let memory_bytes = buckets.bucket_bytes() * SLOTS.min(buckets.count());
-        let failed = |why| SourceError::Memory { bytes: memory_bytes, why };
-        let region = Region::shared(to_usize(memory_bytes)).map_err(failed)?;
-        let ring = Ring::new(buckets.count(), SLOTS);
-        let store =
-            Store::Ring { ring, bytes: Arc::clone(&bytes), digests: Some(StreamDigests::default()), done: Vec::new() };
-        Self::start(version, buckets, bytes.manifest(), region, store, paths)
+        let slots = Slots::new(&buckets, bytes.device(), paths)?;
+        let (ring, manifest) = (Ring::new(buckets.count(), SLOTS), Arc::clone(bytes.manifest()));
+        let store = Store::Ring { ring, bytes, packing: Some(Box::default()), done: Vec::new() };
+        let seating = Seating::new(paths, &slots.region());
+        Ok(Self::start(version, buckets, &manifest, slots, store, seating))
     }
 
     /// Weights that lie in `region` whole, for receivers that come one by one.
@@ -133,37 +109,37 @@ impl Source {
         paths: &Paths,
     ) -> Result<(Self, Running), SourceError> {
         let buckets = Buckets::new(staged.manifest().stream_bytes(), paths.weights.bucket_bytes);
-        let store = Store::Whole(Arc::clone(staged));
-        Self::start(version, buckets, staged.manifest(), Arc::clone(region), store, paths)
+        let (slots, store) = (Slots::whole(region, paths)?, Store::Whole(Arc::clone(staged)));
+        Ok(Self::start(version, buckets, staged.manifest(), slots, store, None))
     }
 
     fn start(
         version: u64,
         buckets: Buckets,
         manifest: &Arc<Manifest>,
-        region: Arc<Region>,
+        slots: Slots,
         store: Store,
-        paths: &Paths,
-    ) -> Result<(Self, Running), SourceError> {
+        seating: Option<Seating>,
+    ) -> (Self, Running) {
         let (events, queue) = mpsc::unbounded_channel();
-        let transports = paths.open(&region)?;
         let total_bytes = manifest.stream_bytes();
         let (shown, progress) = watch::channel(Progress { total_bytes, ..Progress::default() });
         let driver = Driver {
             version,
-            transports,
             manifest: Arc::clone(manifest),
             buckets,
-            region,
+            slots,
             store,
+            seating,
             visitors: HashMap::new(),
             waiting: Vec::new(),
+            pulling: BTreeSet::new(),
             failed: None,
             events: events.downgrade(),
             packing: JoinSet::new(),
             shown,
         };
-        Ok((Self { events, numbers: Arc::default(), progress }, Box::pin(driver.run(queue))))
+        (Self { events, numbers: Arc::default(), progress }, Box::pin(driver.run(queue)))
     }
 
     /// Where a receiver's messages go: for a control listener's welcome.
@@ -182,11 +158,11 @@ impl Source {
 
 /// Where the buckets come from.
 enum Store {
-    /// `digests` are away while a bucket is being packed; `done` is what they said of the buckets before.
+    /// `packing` is away while a bucket is being packed; `done` is what its digests said of the buckets before.
     Ring {
         ring: Ring,
         bytes: Arc<dyn TensorBytes>,
-        digests: Option<StreamDigests>,
+        packing: Option<Box<Packing>>,
         done: Vec<TensorDigest>,
     },
     Whole(Arc<Staged>),
@@ -199,14 +175,17 @@ struct Visitor {
 
 struct Driver {
     version: u64,
-    transports: Vec<Arc<dyn Transport>>,
     manifest: Arc<Manifest>,
     buckets: Buckets,
-    region: Arc<Region>,
+    slots: Slots,
     store: Store,
+    /// Of a source that may broadcast.
+    seating: Option<Seating>,
     visitors: HashMap<u64, Visitor>,
     /// Asked for and not there yet.
-    waiting: Vec<(u64, u64, Answerer)>,
+    waiting: Vec<(u64, Bucket, Answerer)>,
+    /// Receivers that have asked for buckets, and so ask for no seat any more.
+    pulling: BTreeSet<u32>,
     /// Why no more buckets come.
     failed: Option<String>,
     /// Weak: the source ends when nobody else can send it anything.
@@ -224,13 +203,30 @@ impl Driver {
                 }
                 Event::From { visitor, inbound } => self.hear(visitor, inbound),
                 Event::Packed(packed) => self.packed(packed),
+                Event::Mirrored(bucket, result) => {
+                    self.slots.mirrored(bucket, result.is_ok());
+                    self.failed = self.failed.take().or_else(|| result.err());
+                    self.answer_waiting();
+                }
+                Event::Made(Ok(())) => {
+                    if let Some(seating) = &mut self.seating {
+                        seating.made();
+                    }
+                }
+                Event::Made(Err(error)) | Event::NotCast(error) => self.not_cast(&error),
             }
             self.pack();
+            self.cast();
             self.show();
         }
-        for transport in &self.transports {
-            transport.close();
+        let is_sent = match &self.store {
+            Store::Ring { ring, .. } => self.failed.is_none() && ring.taken_by_all() == self.buckets.count(),
+            Store::Whole(_) => false,
+        };
+        if let Some(seating) = self.seating.as_mut().filter(|_| is_sent) {
+            seating.keep();
         }
+        self.slots.close();
     }
 
     fn hear(&mut self, visitor: u64, inbound: Inbound) {
@@ -249,6 +245,8 @@ impl Driver {
         let said = match from_body(&message.body).map_err(|error| error.to_string())? {
             Ask::Join(join) => self.join(visitor, &join),
             Ask::Tensors(from) => Said::Tensors(self.tensors_from(from)),
+            Ask::Ended => Said::Ended,
+            Ask::Seat(wish) => return self.seat(visitor, wish, answerer),
             Ask::Bucket(bucket) => return self.bucket(visitor, bucket, answerer),
         };
         answerer.answer(to_body(&said));
@@ -272,7 +270,7 @@ impl Driver {
             version: self.version,
             tensors: u32::try_from(self.manifest.tensors().len()).expect("bounded when the manifest was made"),
             bucket_bytes: self.buckets.bucket_bytes(),
-            offers: export_all(&self.transports),
+            offers: self.slots.offers(),
         })
     }
 
@@ -280,24 +278,87 @@ impl Driver {
         self.manifest.tensors().iter().skip(from as usize).take(PART_TENSORS).cloned().collect()
     }
 
-    fn bucket(&mut self, visitor: u64, bucket: u64, answerer: Answerer) -> Result<(), String> {
+    fn bucket(&mut self, visitor: u64, bucket: Bucket, answerer: Answerer) -> Result<(), String> {
         let receiver = self.visitors.get(&visitor).and_then(|visitor| visitor.receiver);
         let receiver = receiver.ok_or("a bucket was asked for before joining")?;
-        let is_ready = match &self.store {
-            Store::Ring { ring, .. } => ring.is_ready(receiver, bucket).map_err(|error| error.to_string())?,
-            Store::Whole(_) => bucket < self.buckets.count(),
+        self.pulling.insert(receiver);
+        let is_packed = match &self.store {
+            Store::Ring { ring, .. } => ring.is_ready(receiver, bucket.number).map_err(|error| error.to_string())?,
+            Store::Whole(_) => bucket.number < self.buckets.count(),
         };
+        let is_ready = is_packed && (!bucket.on_host || self.slots.has_on_host(bucket.number));
         match &self.failed {
             Some(why) => answerer.answer(to_body(&Said::Refused(why.clone()))),
-            None if is_ready => answerer.answer(to_body(&Said::Ready(self.ready(bucket)))),
-            None => self.waiting.push((visitor, bucket, answerer)),
+            None if is_ready => answerer.answer(to_body(&Said::Ready(self.ready(bucket.number)))),
+            None => {
+                self.waiting.push((visitor, bucket, answerer));
+                if is_packed {
+                    self.mirror(bucket.number);
+                }
+            }
         }
         Ok(())
     }
 
+    fn seat(&mut self, visitor: u64, wish: Wish, answerer: Answerer) -> Result<(), String> {
+        let receiver = self.visitors.get(&visitor).and_then(|visitor| visitor.receiver);
+        let receiver = receiver.ok_or("a seat was asked for before joining")?;
+        match &mut self.seating {
+            Some(seating) => seating.asked(receiver, wish, answerer),
+            None => answerer.answer(to_body(&Said::Seated(None))),
+        }
+        Ok(())
+    }
+
+    /// Makes the group when all have come, and broadcasts what is packed.
+    fn cast(&mut self) {
+        let (Some(seating), Store::Ring { ring, .. }) = (&mut self.seating, &self.store) else { return };
+        let (events, again) = (self.events.clone(), self.events.clone());
+        let send = |events: &mpsc::WeakUnboundedSender<Event>, event| {
+            if let Some(events) = events.upgrade() {
+                let _ = events.send(event);
+            }
+        };
+        seating.decide(ring.attendance().0, self.pulling.len(), || {
+            Box::new(move |result| send(&events, Event::Made(result)))
+        });
+        let (slots, buckets) = (&self.slots, &self.buckets);
+        let place = |bucket| (slots.at(bucket), buckets.range(bucket).end - buckets.range(bucket).start);
+        seating.post(ring.packed_so_far(), place, || {
+            let events = again.clone();
+            Box::new(move |result| {
+                if let Err(error) = result {
+                    send(&events, Event::NotCast(error));
+                }
+            })
+        });
+    }
+
+    fn not_cast(&mut self, error: &TransportError) {
+        tracing::error!(%error, "weights cannot be broadcast");
+        if let Some(seating) = &mut self.seating {
+            seating.broke();
+        }
+        self.failed.get_or_insert_with(|| error.to_string());
+        self.answer_waiting();
+    }
+
+    /// Brings a bucket that lies on a GPU to where paths of host memory find it.
+    fn mirror(&mut self, bucket: u64) {
+        let len = self.buckets.range(bucket);
+        let Some(mirror) = self.slots.mirror(bucket, len.end - len.start) else { return };
+        let events = self.events.clone();
+        self.packing.spawn_blocking(move || {
+            let result = mirror();
+            if let Some(events) = events.upgrade() {
+                let _ = events.send(Event::Mirrored(bucket, result));
+            }
+        });
+    }
+
     fn ready(&self, bucket: u64) -> Ready {
         let (digests, at) = match &self.store {
-            Store::Ring { done, .. } => (done.as_slice(), bucket % SLOTS * self.buckets.bucket_bytes()),
+            Store::Ring { done, .. } => (done.as_slice(), self.slots.at(bucket)),
             Store::Whole(staged) => (staged.digests(), self.buckets.range(bucket).start),
         };
         let ended = self.manifest.pieces(self.buckets.range(bucket)).filter(|piece| piece.is_last);
@@ -325,32 +386,32 @@ impl Driver {
 
     /// Packs the next bucket, if there is room for it.
     fn pack(&mut self) {
-        let Store::Ring { ring, bytes, digests, .. } = &mut self.store else { return };
-        if self.failed.is_some() || digests.is_none() {
+        let Store::Ring { ring, bytes, packing, .. } = &mut self.store else { return };
+        if self.failed.is_some() || packing.is_none() {
             return;
         }
         let Some(bucket) = ring.pack() else { return };
         while self.packing.try_join_next().is_some() {}
-        let (bytes, region, manifest) = (Arc::clone(bytes), Arc::clone(&self.region), Arc::clone(&self.manifest));
-        let (range, at) = (self.buckets.range(bucket), bucket % SLOTS * self.buckets.bucket_bytes());
-        let mut digests = digests.take().expect("looked at above");
+        let (bytes, region, manifest) = (Arc::clone(bytes), self.slots.region(), Arc::clone(&self.manifest));
+        let (range, at) = (self.buckets.range(bucket), self.slots.at(bucket));
+        let mut packing = packing.take().expect("looked at above");
         let events = self.events.clone();
         self.packing.spawn_blocking(move || {
-            let laid = lay(&*bytes, &range, &region, at).map_err(|error| error.to_string());
+            let laid = packing.packer.lay(&*bytes, &range, &region, at).map_err(|error| error.to_string());
             let result = laid.and_then(|()| {
-                let passed = digests.pass(&manifest, range, &region, at);
+                let passed = packing.digests.pass(&manifest, range, &region, at);
                 passed.map(drop).map_err(|error| error.to_string())
             });
             if let Some(events) = events.upgrade() {
-                let _ = events.send(Event::Packed(Packed { digests, result }));
+                let _ = events.send(Event::Packed(Packed { packing, result }));
             }
         });
     }
 
     fn packed(&mut self, packed: Packed) {
-        let Store::Ring { ring, digests, done, .. } = &mut self.store else { return };
-        done.extend_from_slice(&packed.digests.done()[done.len()..]);
-        *digests = Some(packed.digests);
+        let Store::Ring { ring, packing, done, .. } = &mut self.store else { return };
+        done.extend_from_slice(&packed.packing.digests.done()[done.len()..]);
+        *packing = Some(packed.packing);
         match packed.result {
             Ok(()) => ring.packed(),
             Err(why) => {
@@ -358,6 +419,10 @@ impl Driver {
                 self.failed = Some(why);
             }
         }
+        self.answer_waiting();
+    }
+
+    fn answer_waiting(&mut self) {
         for (visitor, bucket, answerer) in std::mem::take(&mut self.waiting) {
             if let Err(why) = self.bucket(visitor, bucket, answerer) {
                 tracing::debug!(%why, "a receiver of weights is out of turn");

@@ -6,16 +6,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use tokio::task::spawn_blocking;
+
 use super::checkpoint::{Checkpoint, CheckpointError};
-use super::digest::{StreamDigests, WeightsDigest};
+use super::digest::{StreamDigests, TensorDigest, WeightsDigest};
 use super::manifest::{Buckets, Manifest, ManifestError};
+use super::paths::Paths;
 use super::pull::Pull;
-use super::source::Paths;
 use super::staged::Staged;
-use super::tensors::{ReadError, TensorBytes, lay};
+use super::tensors::{Packer, ReadError, TensorBytes, lay};
 use crate::config::Staging;
 use crate::control::{ControlError, WeightSource, WeightsOffer};
-use crate::memory::{AccessError, Region, RegionOptions, to_usize};
+use crate::memory::{AccessError, CudaError, Device, Region, RegionOptions, to_usize};
 use crate::transport::TransportError;
 
 /// Bytes that are read at once where nothing is kept.
@@ -32,10 +34,12 @@ pub enum StageError {
     Malformed { peer: String, why: String },
     #[error("the sender's manifest: {0}")]
     Manifest(#[from] ManifestError),
-    #[error(
-        "the weights take {bytes} bytes of host memory, and {available} are available; free some, or set weights.staging = \"none\""
-    )]
-    TooLarge { bytes: u64, available: u64 },
+    #[error("the weights take {bytes} bytes of {memory} memory, and {available} are available; {mend}")]
+    TooLarge { bytes: u64, available: u64, memory: &'static str, mend: &'static str },
+    #[error("weights.staging = \"device\" needs a GPU, and this worker has none; set it to \"host\"")]
+    NoGpu,
+    #[error("memory on a GPU: {0}")]
+    Gpu(#[from] CudaError),
     #[error("no memory for {bytes} bytes of weights: {why}")]
     Memory { bytes: u64, why: io::Error },
     #[error("no path to the sender {peer}: {why}")]
@@ -88,30 +92,84 @@ pub(super) struct Stage {
 /// Where a stream is staged: whole, or bucket by bucket.
 pub(super) struct Room {
     pub(super) region: Arc<Region>,
-    is_whole: bool,
+    lie: Lie,
     buckets: Buckets,
 }
 
+/// Where buckets lie in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lie {
+    Whole,
+    /// In the one half and in the other, in turn.
+    InTurn,
+    /// From this byte on, each behind what the last one left over.
+    Behind(u64),
+}
+
 impl Room {
-    fn of(staging: Staging, buckets: Buckets, stream_bytes: u64) -> Result<Self, StageError> {
-        let is_whole = staging == Staging::Host;
-        let bytes = if is_whole { stream_bytes.max(1) } else { buckets.bucket_bytes() * 2 };
-        let available = available_bytes();
-        if bytes > available {
-            return Err(StageError::TooLarge { bytes, available });
+    /// May take a while: much memory is made ready.
+    fn of(paths: &Paths, buckets: Buckets, stream_bytes: u64) -> Result<Self, StageError> {
+        let gpu = paths.device()?;
+        // Weights that an engine could take as they come, but come from a folder, are staged like any others.
+        let staging = match paths.weights.staging {
+            Staging::None if gpu.is_some() || paths.streams => Staging::Host,
+            staging => staging,
+        };
+        let lie = if staging == Staging::None { Lie::InTurn } else { Lie::Whole };
+        let bytes = if lie == Lie::Whole { stream_bytes.max(1) } else { buckets.bucket_bytes() * 2 };
+        let most = paths.weights.staging_bytes_max.unwrap_or(u64::MAX);
+        let region = match (staging, &gpu) {
+            (Staging::Device, None) => return Err(StageError::NoGpu),
+            (Staging::Device, Some(gpu)) => {
+                let mend = "let vLLM leave more (--gpu-memory-utilization), set weights.staging = \"host\", or raise \
+                            weights.staging_bytes_max";
+                fits(bytes, gpu.free_bytes()?.min(most), "GPU", mend)?;
+                Region::allocated_on(gpu, to_usize(bytes))?
+            }
+            _ => {
+                let mend = "free some, set weights.staging = \"none\", or raise weights.staging_bytes_max";
+                fits(bytes, available_bytes().min(most), "host", mend)?;
+                on_host(bytes, gpu.as_ref())?
+            }
+        };
+        Ok(Self { region, lie, buckets })
+    }
+
+    /// For weights that an engine takes as they come: a bucket, and before it `front` bytes.
+    pub(super) fn window(paths: &Paths, buckets: Buckets, front: u64) -> Result<Self, StageError> {
+        let bytes = front + buckets.bucket_bytes();
+        let region = match paths.device()? {
+            Some(gpu) => Region::allocated_on(&gpu, to_usize(bytes))?,
+            None => on_host(bytes, None)?,
+        };
+        Ok(Self { region, lie: Lie::Behind(front), buckets })
+    }
+
+    /// Room for two buckets, for a path that cannot write where they are staged.
+    pub(super) fn landing(&self, gpu: Option<&Arc<Device>>) -> Result<Arc<Region>, StageError> {
+        let bytes = self.buckets.bucket_bytes() * 2;
+        match gpu {
+            Some(gpu) => Ok(Region::allocated_on(gpu, to_usize(bytes))?),
+            None => on_host(bytes, self.region.device()),
         }
-        let huge = RegionOptions { huge_pages: true, ..RegionOptions::default() };
-        let region = Region::shared_with(to_usize(bytes), huge).map_err(|why| StageError::Memory { bytes, why })?;
-        Ok(Self { region, is_whole, buckets })
     }
 
     /// Where a bucket goes. The one after the next takes its place if the room is not for all.
     pub(super) fn at(&self, bucket: u64) -> u64 {
-        if self.is_whole { self.buckets.range(bucket).start } else { bucket % 2 * self.buckets.bucket_bytes() }
+        match self.lie {
+            Lie::Whole => self.buckets.range(bucket).start,
+            Lie::InTurn => self.in_two(bucket),
+            Lie::Behind(front) => front,
+        }
     }
 
-    fn staged(self, manifest: Arc<Manifest>, digests: &StreamDigests) -> Staged {
-        Staged::new(manifest, digests.done().to_vec(), self.is_whole.then_some(self.region))
+    /// Its place where there is room for two.
+    pub(super) fn in_two(&self, bucket: u64) -> u64 {
+        bucket % 2 * self.buckets.bucket_bytes()
+    }
+
+    fn staged(&self, manifest: Arc<Manifest>, digests: Vec<TensorDigest>) -> Staged {
+        Staged::new(manifest, digests, (self.lie == Lie::Whole).then(|| Arc::clone(&self.region)))
     }
 }
 
@@ -132,14 +190,11 @@ impl Stage {
         let (pull, manifest, bucket_bytes) = Pull::open(&self, address).await?;
         let manifest = Arc::new(manifest);
         let buckets = Buckets::new(manifest.stream_bytes(), bucket_bytes);
-        let room = self.room(&manifest, buckets)?;
+        let (paths, stream_bytes) = (self.paths.clone(), manifest.stream_bytes());
+        self.progress.total_bytes.store(stream_bytes, Relaxed);
+        let room = Arc::new(spawn_blocking(move || Room::of(&paths, buckets, stream_bytes)).await??);
         let digests = pull.run(&self, &manifest, buckets, &room).await?;
-        Ok(room.staged(manifest, &digests))
-    }
-
-    fn room(&self, manifest: &Manifest, buckets: Buckets) -> Result<Room, StageError> {
-        self.progress.total_bytes.store(manifest.stream_bytes(), Relaxed);
-        Room::of(self.paths.weights.staging, buckets, manifest.stream_bytes())
+        Ok(room.staged(manifest, digests))
     }
 
     async fn read(self, folder: String) -> Result<Staged, StageError> {
@@ -147,7 +202,7 @@ impl Stage {
         let given_up = GiveUp::default();
         let flag = Arc::clone(&given_up.0);
         self.progress.takes("file");
-        let staged = tokio::task::spawn_blocking(move || self.read_now(Path::new(&folder), &flag)).await?;
+        let staged = spawn_blocking(move || self.read_now(Path::new(&folder), &flag)).await?;
         drop(given_up);
         staged
     }
@@ -157,18 +212,19 @@ impl Stage {
         let manifest = Arc::clone(checkpoint.manifest());
         let buckets =
             Buckets::new(manifest.stream_bytes(), self.paths.weights.bucket_bytes.min(manifest.stream_bytes()));
-        let room = self.room(&manifest, buckets)?;
-        let mut digests = StreamDigests::default();
+        self.progress.total_bytes.store(manifest.stream_bytes(), Relaxed);
+        let room = Room::of(&self.paths, buckets, manifest.stream_bytes())?;
+        let (mut digests, mut packer) = (StreamDigests::default(), Packer::default());
         for bucket in 0..buckets.count() {
             if given_up.load(Relaxed) {
                 return Err(StageError::GivenUp);
             }
             let (range, at) = (buckets.range(bucket), room.at(bucket));
-            lay(&checkpoint, &range, &room.region, at)?;
+            packer.lay(&checkpoint, &range, &room.region, at)?;
             self.progress.bytes.fetch_add(range.end - range.start, Relaxed);
             digests.pass(&manifest, range, &room.region, at)?;
         }
-        Ok(room.staged(manifest, &digests))
+        Ok(room.staged(manifest, digests.done().to_vec()))
     }
 }
 
@@ -195,6 +251,20 @@ impl Drop for GiveUp {
     fn drop(&mut self) {
         self.0.store(true, Relaxed);
     }
+}
+
+fn fits(bytes: u64, available: u64, memory: &'static str, mend: &'static str) -> Result<(), StageError> {
+    if bytes <= available { Ok(()) } else { Err(StageError::TooLarge { bytes, available, memory, mend }) }
+}
+
+/// Host memory, fixed in place where a GPU copies from and to it.
+fn on_host(bytes: u64, gpu: Option<&Arc<Device>>) -> Result<Arc<Region>, StageError> {
+    let huge = RegionOptions { huge_pages: true, ..RegionOptions::default() };
+    let region = Region::shared_with(to_usize(bytes), huge).map_err(|why| StageError::Memory { bytes, why })?;
+    if let Some(Err(error)) = gpu.map(|gpu| region.pin_for(gpu)) {
+        tracing::warn!(%error, bytes, "staged memory is not fixed in place: it is loaded more slowly");
+    }
+    Ok(region)
 }
 
 /// What the kernel could give without swapping. Where it does not say, nothing is refused.

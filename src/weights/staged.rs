@@ -1,11 +1,12 @@
-//! Weights that a worker has, checked, before it serves them: whole in host memory, or known by their digests alone.
+//! Weights that a worker has, checked, before it serves them: whole in memory, or known by their digests alone.
 
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use super::digest::{TensorDigest, WeightsDigest};
 use super::manifest::Manifest;
 use super::tensors::{ReadError, TensorBytes};
-use crate::memory::Region;
+use crate::memory::{Region, to_usize};
 
 /// All of one version's weights.
 #[derive(Debug)]
@@ -13,14 +14,14 @@ pub struct Staged {
     manifest: Arc<Manifest>,
     digests: Vec<TensorDigest>,
     digest: WeightsDigest,
-    region: Option<Arc<Region>>,
+    region: RwLock<Option<Arc<Region>>>,
 }
 
 impl Staged {
     /// `region` holds the whole stream; without one the bytes have gone elsewhere.
     pub(super) fn new(manifest: Arc<Manifest>, digests: Vec<TensorDigest>, region: Option<Arc<Region>>) -> Self {
         let digest = WeightsDigest::of(&manifest, &digests);
-        Self { manifest, digests, digest, region }
+        Self { manifest, digests, digest, region: RwLock::new(region) }
     }
 
     pub fn manifest(&self) -> &Arc<Manifest> {
@@ -35,9 +36,18 @@ impl Staged {
         &self.digests
     }
 
-    /// Where the stream lies; a tensor's part of it is [`Manifest::place`].
-    pub fn region(&self) -> Option<&Arc<Region>> {
-        self.region.as_ref()
+    /// Where the stream lies; a tensor's part of it is [`Manifest::place`]. It stays there for whoever holds what is answered.
+    pub fn region(&self) -> Option<Arc<Region>> {
+        self.region.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Moves what lies on a GPU to host memory, where it is kept: the engine has a copy of its own.
+    pub(super) fn leave_gpu(&self) -> io::Result<()> {
+        let Some(region) = self.region().filter(|region| region.device().is_some()) else { return Ok(()) };
+        let host = Region::shared(to_usize(region.len()))?;
+        region.copy_to(0, &host, 0, region.len()).map_err(io::Error::other)?;
+        *self.region.write().unwrap_or_else(PoisonError::into_inner) = Some(host);
+        Ok(())
     }
 }
 
@@ -47,7 +57,7 @@ impl TensorBytes for Staged {
     }
 
     fn read(&self, tensor: usize, skip: u64, len: u64, region: &Region, at: u64) -> Result<(), ReadError> {
-        let copied = match &self.region {
+        let copied = match self.region() {
             Some(staged) => staged
                 .copy_to(self.manifest.place(tensor).start + skip, region, at, len)
                 .map_err(|error| error.to_string()),

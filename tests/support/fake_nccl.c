@@ -1,4 +1,4 @@
-/* A stand-in for libnccl.so.2 that moves host memory between two ranks over a socket. It keeps NCCL's habits that callers
+/* A stand-in for libnccl.so.2 that moves host memory between two ranks over a socket, or from the first of several to all others. It keeps NCCL's habits that callers
  * must cope with: nothing ends at once, both halves must be posted in the same order, an abort ends what hangs, and errors
  * are found by asking. What to do wrong is set by fake_nccl_fail_at. */
 #define _GNU_SOURCE
@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 enum { SUCCESS, UNHANDLED_CUDA, SYSTEM_ERROR, INTERNAL, INVALID_ARGUMENT, INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS };
-enum { ID_BYTES = 128, TICK_MS = 5, QUEUE_MAX = 64, VERSION = 22809 };
+enum { ID_BYTES = 128, TICK_MS = 5, QUEUE_MAX = 64, VERSION = 22809, RANKS_MAX = 16 };
 
 typedef struct { char internal[ID_BYTES]; } ncclUniqueId;
 typedef struct { size_t size; unsigned magic, version; int blocking, cga, min_ctas, max_ctas; const char *net; int share; } Config;
@@ -26,7 +26,7 @@ typedef struct Comm {
     pthread_mutex_t lock;
     pthread_cond_t work;
     Op queue[QUEUE_MAX];
-    int queued, rank, stop, state, connected, blocking;
+    int queued, rank, ranks, stop, state, connected, blocking;
     struct sockaddr_un address;
     socklen_t address_len;
     /* Being made out of this one. */
@@ -88,6 +88,18 @@ static int pull(Comm *comm, int fd, void *bytes, size_t len) {
     return 1;
 }
 
+/* The first rank sends, all others take: what is posted by one alone would hang in NCCL. */
+static int spread(Comm *comm, const int *fds, Op op) {
+    int ends = comm->rank ? 1 : comm->ranks - 1;
+    for (int i = 0; i < ends; i++) {
+        uint64_t ours = op.bytes, theirs;
+        if (!push(comm, fds[i], &ours, sizeof ours) || !pull(comm, fds[i], &theirs, sizeof theirs)) return REMOTE_ERROR;
+        if (ours != theirs) return INVALID_USAGE;
+        if (!(comm->rank ? pull(comm, fds[i], op.place, op.bytes) : push(comm, fds[i], op.place, op.bytes))) return REMOTE_ERROR;
+    }
+    return SUCCESS;
+}
+
 /* Both ranks say which half they do and of how much: what does not fit together would hang in NCCL. */
 static int move(Comm *comm, int fd, Op op) {
     uint64_t ours[2] = { op.half, op.bytes }, theirs[2];
@@ -101,24 +113,29 @@ static int move(Comm *comm, int fd, Op op) {
     return moved ? SUCCESS : REMOTE_ERROR;
 }
 
-static int meet(Comm *comm) {
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), met = -1;
-    if (fd < 0) return -1;
-    if (comm->rank == 1) {
+/* To the first rank, or from all others: how many came. */
+static int meet(Comm *comm, int *met) {
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), count = 0;
+    if (fd < 0) return 0;
+    if (comm->rank) {
         while (!stopped(comm)) {
-            if (!connect(fd, (struct sockaddr *)&comm->address, comm->address_len)) return fd;
+            if (!connect(fd, (struct sockaddr *)&comm->address, comm->address_len)) return met[0] = fd, 1;
             usleep(1000);
         }
-    } else if (!bind(fd, (struct sockaddr *)&comm->address, comm->address_len) && !listen(fd, 1) && ready(comm, fd, POLLIN)) {
-        met = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+    } else if (!bind(fd, (struct sockaddr *)&comm->address, comm->address_len) && !listen(fd, RANKS_MAX)) {
+        while (count < comm->ranks - 1 && ready(comm, fd, POLLIN)) {
+            int one = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+            if (one >= 0) met[count++] = one;
+        }
     }
     close(fd);
-    return met;
+    return count;
 }
 
 static void *run(void *with) {
     Comm *comm = with;
-    int fd = meet(comm), state = fd < 0 ? REMOTE_ERROR : SUCCESS;
+    int fds[RANKS_MAX], count = meet(comm, fds), wanted = comm->rank ? 1 : comm->ranks - 1;
+    int state = count < wanted ? REMOTE_ERROR : SUCCESS;
     pthread_mutex_lock(&comm->lock);
     comm->connected = 1, comm->state = state;
     while (!stopped(comm) && state == SUCCESS) {
@@ -129,7 +146,7 @@ static void *run(void *with) {
         Op op = comm->queue[0];
         pthread_mutex_unlock(&comm->lock);
         state = injected();
-        if (state == SUCCESS) state = move(comm, fd, op);
+        if (state == SUCCESS) state = op.half == 'B' ? spread(comm, fds, op) : move(comm, fds[0], op);
         pthread_mutex_lock(&comm->lock);
         memmove(comm->queue, comm->queue + 1, sizeof(Op) * --comm->queued);
         comm->state = state;
@@ -137,7 +154,7 @@ static void *run(void *with) {
     pthread_mutex_unlock(&comm->lock);
     /* The other rank of NCCL would not notice either: only an abort ends it. */
     while (!stopped(comm)) usleep(TICK_MS * 1000);
-    if (fd >= 0) close(fd);
+    while (count) close(fds[--count]);
     return NULL;
 }
 
@@ -152,9 +169,9 @@ static int fits(const Config *config) {
     return config->size == sizeof *config && config->magic == 0xcafebeef && config->version >= 21800;
 }
 
-static Comm *make(int rank, int blocking, const char *name, size_t name_len) {
+static Comm *make(int rank, int ranks, int blocking, const char *name, size_t name_len) {
     Comm *comm = calloc(1, sizeof *comm);
-    comm->rank = rank, comm->blocking = blocking;
+    comm->rank = rank, comm->ranks = ranks, comm->blocking = blocking;
     comm->address.sun_family = AF_UNIX;
     /* An abstract name, which no file stands for. */
     memcpy(comm->address.sun_path + 1, name, name_len);
@@ -168,12 +185,12 @@ static Comm *make(int rank, int blocking, const char *name, size_t name_len) {
 
 int ncclCommInitRankConfig(Comm **made, int ranks, ncclUniqueId id, int rank, Config *config) {
     /* Blocking, it could not be given up. */
-    if (ranks != 2 || rank < 0 || rank > 1 || !fits(config) || config->blocking != 0) return INVALID_ARGUMENT;
+    if (ranks < 2 || ranks > RANKS_MAX || rank < 0 || rank >= ranks || !fits(config) || config->blocking != 0) return INVALID_ARGUMENT;
     int code = injected();
     if (code != SUCCESS) return code;
     char name[65];
     for (int i = 0; i < 32; i++) sprintf(name + 2 * i, "%02x", (unsigned char)id.internal[i]);
-    *made = make(rank, 0, name, 64);
+    *made = make(rank, ranks, 0, name, 64);
     return IN_PROGRESS;
 }
 
@@ -182,7 +199,7 @@ int ncclCommSplit(Comm *comm, int color, int key, Comm **made, Config *config) {
     char name[66];
     memcpy(name, comm->address.sun_path + 1, 64);
     name[64] = 's';
-    *made = comm->child = make(comm->rank, config->blocking, name, 65);
+    *made = comm->child = make(comm->rank, comm->ranks, config->blocking, name, 65);
     return IN_PROGRESS;
 }
 
@@ -204,7 +221,7 @@ int ncclCommGetAsyncError(Comm *comm, int *state) {
 }
 
 static int post(Comm *comm, Op op, int type, int peer) {
-    if (type != 1 || peer != 1 - comm->rank) return INVALID_ARGUMENT;
+    if (type != 1 || (op.half == 'B' ? peer != 0 : comm->ranks != 2 || peer != 1 - comm->rank)) return INVALID_ARGUMENT;
     pthread_mutex_lock(&comm->lock);
     int code = comm->state != SUCCESS ? comm->state : comm->queued == QUEUE_MAX ? INVALID_USAGE : IN_PROGRESS;
     if (code == IN_PROGRESS) {
@@ -224,6 +241,11 @@ int ncclSend(const void *from, size_t count, int type, int peer, Comm *comm, voi
 int ncclRecv(void *into, size_t count, int type, int peer, Comm *comm, void *stream) {
     (void)stream;
     return post(comm, (Op){ 'R', into, count }, type, peer);
+}
+
+int ncclBroadcast(const void *from, void *into, size_t count, int type, int root, Comm *comm, void *stream) {
+    (void)stream;
+    return post(comm, (Op){ 'B', comm->rank ? into : (void *)from, count }, type, root);
 }
 
 int ncclCommAbort(Comm *comm) {

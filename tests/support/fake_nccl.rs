@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 /// The library's file.
-pub fn library() -> &'static Path {
+pub(crate) fn library() -> &'static Path {
     static FILE: OnceLock<PathBuf> = OnceLock::new();
     FILE.get_or_init(|| {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
@@ -37,14 +37,14 @@ fn function<F: Copy>(name: &[u8]) -> F {
 }
 
 /// Makes the how manieth operation from now on fail, with one of NCCL's codes.
-pub fn fail_at(operations: i32, code: i32) {
+pub(crate) fn fail_at(operations: i32, code: i32) {
     let fail: unsafe extern "C" fn(i32, i32) = function(b"fake_nccl_fail_at\0");
     // SAFETY: takes two numbers.
     unsafe { fail(operations, code) };
 }
 
 /// Communicators of this process that were made and not ended.
-pub fn living() -> i32 {
+pub(crate) fn living() -> i32 {
     let living: unsafe extern "C" fn() -> i32 = function(b"fake_nccl_living\0");
     // SAFETY: returns a number.
     unsafe { living() }

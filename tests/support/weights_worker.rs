@@ -100,6 +100,10 @@ pub(crate) fn paths(weights: WeightsConfig) -> Paths {
         secret: Secret::loopback(),
         bind: std::net::Ipv4Addr::LOCALHOST.into(),
         advertise_host: "127.0.0.1".to_owned(),
+        gpu: None,
+        streams: false,
+        casts: Arc::default(),
+        casts_host: false,
         wrap_path: None,
     }
 }

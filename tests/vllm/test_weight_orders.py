@@ -16,6 +16,7 @@ from pdlink import PdlinkError
 from pdlink.vllm.weights import lead as lead_module
 from pdlink.vllm.weights import load, rank, settings
 from pdlink.vllm.weights.lead import Lead
+from vllm.config import VllmConfig
 
 NEVER_S = 20
 Answers = Callable[[str, Any], tuple[int, Any]]
@@ -69,6 +70,8 @@ class Order:
         if not self.ended.is_set():
             self.error = error
             self.ended.set()
+
+    streams = False
 
     def memory(self) -> None:
         return None
@@ -287,12 +290,13 @@ def test_a_rank_answers_at_a_door_of_its_own(of_rank: Any) -> None:
         rank._native.WeightReceiver(json.dumps(taken))
 
 
-def parallel(**sizes: int) -> SimpleNamespace:
+def parallel(device: str = "cpu", **sizes: int) -> SimpleNamespace:
     known = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "tensor_parallel_size": 1, **sizes}
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**known, data_parallel_index=0),
         kv_transfer_config=None,
         model_config=SimpleNamespace(model="name/on-a-hub"),
+        device_config=SimpleNamespace(device_type=device),
     )
 
 
@@ -304,6 +308,12 @@ def test_a_worker_is_told_where_it_is_by_a_variable(monkeypatch: pytest.MonkeyPa
     receiver = json.loads(given.receiver)
     assert receiver["ranks"] == ["127.0.0.1:7001", "127.0.0.1:7002"] and receiver["port"] == 7002
     assert receiver["weights"] == {"keep": False} and receiver["base"] is None
+    assert receiver["gpu"] is None
+    on_gpu = settings.read(parallel("cuda", tensor_parallel_size=2), 1, 5)
+    assert on_gpu is not None and json.loads(on_gpu.receiver)["gpu"] == 5, "the rank's number on its host"
+    monkeypatch.setenv("PDLINK_WEIGHTS", json.dumps({**told, "gpus": [3, 4]}))
+    named = settings.read(parallel("cuda", tensor_parallel_size=2), 1, 5)
+    assert named is not None and json.loads(named.receiver)["gpu"] == 4
     with pytest.raises(PdlinkError, match="lists 2 ports, and each of 3 ranks"):
         settings.read(parallel(tensor_parallel_size=3), 0)
     assert settings.read(parallel(pipeline_parallel_size=2), 0) is None
@@ -312,6 +322,15 @@ def test_a_worker_is_told_where_it_is_by_a_variable(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("PDLINK_WEIGHTS", text)
         with pytest.raises(PdlinkError, match=why):
             settings.read(parallel(), 0)
+
+
+def test_models_that_cannot_be_streamed_into_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDLINK_WEIGHTS", json.dumps({"ports": [7001], "weights": {"staging": "none"}}))
+    for model, why in ((("fp8", False), "is quantised"), ((None, True), "has MLA")):
+        config = parallel()
+        config.model_config.quantization, config.model_config.use_mla = model
+        with pytest.raises(PdlinkError, match=why):
+            settings.read(config, 0)
 
 
 class Model(torch.nn.Module):
@@ -335,6 +354,7 @@ class Worker:
         self.from_disk = 0
         config = SimpleNamespace(quantization=None)
         self.model_runner = SimpleNamespace(get_model=lambda: self.model, model_config=config)
+        self.device, self.vllm_config = torch.device("cpu"), VllmConfig()
 
     def reload_weights(self, weights_iterator: Any = None, is_checkpoint_format: bool = True) -> None:
         assert is_checkpoint_format
@@ -358,7 +378,7 @@ class Staged(Order):
             self.told.append((name, {torch.float32: "F32", torch.int64: "I64"}[tensor.dtype], list(tensor.shape), *place))
 
     def memory(self) -> Any:
-        return self.bytes.data_ptr(), len(self.bytes)
+        return SimpleNamespace(address=self.bytes.data_ptr(), bytes=len(self.bytes), gpu=None, held=self.bytes)
 
     def tensors(self) -> Any:
         return self.told

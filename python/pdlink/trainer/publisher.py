@@ -55,7 +55,7 @@ class Published:
     """How an update went."""
 
     version: int
-    digest: str
+    digest: str | None
     bytes: int
     staging_s: float
     paused_s: float
@@ -92,7 +92,7 @@ class WeightPublisher:
         return int(self._ask("GET", "/admin/weights", None).get("version") or 0)
 
     def publish(self, weights: Weights, version: int | None = None) -> Published:
-        """Sends all tensors as one version: the given one, or the next. Tensors on a GPU are copied to the host first."""
+        """Sends all tensors as one version: the given one, or the next. They are read while this runs: nobody may write to them."""
         if version is None:
             version = self.version() + 1
         settings = {
@@ -102,7 +102,9 @@ class WeightPublisher:
             "secret_file": self._secret_file,
             "weights": self._weights,
         }
-        sender = WeightSender(json.dumps(settings), [described(name, tensor) for name, tensor in named(weights)])
+        tensors = [described(name, tensor) for name, tensor in named(weights)]
+        settle(tensors)
+        sender = WeightSender(json.dumps(settings), tensors)
         try:
             order = {"peer": sender.address, "version": version}
             done = self._ask("POST", "/admin/weights/update", order)
@@ -150,11 +152,25 @@ def named(weights: Weights) -> Iterable[tuple[str, torch.Tensor]]:
     return source.items() if isinstance(source, Mapping) else source
 
 
-def described(name: str, tensor: torch.Tensor) -> tuple[str, str, list[int], tuple[int, int, Any, None]]:
-    """A tensor as the native sender takes it. Contiguous host memory is borrowed, anything else is copied first."""
+def described(name: str, tensor: torch.Tensor) -> tuple[str, str, list[int], tuple[int, int, Any, int | None]]:
+    """A tensor as the native sender takes it. Contiguous memory is borrowed where it lies; anything else is copied first."""
     kind = str(tensor.dtype).removeprefix("torch.")
     if kind not in DTYPES:
         raise TypeError(f"tensor `{name}` is of {tensor.dtype}, which no checkpoint holds")
-    held = tensor.detach().to("cpu").contiguous()
-    memory = (held.data_ptr(), held.numel() * held.element_size(), held, None)
+    held = tensor.detach()
+    if held.device.type not in ("cpu", "cuda"):
+        held = held.to("cpu")
+    held = held.contiguous()
+    gpu = held.device.index if held.device.type == "cuda" else None
+    memory = (held.data_ptr(), held.numel() * held.element_size(), held, gpu)
     return name, DTYPES[kind], list(held.shape), memory
+
+
+def settle(tensors: Iterable[tuple[Any, ...]]) -> None:
+    """What the trainer has put on its GPUs before is done afterwards: the sender reads on streams of its own."""
+    gpus = {memory[3] for *_, memory in tensors} - {None}
+    if gpus:
+        import torch
+
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)

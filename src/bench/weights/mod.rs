@@ -209,6 +209,10 @@ async fn update(
         secret: secret.clone(),
         bind: Ipv4Addr::LOCALHOST.into(),
         advertise_host: Ipv4Addr::LOCALHOST.to_string(),
+        gpu: None,
+        streams: false,
+        casts: Arc::default(),
+        casts_host: false,
         wrap_path: None,
     };
     let sender = Sender::start(version, checkpoint as Arc<dyn TensorBytes>, &paths, listener)?;

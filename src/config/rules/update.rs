@@ -26,17 +26,16 @@ pub(super) fn judge(bench: &mut Bench<'_>) {
         }
     }
     let takes = bench.config.roles().iter().any(|role| bench.config.vllm_takes_weights(*role));
-    if takes && weights.staging == Staging::None {
+    if !takes && weights.staging == Staging::Device {
         bench.refuse(
-            &["weights.staging", "weights.vllm_workers"],
-            "is \"none\", but vLLM's workers load new weights from what is staged whole",
-            "set weights.staging = \"host\", or weights.vllm_workers = false",
+            &["weights.staging", "inference.engine", "weights.vllm_workers"],
+            "is \"device\", but no worker of this configuration takes weights on a GPU",
+            "set weights.staging = \"host\", or let vLLM's workers take weights from pdlink (weights.vllm_workers)",
         );
     }
-    let host = |path: &Path| matches!(path, Path::Shm | Path::Tcp);
-    if weights.paths.is_empty() || !weights.paths.iter().all(host) {
-        let message =
-            format!("is [{}], but weights are staged in host memory", Path::list(weights.paths.iter().copied()));
-        bench.refuse(&[PATHS], message, "name \"shm\", \"tcp\" or both, best first");
+    let moves = |path: &Path| matches!(path, Path::CudaIpc | Path::Nccl | Path::Shm | Path::Tcp);
+    if weights.paths.is_empty() || !weights.paths.iter().all(moves) {
+        let message = format!("is [{}], which weights do not go by", Path::list(weights.paths.iter().copied()));
+        bench.refuse(&[PATHS], message, "name some of \"nccl\", \"cuda-ipc\", \"shm\", \"tcp\", best first");
     }
 }

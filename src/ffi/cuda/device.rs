@@ -4,11 +4,14 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::driver::{Context, CudaError, DevicePtr, Driver, RawIpcHandle};
+use super::driver::{Context, CudaError, DevicePtr, Driver, RawIpcHandle, Stream};
 
 const MULTIPROCESSOR_COUNT: i32 = 16;
 /// Lets a mapped peer GPU be reached over NVLink or PCIe without a call of its own.
 const LAZY_PEER_ACCESS: u32 = 1;
+const NON_BLOCKING_STREAM: u32 = 1;
+/// Fixed for every context of the process.
+const PORTABLE: u32 = 1;
 
 /// What all devices' memory that was allocated here adds up to. Memory of the engine is not in it.
 static ALLOCATED_BYTES: AtomicU64 = AtomicU64::new(0);
@@ -152,27 +155,82 @@ impl Device {
         })
     }
 
-    /// Copies `bytes` to `address`.
+    /// Fixes host memory in place, for copies at the full speed of the bus.
     ///
     /// # Safety
-    /// `address` must be that many writable bytes that this GPU can address.
-    pub unsafe fn copy_in(&self, address: DevicePtr, bytes: &[u8]) -> Result<(), CudaError> {
+    /// `len` bytes from `host` on must stay mapped until what is answered is dropped.
+    pub unsafe fn pin(self: &Arc<Self>, host: *mut u8, len: usize) -> Result<Pin, CudaError> {
         self.current(|driver| {
-            // SAFETY: the caller vouches for `address`; `bytes` are as many as are named.
-            let status = unsafe { (driver.copy_in)(address, bytes.as_ptr().cast::<c_void>(), bytes.len()) };
+            // SAFETY: the caller vouches for the memory; released once, when `Pin` is dropped.
+            let status = unsafe { (driver.host_register)(host.cast::<c_void>(), len, PORTABLE) };
+            driver.check("cuMemHostRegister", status)
+        })?;
+        Ok(Pin { device: Arc::clone(self), host })
+    }
+
+    /// Copies `len` bytes at `host` to `address`.
+    ///
+    /// # Safety
+    /// `address` must be that many writable bytes that this GPU can address, and `host` readable ones of this process.
+    pub unsafe fn copy_in(&self, address: DevicePtr, host: *const u8, len: usize) -> Result<(), CudaError> {
+        self.current(|driver| {
+            // SAFETY: the caller vouches for both.
+            let status = unsafe { (driver.copy_in)(address, host.cast::<c_void>(), len) };
             driver.check("cuMemcpyHtoD", status)
         })
     }
 
-    /// Copies what is at `address` into `bytes`.
+    /// Copies `len` bytes at `address` to `host`.
     ///
     /// # Safety
-    /// `address` must be that many readable bytes that this GPU can address.
-    pub unsafe fn copy_out(&self, address: DevicePtr, bytes: &mut [u8]) -> Result<(), CudaError> {
+    /// `address` must be that many readable bytes that this GPU can address, and `host` writable ones of this process.
+    pub unsafe fn copy_out(&self, address: DevicePtr, host: *mut u8, len: usize) -> Result<(), CudaError> {
         self.current(|driver| {
-            // SAFETY: the caller vouches for `address`; `bytes` has room for as many as are named.
-            let status = unsafe { (driver.copy_out)(bytes.as_mut_ptr().cast::<c_void>(), address, bytes.len()) };
+            // SAFETY: the caller vouches for both.
+            let status = unsafe { (driver.copy_out)(host.cast::<c_void>(), address, len) };
             driver.check("cuMemcpyDtoH", status)
+        })
+    }
+
+    /// As [`Device::copy_in`], on a stream of its own: much memory, which the work of everybody else must not wait for.
+    ///
+    /// # Safety
+    /// As [`Device::copy_in`].
+    pub unsafe fn copy_in_beside(&self, address: DevicePtr, host: *const u8, len: usize) -> Result<(), CudaError> {
+        self.beside(|driver, stream| {
+            // SAFETY: the caller vouches for both, until the stream has been waited for.
+            let status = unsafe { (driver.copy_in_async)(address, host.cast::<c_void>(), len, stream) };
+            driver.check("cuMemcpyHtoDAsync", status)
+        })
+    }
+
+    /// As [`Device::copy_out`], on a stream of its own.
+    ///
+    /// # Safety
+    /// As [`Device::copy_out`].
+    pub unsafe fn copy_out_beside(&self, address: DevicePtr, host: *mut u8, len: usize) -> Result<(), CudaError> {
+        self.beside(|driver, stream| {
+            // SAFETY: the caller vouches for both, until the stream has been waited for.
+            let status = unsafe { (driver.copy_out_async)(host.cast::<c_void>(), address, len, stream) };
+            driver.check("cuMemcpyDtoHAsync", status)
+        })
+    }
+
+    /// Puts work on a new stream, which waits for no other, and waits for it.
+    fn beside(&self, work: impl FnOnce(&Driver, Stream) -> Result<(), CudaError>) -> Result<(), CudaError> {
+        self.current(|driver| {
+            let mut stream: Stream = std::ptr::null_mut();
+            // SAFETY: writes one handle, destroyed below.
+            let status = unsafe { (driver.stream_create)(&raw mut stream, NON_BLOCKING_STREAM) };
+            driver.check("cuStreamCreate", status)?;
+            let begun = work(driver, stream);
+            // SAFETY: the handle is ours. Also if the work failed: part of it may run.
+            let status = unsafe { (driver.stream_synchronize)(stream) };
+            let ended = driver.check("cuStreamSynchronize", status);
+            // SAFETY: as above, and nothing runs on it.
+            let status = unsafe { (driver.stream_destroy)(stream) };
+            let destroyed = driver.check("cuStreamDestroy", status);
+            begun.and(ended).and(destroyed)
         })
     }
 
@@ -228,6 +286,28 @@ impl Drop for DeviceMemory {
         ALLOCATED_BYTES.fetch_sub(self.len, Ordering::Relaxed);
         // SAFETY: allocated once, and nothing uses it after its owner.
         let _ = self.device.current(|driver| driver.check("cuMemFree", unsafe { (driver.memory_free)(self.address) }));
+    }
+}
+
+/// Host memory that stays where it is.
+#[derive(Debug)]
+pub struct Pin {
+    device: Arc<Device>,
+    host: *mut u8,
+}
+
+// SAFETY: the address is a name for the driver, and is never looked behind.
+unsafe impl Send for Pin {}
+// SAFETY: as above.
+unsafe impl Sync for Pin {}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let release = |driver: &Driver| {
+            // SAFETY: registered once, and still mapped, as the caller of `Device::pin` promised.
+            driver.check("cuMemHostUnregister", unsafe { (driver.host_unregister)(self.host.cast::<c_void>()) })
+        };
+        let _ = self.device.current(release);
     }
 }
 

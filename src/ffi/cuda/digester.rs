@@ -15,9 +15,10 @@ const WARPS: c_uint = THREADS / 32;
 const PARTS: c_uint = 8;
 /// Blocks that one multiprocessor takes at once.
 const BLOCKS_EACH: c_uint = 4;
-/// Most tiles of one launch, and most sums of one call.
+/// Most tiles of one launch.
 const TILES_MAX: usize = 32 * 1024;
-const SUMS_MAX: usize = 4096;
+/// Most sums of one call.
+pub const SUMS_MAX: usize = 4096;
 
 /// Rows of KV: `heads` by `tokens`, each of `content` bytes; the address as the GPU sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -79,6 +79,8 @@ functions! {
     copy_within = b"cuMemcpyDtoD_v2\0" (DevicePtr, DevicePtr, usize);
     host_allocate = b"cuMemHostAlloc\0" (*mut *mut c_void, usize, c_uint);
     host_free = b"cuMemFreeHost\0" (*mut c_void);
+    host_register = b"cuMemHostRegister_v2\0" (*mut c_void, usize, c_uint);
+    host_unregister = b"cuMemHostUnregister\0" (*mut c_void);
     ipc_handle = b"cuIpcGetMemHandle\0" (*mut RawIpcHandle, DevicePtr);
     ipc_open = b"cuIpcOpenMemHandle_v2\0" (*mut DevicePtr, RawIpcHandle, c_uint);
     ipc_close = b"cuIpcCloseMemHandle\0" (DevicePtr);

@@ -12,8 +12,8 @@ mod signal;
 mod survey;
 
 pub use copier::{Copier, CopyPiece};
-pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped, allocated_bytes};
-pub use digester::{DigestTile, Digester};
+pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped, Pin, allocated_bytes};
+pub use digester::{DigestTile, Digester, SUMS_MAX};
 pub use driver::CudaError;
 pub use ordered_stream::{Mark, OrderedStream};
 pub use survey::{Gpu, Pair, Survey, survey};

@@ -74,10 +74,10 @@ pub struct Origin {
 }
 
 /// One of the library's communicators. Dropping it ends whatever runs, on this side; the other rank must be told by other means.
-struct Handle {
-    library: &'static Library,
-    comm: Comm,
-    device: Option<Arc<Device>>,
+pub(super) struct Handle {
+    pub(super) library: &'static Library,
+    pub(super) comm: Comm,
+    pub(super) device: Option<Arc<Device>>,
 }
 
 // SAFETY: NCCL ties a communicator to no thread; one uses it at a time, since it is not Sync.
@@ -199,7 +199,7 @@ impl Drop for Communicator {
 
 impl Handle {
     /// Calls the library with the communicator's GPU current.
-    fn within<T>(&self, call: impl FnOnce() -> T) -> Result<T, NcclError> {
+    pub(super) fn within<T>(&self, call: impl FnOnce() -> T) -> Result<T, NcclError> {
         match &self.device {
             Some(device) => Ok(device.within(call)?),
             None => Ok(call()),
@@ -207,7 +207,7 @@ impl Handle {
     }
 
     /// Whether the last call has ended: until then there must be no other.
-    fn settled(&self) -> Result<bool, NcclError> {
+    pub(super) fn settled(&self) -> Result<bool, NcclError> {
         let mut state = 0;
         // SAFETY: the handle is ours; writes one number.
         let status = unsafe { (self.library.async_error)(self.comm, &raw mut state) };
@@ -218,11 +218,11 @@ impl Handle {
         self.library.check("NCCL", state).map(|()| true)
     }
 
-    fn settle(&self, gives_up: &dyn Fn() -> bool) -> Result<(), NcclError> {
+    pub(super) fn settle(&self, gives_up: &dyn Fn() -> bool) -> Result<(), NcclError> {
         wait(gives_up, || self.settled())
     }
 
-    fn end(&mut self) {
+    pub(super) fn end(&mut self) {
         let comm = std::mem::replace(&mut self.comm, std::ptr::null_mut());
         if !comm.is_null() {
             let library = self.library;

@@ -119,6 +119,7 @@ functions! {
     async_error = b"ncclCommGetAsyncError\0" (Comm, *mut Status);
     abort = b"ncclCommAbort\0" (Comm);
     send = b"ncclSend\0" (*const c_void, usize, c_int, c_int, Comm, Stream);
+    broadcast = b"ncclBroadcast\0" (*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream);
     receive = b"ncclRecv\0" (*mut c_void, usize, c_int, c_int, Comm, Stream);
 }
 

@@ -138,6 +138,8 @@ fn worker_status(status: &WeightsStatus) -> Value {
         "total_bytes": status.total_bytes,
         "path": status.path,
         "serves_peers": status.serves_peers,
+        "staging": status.staging.name(),
+        "old_version_is_safe": status.staging.keeps_the_old(),
         "failure": status.failure.as_ref().map(|failure| json!({"phase": failure.phase.name(), "why": failure.why})),
     })
 }

@@ -47,6 +47,9 @@ impl Times {
     }
 }
 
+/// Workers, and why they did not commit.
+type Behind = Vec<(Member, String)>;
+
 /// How an update ended well.
 #[derive(Debug, Clone)]
 pub(super) struct Committed {
@@ -56,7 +59,7 @@ pub(super) struct Committed {
     /// From the first pause to the last resumption.
     pub(super) paused: Duration,
     /// Workers that did not commit, and why: they catch up before they serve.
-    pub(super) behind: Vec<(Member, String)>,
+    pub(super) behind: Behind,
 }
 
 /// An update that is being made.
@@ -85,9 +88,8 @@ impl Update<'_> {
         let pause = self.goal(WeightsPhase::Paused, "pausing", times.pause);
         let request = |_| WeightsRequest::Pause { update: self.id, in_flight: times.in_flight };
         self.or_abort(bring_all(self.members, pause, request).await).await?;
-        let behind = self.or_abort(self.commit(times).await).await?;
-        let first = &statuses[0];
-        let (digest, bytes) = (first.staged_digest, first.total_bytes);
+        let (behind, digest) = self.or_abort(self.commit(times).await).await?;
+        let bytes = statuses[0].total_bytes;
         let mut committed = Committed { digest, bytes, staging, paused: Duration::ZERO, behind };
         serve(&committed);
         tell_all(self.members, &WeightsRequest::Resume { update: self.id }).await;
@@ -174,10 +176,12 @@ impl Update<'_> {
         false
     }
 
-    /// Who did not commit, and why. An error: nobody did.
-    async fn commit(&self, times: Times) -> Result<Vec<(Member, String)>, Failed> {
+    /// Who did not commit, and why; and the digest of what the others serve, which is not known before of what was staged nowhere.
+    /// An error: nobody did.
+    async fn commit(&self, times: Times) -> Result<(Behind, Option<[u8; 16]>), Failed> {
         let goal = self.goal(WeightsPhase::Committed, "committing", times.commit);
         let each = bring_each(self.members, goal, |_| WeightsRequest::Commit { update: self.id }).await;
+        let mut digest = each.iter().flatten().next().and_then(|status| status.digest);
         let mut behind: Vec<(Member, Failed)> = Vec::new();
         for (member, result) in self.members.iter().zip(each) {
             if let Err(failed) = result {
@@ -190,16 +194,18 @@ impl Update<'_> {
             let why = "no worker is known to have committed".to_owned();
             let doubted: Vec<Member> = behind.iter().map(|(member, _)| member.clone()).collect();
             tell_all(&doubted, &WeightsRequest::Abort { update: self.id, why }).await;
-            let answers = tell_all(&doubted, &WeightsRequest::Status).await;
-            let mut answers = answers.iter();
+            let answers_of = tell_all(&doubted, &WeightsRequest::Status).await;
+            let mut answers = answers_of.iter();
             let committed =
                 |answer: &Result<WeightsStatus, _>| answer.as_ref().is_ok_and(|status| status.version == self.version);
             behind.retain(|_| !answers.next().is_some_and(committed));
+            let late = answers_of.iter().flatten().find(|status| status.version == self.version);
+            digest = late.and_then(|status| status.digest);
         }
         if behind.len() == self.members.len() {
             return Err(behind.remove(0).1);
         }
-        Ok(behind.into_iter().map(|(member, failed)| (member, failed.why)).collect())
+        Ok((behind.into_iter().map(|(member, failed)| (member, failed.why)).collect(), digest))
     }
 
     /// A worker that is loading does not stop half-way, and nobody else serves: what becomes of it is waited for.

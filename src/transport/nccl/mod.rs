@@ -9,6 +9,7 @@
 //! which is why each is kept to a few multiprocessors.
 #![forbid(unsafe_code)]
 
+mod caster;
 mod client;
 mod frame;
 mod lane;
@@ -23,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::caster::{Caster, Ended, Seat, casts_here, group_name};
 use self::client::{Client, PIECE_BYTES_MAX, PIECE_RUNS_MAX};
 use self::frame::{Hello, Welcome};
 use self::lane::Maker;

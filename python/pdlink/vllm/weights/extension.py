@@ -11,7 +11,8 @@ class WeightsExtension:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """The one moment that every version has in which a worker is made: none of vLLM's classes has a `__new__`."""
         worker = super().__new__(cls)
-        told = settings.read(kwargs["vllm_config"], int(kwargs.get("rank", 0)))
+        rank_number = int(kwargs.get("rank", 0))
+        told = settings.read(kwargs["vllm_config"], rank_number, int(kwargs.get("local_rank", rank_number)))
         if told is not None:
             rank.open(told)
         return worker

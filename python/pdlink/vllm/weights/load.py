@@ -22,9 +22,22 @@ def load(worker: Any, weights: _native.Order | None) -> None:
     """Loads all of a commit's tensors, by the names that checkpoints have, into `worker`'s model: what the kernels read stays
     where it is. `None`, or a commit without bytes: what the worker was started with, from where it came. Raises if anything is
     amiss; then the model is a mixture."""
-    memory = weights.memory() if weights is not None else None
-    if weights is None or memory is None:
+    from vllm.config import set_current_vllm_config
+
+    # vLLM makes a layer's new parameters on whatever device is current, and some layers look at the configuration.
+    with torch.device(worker.device), set_current_vllm_config(worker.vllm_config):
+        _load(worker, weights)
+    if worker.device.type == "cuda":
+        # Whoever gave the memory may take it back from here on.
+        torch.cuda.synchronize(worker.device)
+
+
+def _load(worker: Any, weights: _native.Order | None) -> None:
+    if weights is None or weights.memory() is None:
         worker.reload_weights()
+        return
+    if weights.streams:
+        _stream(worker, weights)
         return
     model = worker.model_runner.get_model()
     # Layers that adapters are put round are called otherwise in checkpoints.
@@ -54,28 +67,77 @@ def load(worker: Any, weights: _native.Order | None) -> None:
         raise ValueError(f"the new weights have nothing for {len(missing)} of the model's parameters, such as {missing[0]}")
 
 
+def _stream(worker: Any, weights: _native.Order) -> None:
+    """Straight into the parameters, bucket by bucket: nothing else holds the new weights, and nothing the old ones any more."""
+    model = worker.model_runner.get_model()
+    wanted = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+    loaded = model.load_weights(arriving(worker, weights))
+    missing = sorted(wanted - loaded) if loaded is not None else []
+    if missing:
+        raise ValueError(f"the new weights have nothing for {len(missing)} of the model's parameters, such as {missing[0]}")
+
+
+def arriving(worker: Any, weights: _native.Order) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors as they come. Each is there until the next bucket is asked for: whoever loads it copies it at once."""
+    memory = weights.memory()
+    assert memory is not None
+    whole = bytes_of(memory)
+    while True:
+        if worker.device.type == "cuda":
+            # What was put into PyTorch's stream still reads the last bucket.
+            torch.cuda.synchronize(worker.device)
+        arrived = weights.arrived()
+        if arrived is None:
+            return
+        for name, dtype, shape, start, end in arrived:
+            yield name, _view(whole, name, dtype, shape, start, end)
+
+
+def _view(whole: torch.Tensor, name: str, dtype: str, shape: list[int], start: int, end: int) -> torch.Tensor:
+    if dtype not in TYPES:
+        raise TypeError(f"tensor `{name}` is of dtype {dtype}, which this PyTorch does not have")
+    return whole[start:end].view(TYPES[dtype]).view(shape)
+
+
 def _abandon(worker: Any, model: torch.nn.Module) -> None:
     """Ends a reload that broke off: what is buffered for a layer would go into it at the next one."""
-    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import layerwise
 
-    with set_current_vllm_config(worker.vllm_config):
-        for layer in model.modules():
-            info = layerwise.get_layerwise_info(layer)
-            if info.can_load():
-                info.loaded_weights.clear()
-                info.load_numel = 0
-        layerwise.finalize_layerwise_reload(model, worker.model_runner.model_config)
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if info.can_load():
+            info.loaded_weights.clear()
+            info.load_numel = 0
+    layerwise.finalize_layerwise_reload(model, worker.model_runner.model_config)
 
 
 def views(weights: _native.Order) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors where they lie: no byte is copied. They are valid as long as `weights` lives."""
+    """The tensors where they lie, in host memory or on the GPU: no byte is copied."""
     memory = weights.memory()
     if memory is None:
         return
-    address, size = memory
-    whole = torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
+    whole = bytes_of(memory)
     for name, dtype, shape, start, end in weights.tensors():
-        if dtype not in TYPES:
-            raise TypeError(f"tensor `{name}` is of dtype {dtype}, which this PyTorch does not have")
-        yield name, whole[start:end].view(TYPES[dtype]).view(shape)
+        yield name, _view(whole, name, dtype, shape, start, end)
+
+
+class _Owner:
+    """What keeps the memory of a view alive: PyTorch holds what it made a tensor of."""
+
+    def __init__(self, memory: _native.StagedMemory):
+        self.memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": (memory.bytes,),
+            "typestr": "|u1",
+            "data": (memory.address, False),
+            "version": 3,
+        }
+
+
+def bytes_of(memory: _native.StagedMemory) -> torch.Tensor:
+    """Staged memory as one tensor of bytes."""
+    if memory.gpu is not None:
+        return torch.as_tensor(_Owner(memory), device=f"cuda:{memory.gpu}")
+    held = (ctypes.c_uint8 * memory.bytes).from_address(memory.address)
+    held.memory = memory
+    return torch.frombuffer(held, dtype=torch.uint8)

@@ -124,12 +124,17 @@ class Rank:
             if failure is not None:
                 self._given_up = update
         if failure is None and taken is not None:
-            self._serving, self.version = taken, taken.version
+            # What was streamed is nowhere but in the model.
+            self._serving, self.version = (None if taken.streams else taken), taken.version
             for link in self._links:
                 # KV made so far, and on its way here, is of the old weights (KV-5).
                 link.now_of_weights(taken.version)
             taken.done()
             return self._answer(None)
+        if (taken or pending) is not None and (taken or pending).streams:
+            why = "the new weights were on their way into the model: it is a mixture, and must be restarted"
+            logger.critical(why)
+            return self._answer(why)
         if taken is not None:
             try:
                 load(worker, self._serving)

@@ -4,6 +4,7 @@ The variable holds JSON. It is no setting of vLLM's, because those are part of t
 
 - `http`: the worker's own API server; default: `http_port` of the KV connector, else port 8000, on loopback;
 - `host`, `bind_host`, `ports`: where each rank listens for orders, if our own KV connector is not there to listen;
+- `gpus`: CUDA's number of each rank's GPU in its process, where that is not the rank's number on its host;
 - `secret_file`, `log`: as in `kv_connector_extra_config`;
 - `weights`: settings of `[weights]`.
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.pdlink.weights")
 
 VARIABLE = "PDLINK_WEIGHTS"
-KNOWN = {"http", "host", "bind_host", "ports", "secret_file", "log", "log_format", "weights"}
+KNOWN = {"http", "host", "bind_host", "ports", "gpus", "secret_file", "log", "log_format", "weights"}
 # Connectors whose control listener serves for weights too.
 OURS = "pdlink.vllm"
 
@@ -45,7 +46,7 @@ class Settings:
     log_json: bool
 
 
-def read(vllm_config: VllmConfig, rank: int) -> Settings | None:
+def read(vllm_config: VllmConfig, rank: int, local_rank: int | None = None) -> Settings | None:
     """None: such a worker takes no weights from us, and serves as it would without."""
     given = _given()
     parallel = vllm_config.parallel_config
@@ -66,6 +67,8 @@ def read(vllm_config: VllmConfig, rank: int) -> Settings | None:
         raise _native.SettingsError(
             f"`ports` in {VARIABLE} lists {len(addresses)} ports, and each of {parallel.tensor_parallel_size} ranks needs one"
         )
+    if (given.get("weights") or {}).get("staging") == "none":
+        _can_stream(vllm_config.model_config)
     # What is staged as a folder can be verified, and be loaded again, without a look at the disk while the engine is paused.
     model = str(vllm_config.model_config.model)
     receiver = {
@@ -76,6 +79,7 @@ def read(vllm_config: VllmConfig, rank: int) -> Settings | None:
         "port": None if has_link else int(ports[rank]),
         "secret_file": given.get("secret_file") or extra.get("secret_file") or os.environ.get(config.SECRET_FILE_ENV) or None,
         "base": os.path.abspath(model) if os.path.isdir(model) else None,
+        "gpu": _gpu(vllm_config, given.get("gpus"), rank, rank if local_rank is None else local_rank),
         "ranks": addresses if len(addresses) > 1 else [],
     }
     return Settings(
@@ -87,6 +91,22 @@ def read(vllm_config: VllmConfig, rank: int) -> Settings | None:
         log_filter=str(given.get("log") or extra.get("log") or os.environ.get(config.LOG_ENV) or "info"),
         log_json="json" in (given.get("log_format"), extra.get("log_format")),
     )
+
+
+def _can_stream(model: Any) -> None:
+    """Weights that go straight into the parameters must be there as the kernels want them."""
+    why = "is quantised" if model.quantization is not None else "has MLA" if model.use_mla else None
+    if why is not None:
+        raise _native.SettingsError(
+            f'weights.staging = "none" streams weights into the model in place, and this model {why}; set it to "device" or "host"'
+        )
+
+
+def _gpu(vllm_config: VllmConfig, given: Any, rank: int, local_rank: int) -> int | None:
+    """The rank's GPU, as vLLM's own worker will choose it."""
+    if given is not None:
+        return int(given[rank])
+    return local_rank if vllm_config.device_config.device_type == "cuda" else None
 
 
 def _given() -> dict[str, Any]:

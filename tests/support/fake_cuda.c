@@ -1,0 +1,222 @@
+/* A stand-in for libcuda.so.1 whose GPU memory is host memory: what pdlink calls of the driver, done at once, and its two
+ * kernels in C. Memory is a memory file, so that other processes map it as they map a GPU's. Strict where the driver is:
+ * memory is touched only with a context current, and only where something was allocated or mapped. */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700 };
+enum { BLOCKS_MAX = 4096, GPUS_MAX = 8 };
+
+typedef uint64_t Ptr;
+typedef struct { char bytes[64]; } Handle;
+typedef struct { Ptr at; size_t len; int fd; } Block;
+
+static Block blocks[BLOCKS_MAX];
+static size_t taken;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static _Thread_local int depth;
+
+static size_t memory(void) {
+    const char *said = getenv("FAKE_CUDA_BYTES");
+    return said ? strtoull(said, NULL, 10) : (size_t)4 << 30;
+}
+static int gpus(void) {
+    const char *said = getenv("FAKE_CUDA_GPUS");
+    return said ? atoi(said) : 1;
+}
+
+static int keep(void *at, size_t len, int fd, Ptr *made) {
+    pthread_mutex_lock(&lock);
+    int place = 0;
+    while (place < BLOCKS_MAX && blocks[place].at) place++;
+    if (place < BLOCKS_MAX) blocks[place] = (Block){ (Ptr)(uintptr_t)at, len, fd };
+    pthread_mutex_unlock(&lock);
+    *made = (Ptr)(uintptr_t)at;
+    return place < BLOCKS_MAX ? SUCCESS : OUT_OF_MEMORY;
+}
+static int let_go(Ptr at, int ours) {
+    pthread_mutex_lock(&lock);
+    int found = INVALID_VALUE;
+    for (int i = 0; i < BLOCKS_MAX && at; i++) {
+        if (blocks[i].at != at || (blocks[i].fd >= 0) != ours) continue;
+        munmap((void *)(uintptr_t)at, blocks[i].len);
+        if (ours) close(blocks[i].fd), taken -= blocks[i].len;
+        blocks[i].at = 0, found = SUCCESS;
+        break;
+    }
+    pthread_mutex_unlock(&lock);
+    return found;
+}
+static int within(Ptr at, size_t len, Block *found) {
+    int is = 0;
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < BLOCKS_MAX && !is; i++)
+        if (blocks[i].at && at >= blocks[i].at && at + len <= blocks[i].at + blocks[i].len) {
+            is = 1;
+            if (found) *found = blocks[i];
+        }
+    pthread_mutex_unlock(&lock);
+    return is;
+}
+static int usable(Ptr at, size_t len) {
+    if (!depth) return INVALID_CONTEXT;
+    return within(at, len, NULL) ? SUCCESS : ILLEGAL_ADDRESS;
+}
+
+int cuInit(unsigned flags) { return flags ? INVALID_VALUE : SUCCESS; }
+int cuDriverGetVersion(int *version) { return *version = 13000, SUCCESS; }
+int cuDeviceGetCount(int *count) { return *count = gpus(), SUCCESS; }
+int cuDeviceGetName(char *name, int len, int device) { return snprintf(name, len, "Stand-in %d", device), SUCCESS; }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { return *bytes = memory(), device < gpus() ? SUCCESS : INVALID_DEVICE; }
+int cuDeviceGetP2PAttribute(int *value, int attribute, int one, int other) { return *value = 1, SUCCESS; }
+int cuDeviceGet(int *device, int ordinal) {
+    return *device = ordinal, ordinal >= 0 && ordinal < gpus() ? SUCCESS : INVALID_DEVICE;
+}
+int cuDeviceGetAttribute(int *value, int attribute, int device) { return *value = 4, SUCCESS; }
+int cuDeviceGetUuid_v2(char uuid[16], int device) { return memset(uuid, 'a' + device, 16), SUCCESS; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = (void *)(uintptr_t)(device + 1), SUCCESS; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return SUCCESS; }
+int cuCtxPushCurrent_v2(void *context) { return depth++, context ? SUCCESS : INVALID_CONTEXT; }
+int cuCtxPopCurrent_v2(void **context) { return *context = NULL, depth-- > 0 ? SUCCESS : INVALID_CONTEXT; }
+
+int cuMemAlloc_v2(Ptr *made, size_t len) {
+    if (!depth) return INVALID_CONTEXT;
+    if (!len) return INVALID_VALUE;
+    if (taken + len > memory()) return OUT_OF_MEMORY;
+    int fd = memfd_create("fake-cuda", MFD_CLOEXEC);
+    if (fd < 0 || ftruncate(fd, len)) return OUT_OF_MEMORY;
+    void *at = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (at == MAP_FAILED) return OUT_OF_MEMORY;
+    memset(at, 0xA5, len);
+    taken += len;
+    return keep(at, len, fd, made);
+}
+int cuMemFree_v2(Ptr at) { return depth ? let_go(at, 1) : INVALID_CONTEXT; }
+int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
+    return *total = memory(), *free_bytes = memory() - taken, depth ? SUCCESS : INVALID_CONTEXT;
+}
+int cuMemGetAddressRange_v2(Ptr *base, size_t *len, Ptr at) {
+    Block block;
+    if (!within(at, 1, &block)) return INVALID_VALUE;
+    return *base = block.at, *len = block.len, SUCCESS;
+}
+int cuMemsetD8_v2(Ptr at, unsigned char byte, size_t len) {
+    int status = usable(at, len);
+    if (!status) memset((void *)(uintptr_t)at, byte, len);
+    return status;
+}
+int cuMemcpyHtoD_v2(Ptr to, const void *from, size_t len) {
+    int status = usable(to, len);
+    if (!status) memcpy((void *)(uintptr_t)to, from, len);
+    return status;
+}
+int cuMemcpyHtoDAsync_v2(Ptr to, const void *from, size_t len, void *stream) { return cuMemcpyHtoD_v2(to, from, len); }
+int cuMemcpyDtoH_v2(void *to, Ptr from, size_t len) {
+    int status = usable(from, len);
+    if (!status) memcpy(to, (const void *)(uintptr_t)from, len);
+    return status;
+}
+int cuMemcpyDtoHAsync_v2(void *to, Ptr from, size_t len, void *stream) { return cuMemcpyDtoH_v2(to, from, len); }
+int cuMemcpyDtoD_v2(Ptr to, Ptr from, size_t len) {
+    int status = usable(to, len);
+    if (!status) status = usable(from, len);
+    if (!status) memcpy((void *)(uintptr_t)to, (const void *)(uintptr_t)from, len);
+    return status;
+}
+int cuMemHostAlloc(void **made, size_t len, unsigned flags) { return *made = calloc(1, len), depth ? SUCCESS : INVALID_CONTEXT; }
+int cuMemFreeHost(void *at) { return free(at), SUCCESS; }
+int cuMemHostRegister_v2(void *at, size_t len, unsigned flags) { return depth && at && len ? SUCCESS : INVALID_VALUE; }
+int cuMemHostUnregister(void *at) { return at ? SUCCESS : INVALID_VALUE; }
+
+int cuIpcGetMemHandle(Handle *handle, Ptr at) {
+    Block block;
+    if (!within(at, 1, &block) || block.at != at || block.fd < 0) return INVALID_VALUE;
+    memset(handle, 0, sizeof *handle);
+    snprintf(handle->bytes, sizeof handle->bytes, "/proc/%d/fd/%d", (int)getpid(), block.fd);
+    return SUCCESS;
+}
+int cuIpcOpenMemHandle_v2(Ptr *made, Handle handle, unsigned flags) {
+    struct stat stat;
+    int fd = open(handle.bytes, O_RDWR | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &stat)) return INVALID_HANDLE;
+    void *at = mmap(NULL, stat.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    return at == MAP_FAILED ? OUT_OF_MEMORY : keep(at, stat.st_size, -1, made);
+}
+int cuIpcCloseMemHandle(Ptr at) { return let_go(at, 0); }
+
+int cuStreamCreate(void **stream, unsigned flags) { return *stream = malloc(1), SUCCESS; }
+int cuStreamDestroy_v2(void *stream) { return free(stream), SUCCESS; }
+int cuStreamSynchronize(void *stream) { return SUCCESS; }
+int cuStreamQuery(void *stream) { return SUCCESS; }
+int cuStreamWriteValue32_v2(void *stream, Ptr at, uint32_t value, unsigned flags) {
+    __atomic_store_n((uint32_t *)(uintptr_t)at, value, __ATOMIC_SEQ_CST);
+    return SUCCESS;
+}
+int cuEventCreate(void **event, unsigned flags) { return *event = malloc(1), SUCCESS; }
+int cuEventDestroy_v2(void *event) { return free(event), SUCCESS; }
+int cuEventRecord(void *event, void *stream) { return SUCCESS; }
+int cuEventQuery(void *event) { return SUCCESS; }
+int cuEventSynchronize(void *event) { return SUCCESS; }
+int cuModuleLoadData(void **module, const void *text) { return *module = malloc(1), SUCCESS; }
+int cuModuleUnload(void *module) { return free(module), SUCCESS; }
+
+typedef struct { Ptr src, dst, len; } Piece;
+typedef struct { Ptr address, head_stride, token_stride; unsigned heads, tokens, plane, token, content, sum; } Tile;
+
+static const uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
+
+static uint64_t scatter(unsigned plane, unsigned token) {
+    uint64_t x = ((uint64_t)plane << 32 | token) + GOLDEN;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+static int copy_runs(const Piece *pieces, unsigned count) {
+    for (unsigned i = 0; i < count; i++) {
+        int status = cuMemcpyDtoD_v2(pieces[i].dst, pieces[i].src, pieces[i].len);
+        if (status) return status;
+    }
+    return SUCCESS;
+}
+static int digest_tiles(const Tile *tiles, unsigned count, uint64_t *sums) {
+    for (const Tile *tile = tiles; tile < tiles + count; tile++)
+        for (unsigned row = 0; row < tile->heads * tile->tokens; row++) {
+            unsigned head = row % tile->heads, token = row / tile->heads;
+            Ptr at = tile->address + head * tile->head_stride + token * tile->token_stride;
+            int status = usable(at, tile->content);
+            if (status) return status;
+            uint64_t key = scatter(tile->plane + head, tile->token + token);
+            for (unsigned done = 0; done < tile->content; done += 8, key += GOLDEN) {
+                uint64_t word = 0, x;
+                memcpy(&word, (void *)(uintptr_t)(at + done), tile->content - done < 8 ? tile->content - done : 8);
+                x = word ^ key;
+                sums[tile->sum] += (x & 0xFFFFFFFFull) * (x >> 32) + (word << 32 | word >> 32);
+            }
+        }
+    return SUCCESS;
+}
+
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+    *function = !strcmp(name, "pdlink_copy_runs") ? (void *)copy_runs : !strcmp(name, "pdlink_digest_tiles") ? (void *)digest_tiles : NULL;
+    return *function ? SUCCESS : INVALID_VALUE;
+}
+int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz, unsigned shared,
+                   void *stream, void **arguments, void **extra) {
+    if (!depth) return INVALID_CONTEXT;
+    void *list = *(void **)arguments[0];
+    unsigned count = *(unsigned *)arguments[1];
+    if (function == (void *)copy_runs) return copy_runs(list, count);
+    return digest_tiles(list, count, *(uint64_t **)arguments[2]);
+}
+
+int cuGetErrorName(int status, const char **text) { return *text = "STAND_IN", SUCCESS; }
+int cuGetErrorString(int status, const char **text) { return *text = "of the stand-in", SUCCESS; }

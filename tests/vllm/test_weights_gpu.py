@@ -1,0 +1,25 @@
+"""Tensors of a trainer's GPU into real vLLM workers on it, with a stand-in for NVIDIA's driver whose GPU memory is the host's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from fleet import LOGS, ROOT
+
+
+def test_weights_go_from_gpu_to_gpu_and_make_the_same_answers_each_time(tmp_path: Path) -> None:
+    """Staged on the device, and streamed into the model: each set of weights answers as it did before, under its version."""
+    library = tmp_path / "libcuda.so.1"
+    source = ROOT / "tests" / "support" / "fake_cuda.c"
+    command = ["cc", "-shared", "-fPIC", "-O2", "-pthread", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+    subprocess.run(command, check=True)
+    found = tmp_path / "found.json"
+    program = [sys.executable, str(ROOT / "tools" / "vllm_weights_gpu.py"), "--shape", "tiny", "--stand-in", str(library)]
+    program += ["--cases", "device,none", "--repeat", "2", "--bucket-mib", "2", "--json", str(found), "--logs", str(LOGS / "weights-gpu")]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(found.read_text())["rows"]
+    assert [(row["case"], row["right"]) for row in rows] == [("device", True), ("none", True)]

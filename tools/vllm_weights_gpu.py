@@ -1,0 +1,646 @@
+#!/usr/bin/env python3
+"""Publish a trainer's weights to real vLLM workers on a GPU machine while they serve, and say what it costs.
+
+    python tools/vllm_weights_gpu.py [--shape qwen3-8b] [--gpus 0 | 0,1 | 0,1,2] [--cases device,host,none] [--repeat 4]
+        [--bucket-mib 256] [--graphs] [--serve-arg=...] [--json FILE] [--logs DIR]
+
+Needs vLLM and our wheel in the Python that runs it; nothing else. A trainer process holds tensors of the model's checkpoint names
+and shapes (random, 16.4 GB for qwen3-8b) on the first GPU. A prefill and a decode worker serve behind `pdlink proxy`, decode on the
+last GPU, prefill on the second of three, else on the first. The trainer publishes two sets of weights in turn; each time greedy
+answers through both workers must be those that the same weights gave before, under the version that was published.
+
+Cases: `device`, `host` and `none` are `[weights] staging` with the bytes pulled by `cuda-ipc`; `nccl` is one `ncclBroadcast` a bucket to
+the workers on other GPUs than the trainer's (the rest pull), staged on the device; `vllm` is vLLM's own NCCL engine, packed, into the
+workers on other GPUs, without a proxy. What needs a second GPU is said and left out on one. Beside them stand what a plain copy on
+the trainer's GPU does for the same bytes, and on several GPUs `ncclBroadcast` alone, in buckets of the same size.
+
+It ends with one table. Exit status 1: an answer was wrong, or something did not start. `--stand-in LIB` runs it without a GPU, on a
+stand-in for the driver (tests/support/fake_cuda.c), with `--shape tiny`: then only that it works means anything.
+"""
+
+import argparse
+import ctypes
+import glob
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+START_SECONDS_MAX = 400
+ASK_SECONDS_MAX = 600
+ANSWER_TOKENS = 24
+CACHE_BYTES = 4 << 30
+STAND_IN = "PDLINK_STAND_IN"
+SHAPES = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 512,
+             "num_key_value_heads": 2, "head_dim": 64},
+    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+                   "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128},
+    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+                 "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128},
+}
+CASES = {
+    "device": {"staging": "device", "paths": ["cuda-ipc"]},
+    "host": {"staging": "host", "paths": ["cuda-ipc"]},
+    "none": {"staging": "none", "paths": ["cuda-ipc"]},
+    "nccl": {"staging": "device", "paths": ["nccl", "cuda-ipc"]},
+    "vllm": None,
+}
+BETWEEN_GPUS = ("nccl", "vllm")
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def write_model(folder, shape):
+    """A model's configuration and a byte-level tokenizer; vLLM makes the weights up."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    os.makedirs(folder, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    for name, held in (
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+                                   "pad_token": "<|endoftext|>", "model_max_length": 4096}),
+        ("config.json", {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False,
+                         "attention_dropout": 0.0, "bos_token_id": 256, "eos_token_id": 258, "hidden_act": "silu",
+                         "initializer_range": 0.02, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+                         "rope_theta": 1000000, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+                         **SHAPES[shape]}),
+    ):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(held, file)
+    return folder
+
+
+def checkpoint_shapes(shape):
+    """Names and shapes of the tensors of such a checkpoint."""
+    s = SHAPES[shape]
+    hidden, inner, head = s["hidden_size"], s["intermediate_size"], s["head_dim"]
+    queries, keys = s["num_attention_heads"] * head, s["num_key_value_heads"] * head
+    shapes = {"model.embed_tokens.weight": (s["vocab_size"], hidden), "model.norm.weight": (hidden,),
+              "lm_head.weight": (s["vocab_size"], hidden)}
+    for layer in range(s["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        shapes |= {
+            at + "self_attn.q_proj.weight": (queries, hidden), at + "self_attn.k_proj.weight": (keys, hidden),
+            at + "self_attn.v_proj.weight": (keys, hidden), at + "self_attn.o_proj.weight": (hidden, queries),
+            at + "self_attn.q_norm.weight": (head,), at + "self_attn.k_norm.weight": (head,),
+            at + "mlp.gate_proj.weight": (inner, hidden), at + "mlp.up_proj.weight": (inner, hidden),
+            at + "mlp.down_proj.weight": (hidden, inner),
+            at + "input_layernorm.weight": (hidden,), at + "post_attention_layernorm.weight": (hidden,),
+        }
+    return shapes
+
+
+# ------------------------------------------------------------------------------------------------- without a GPU: a stand-in
+
+
+def stand_in():
+    """The library that stands in for the driver, loaded: whoever asks for libcuda.so.1 then gets it. None: a real one is used."""
+    path = os.environ.get(STAND_IN)
+    return ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) if path else None
+
+
+def __getattr__(name):
+    """For a vLLM worker with a stand-in: its memory is the host's, and PyTorch is to see it as that."""
+    if name != "StandInExtension":
+        raise AttributeError(name)
+    stand_in()
+    import torch
+    from pdlink.vllm.weights import WeightsExtension, load
+
+    def bytes_of(memory):
+        held = (ctypes.c_uint8 * memory.bytes).from_address(memory.address)
+        held.memory = memory
+        return torch.frombuffer(held, dtype=torch.uint8)
+
+    load.bytes_of = bytes_of
+    return type(name, (WeightsExtension,), {})
+
+
+# ---------------------------------------------------------------------------------------------------------- the trainer
+
+
+class Trainer:
+    """In its own process: told what to do line by line, in JSON."""
+
+    def __init__(self, shape):
+        import torch
+
+        self.torch, self.library = torch, stand_in()
+        self.dtype = torch.float32 if self.library else torch.bfloat16
+        self.tensors = {name: self._empty(size) for name, size in checkpoint_shapes(shape).items()} if shape else {}
+        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        if self.library:
+            from pdlink.trainer import publisher
+
+            described = publisher.described
+            # What the stand-in gave is on GPU 0.
+            publisher.described = lambda name, tensor: (*described(name, tensor)[:3], (*described(name, tensor)[3][:3], 0))
+            publisher.settle = lambda tensors: None
+
+    def _empty(self, size):
+        torch = self.torch
+        if not self.library:
+            return torch.empty(size, dtype=self.dtype, device="cuda")
+        count, place, context = 4, ctypes.c_uint64(), ctypes.c_void_p()
+        for one in size:
+            count *= one
+        self.library.cuCtxPushCurrent_v2(ctypes.c_void_p(1))
+        status = self.library.cuMemAlloc_v2(ctypes.byref(place), ctypes.c_size_t(count))
+        self.library.cuCtxPopCurrent_v2(ctypes.byref(context))
+        assert status == 0, f"the stand-in has no memory: {status}"
+        return torch.frombuffer((ctypes.c_uint8 * count).from_address(place.value), dtype=torch.uint8).view(self.dtype).view(size)
+
+    def _settle(self):
+        if not self.library:
+            self.torch.cuda.synchronize()
+
+    def make(self, seed):
+        """New values. Norms are near one, so that the answers hang on the whole prompt."""
+        generator = self.torch.Generator(device="cpu" if self.library else "cuda").manual_seed(seed)
+        for name, tensor in self.tensors.items():
+            tensor.normal_(0, 0.02, generator=generator)
+            if name.endswith("norm.weight"):
+                tensor.add_(1)
+        self._settle()
+        return {"bytes": self.bytes}
+
+    def copy(self, repeat):
+        """Bytes a second of a plain copy on this GPU, of as many bytes."""
+        torch, size = self.torch, min(self.bytes, 2 << 30)
+        source = torch.zeros(size, dtype=torch.uint8, device="cpu" if self.library else "cuda")
+        target, rates = torch.empty_like(source), []
+        for _ in range(repeat + 1):
+            self._settle()
+            started, done = time.perf_counter(), 0
+            while done < self.bytes:
+                target.copy_(source)
+                done += size
+            self._settle()
+            rates.append(done / (time.perf_counter() - started))
+        del source, target
+        if not self.library:
+            torch.cuda.empty_cache()
+        return {"rate": statistics.median(rates[1:])}
+
+    def broadcast(self, rank, world, port, bucket_bytes, total_bytes, repeat):
+        """Bytes a second of `ncclBroadcast` alone, in such buckets."""
+        torch = self.torch
+        import torch.distributed as dist
+
+        dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        buckets, rates = [torch.zeros(bucket_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)], []
+        for _ in range(repeat + 1):
+            dist.barrier()
+            torch.cuda.synchronize()
+            started, done = time.perf_counter(), 0
+            while done < total_bytes:
+                dist.broadcast(buckets[done // bucket_bytes % 2], 0)
+                done += bucket_bytes
+            torch.cuda.synchronize()
+            rates.append(done / (time.perf_counter() - started))
+        dist.destroy_process_group()
+        del buckets
+        torch.cuda.empty_cache()
+        return {"rate": statistics.median(rates[1:])}
+
+    def publish(self, url, secret, weights):
+        from pdlink.trainer import WeightPublisher
+
+        if not hasattr(self, "publisher"):
+            self.publisher = WeightPublisher(url, secret_file=secret, weights=weights)
+        started = time.perf_counter()
+        done = self.publisher.publish(self.tensors)
+        return {"seconds": time.perf_counter() - started, "staging": done.staging_s, "pause": done.paused_s,
+                "version": done.version, "behind": list(done.behind)}
+
+    def forget_publisher(self):
+        if hasattr(self, "publisher"):
+            close = getattr(self.publisher, "close", None)
+            if close is not None:
+                close()
+            del self.publisher
+        return {}
+
+    def join_vllm(self, urls, port):
+        """vLLM's own engine: this process is rank 0."""
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+        world = 1 + len(urls)
+        told = {"master_address": "127.0.0.1", "master_port": port, "world_size": world}
+        with ThreadPoolExecutor(len(urls)) as pool:
+            joined = [pool.submit(post, url + "/init_weight_transfer_engine", {"init_info": {**told, "rank_offset": at}})
+                      for at, url in enumerate(urls, 1)]
+            self.group = NCCLWeightTransferEngine.trainer_init(told)
+            for one in joined:
+                one.result()
+        return {}
+
+    def send_vllm(self, urls):
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerSendWeightsArgs, NCCLWeightTransferEngine
+
+        info = {"names": list(self.tensors), "shapes": [list(tensor.shape) for tensor in self.tensors.values()],
+                "dtype_names": [str(self.dtype).removeprefix("torch.")] * len(self.tensors), "packed": True}
+        started = time.perf_counter()
+        with ThreadPoolExecutor(len(urls)) as pool:
+            list(pool.map(lambda url: post(url + "/pause?mode=keep"), urls))
+            list(pool.map(lambda url: post(url + "/start_weight_update", {"is_checkpoint_format": True}), urls))
+            taking = [pool.submit(post, url + "/update_weights", {"update_info": info}) for url in urls]
+            args = NCCLTrainerSendWeightsArgs(group=self.group, packed=True)
+            NCCLWeightTransferEngine.trainer_send_weights(iter(self.tensors.items()), args)
+            self.torch.cuda.synchronize()
+            for one in taking:
+                one.result()
+            list(pool.map(lambda url: post(url + "/finish_weight_update"), urls))
+            list(pool.map(lambda url: post(url + "/reset_prefix_cache"), urls))
+            list(pool.map(lambda url: post(url + "/resume"), urls))
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "staging": 0.0, "pause": seconds, "version": None, "behind": []}
+
+
+def be_trainer(shape):
+    # Libraries print where they like: only this is read by who started us.
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    trainer = Trainer(shape if shape != "-" else None)
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            answer = getattr(trainer, order.pop("do"))(**order)
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=said, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+def post(url, body=None, timeout=ASK_SECONDS_MAX):
+    data = b"" if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"}, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return dict(answer.headers), json.loads(answer.read() or b"{}")
+    except urllib.error.HTTPError as error:
+        raise RuntimeError(f"{url}: {error.code} {error.read()[:500].decode(errors='replace')}") from None
+
+
+def free_ports(count):
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return ports
+
+
+class Process:
+    """Ended with everything that it started."""
+
+    def __init__(self, command, env, log, **pipes):
+        self.log = log
+        with open(log, "a", encoding="utf-8") as file:
+            to = {"stdout": file, "stderr": file, **pipes}
+            self.process = subprocess.Popen(command, env=env, start_new_session=True, **to)
+
+    def tail(self):
+        with open(self.log, encoding="utf-8", errors="replace") as log:
+            return "".join(log.readlines()[-40:])
+
+    def wait_until_healthy(self, url):
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(url + "/health", timeout=2)
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.3)
+        raise RuntimeError(f"what writes {self.log} did not start:\n{self.tail()}")
+
+    def end(self):
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, number)
+            except ProcessLookupError:
+                return
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+class TrainerProcess(Process):
+    def __init__(self, args, gpu, shape):
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, os.path.abspath(__file__), "--be-trainer", shape]
+        super().__init__(command, env, os.path.join(args.logs, f"trainer-{gpu}.log"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(self, what, **told):
+        self.tell(what, **told)
+        return self.answer()
+
+    def tell(self, what, **told):
+        self.process.stdin.write(json.dumps({"do": what, **told}).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": "it ended"}
+        if "error" in answer:
+            raise RuntimeError(f"the trainer: {answer['error']}\n{self.tail()}")
+        return answer
+
+
+class Worker(Process):
+    def __init__(self, args, case, role, gpu, model, secret):
+        self.port, self.kv_port = free_ports(2)
+        self.url, self.kv_address, self.gpu = f"http://127.0.0.1:{self.port}", f"127.0.0.1:{self.kv_port}", gpu
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+               "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_SERVER_DEV_MODE": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+               "PDLINK_SECRET_FILE": secret}
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(self.port), "--host",
+                   "127.0.0.1", "--served-model-name", "m", "--load-format", "dummy", "--max-model-len", "2048",
+                   "--kv-cache-memory-bytes", str(CACHE_BYTES)]
+        if not args.graphs:
+            command.append("--enforce-eager")
+        if case == "vllm":
+            command += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
+        else:
+            weights = {**CASES[case], "bucket_bytes": args.bucket_mib << 20}
+            told = {"http": self.url, "weights": weights}
+            paths = ["cuda-ipc"]
+            extension = "pdlink.vllm.weights.WeightsExtension"
+            if args.stand_in:
+                told["gpus"], paths, extension = [0], ["shm", "tcp"], "vllm_weights_gpu.StandInExtension"
+                here = os.path.dirname(os.path.abspath(__file__))
+                env |= {"PYTHONPATH": here, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+                        "TORCHDYNAMO_DISABLE": "1"}
+                command[command.index("--kv-cache-memory-bytes") + 1] = "64M"
+                command += ["--dtype", "float32", "--block-size", "32"]
+            env["PDLINK_WEIGHTS"] = json.dumps(told)
+            extra = {"kv_host": "127.0.0.1", "kv_ports": [self.kv_port], "kv": {"paths": paths}}
+            transfer = {"kv_connector": "PdlinkConnector", "kv_connector_module_path": "pdlink.vllm",
+                        "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer"}[role],
+                        "kv_connector_extra_config": extra}
+            command += ["--worker-extension-cls", extension, "--kv-transfer-config", json.dumps(transfer)]
+        super().__init__(command + args.serve_arg, env, os.path.join(args.logs, f"{case}-{role}.log"))
+
+
+class Proxy(Process):
+    def __init__(self, args, case, prefill, decode, secret):
+        (port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
+        command = [program(), "proxy", "--port", str(port), "--prefill", prefill.url, "--decode", decode.url,
+                   "--prefill-kv-addrs", prefill.kv_address, "--decode-kv-addrs", decode.kv_address,
+                   "--connector-impl", "native"]
+        super().__init__(command, {**os.environ, "PDLINK_SECRET_FILE": secret}, os.path.join(args.logs, f"{case}-proxy.log"))
+
+
+def program():
+    """The `pdlink` command, wherever the wheel was put."""
+    import pdlink
+
+    site = os.path.dirname(os.path.dirname(os.path.abspath(pdlink.__file__)))
+    beside = [os.environ.get("PDLINK_BIN"), os.path.join(os.path.dirname(sys.executable), "pdlink"),
+              os.path.join(site, "bin", "pdlink"), *glob.glob(os.path.join(site, "pdlink-*.data", "scripts", "pdlink")),
+              shutil.which("pdlink")]
+    for path in beside:
+        if path and os.path.isfile(path):
+            if not os.access(path, os.X_OK):
+                os.chmod(path, 0o755)
+            return path
+    sys.exit("there is no `pdlink` command beside this Python or our wheel; name it in PDLINK_BIN")
+
+
+class Memory:
+    """Used memory of GPUs, watched: the most there was above what there was at first."""
+
+    def __init__(self, gpus):
+        self.gpus, self.peaks, self.stop = sorted(set(gpus)), {}, threading.Event()
+        try:
+            self.library = ctypes.CDLL("libnvidia-ml.so.1")
+            assert self.library.nvmlInit_v2() == 0
+        except (OSError, AssertionError):
+            self.library = None
+
+    def used(self, gpu):
+        class Info(ctypes.Structure):
+            _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]
+
+        handle, info = ctypes.c_void_p(), Info()
+        if self.library is None or self.library.nvmlDeviceGetHandleByIndex_v2(int(gpu), ctypes.byref(handle)) != 0:
+            return 0
+        self.library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(info))
+        return info.used
+
+    def settle(self):
+        """Waits until what the last update used is given back, and nothing changes any more."""
+        deadline, since, before = time.monotonic() + 60, time.monotonic(), None
+        while self.library is not None and time.monotonic() < deadline and time.monotonic() - since < 1:
+            now = [self.used(gpu) for gpu in self.gpus]
+            if now != before:
+                before, since = now, time.monotonic()
+            time.sleep(0.05)
+
+    def __enter__(self):
+        self.settle()
+        first = {gpu: self.used(gpu) for gpu in self.gpus}
+        self.peaks = dict.fromkeys(self.gpus, 0)
+
+        def watch():
+            while not self.stop.wait(0.003):
+                for gpu in self.gpus:
+                    self.peaks[gpu] = max(self.peaks[gpu], self.used(gpu) - first[gpu])
+
+        self.stop.clear()
+        self.thread = threading.Thread(target=watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join()
+
+
+# --------------------------------------------------------------------------------------------------------------- the cases
+
+
+PROMPTS = [[(7 * at + 13 * number) % 250 for at in range(40 + 30 * number)] for number in range(3)]
+
+
+def answers(urls):
+    """Greedy token ids of every prompt, and the versions that made them."""
+    said, versions = [], set()
+    for url in urls:
+        for prompt in PROMPTS:
+            body = {"model": "m", "prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True,
+                    "return_token_ids": True}
+            headers, answer = post(url + "/v1/completions", body)
+            said.append(answer["choices"][0]["token_ids"])
+            versions.add({key.lower(): value for key, value in headers.items()}.get("x-pdlink-weight-version"))
+    return said, versions
+
+
+def run_case(case, args, trainer, secret):
+    gpus = args.gpus
+    placed = {"prefill": gpus[1] if len(gpus) > 2 else gpus[0], "decode": gpus[-1]}
+    if case == "vllm":
+        placed = {role: gpu for role, gpu in placed.items() if gpu != gpus[0]}
+    running = []
+    try:
+        started = time.monotonic()
+        for role, gpu in placed.items():
+            running.append(Worker(args, case, role, gpu, args.model, secret))
+        workers = list(running)
+        for worker in workers:
+            worker.wait_until_healthy(worker.url)
+        urls = [worker.url for worker in workers]
+        if case == "vllm":
+            trainer.ask("join_vllm", urls=urls, port=free_ports(1)[0])
+            send = {"what": "send_vllm", "urls": urls}
+        else:
+            running.append(Proxy(args, case, *workers, secret))
+            running[-1].wait_until_healthy(running[-1].url)
+            urls = [running[-1].url]
+            weights = {"paths": CASES[case]["paths"], "bucket_bytes": args.bucket_mib << 20}
+            send = {"what": "publish", "url": urls[0], "secret": secret, "weights": weights}
+        print(f"{case}: up in {time.monotonic() - started:.0f} s", flush=True)
+        return measure(case, args, trainer, urls, send)
+    finally:
+        for one in reversed(running):
+            one.end()
+        trainer.ask("forget_publisher")
+
+
+def measure(case, args, trainer, urls, send):
+    known, right, times, first, peaks = {}, True, [], None, {}
+    for turn in range(args.repeat + 1):
+        seed = 1 + turn % 2
+        size = trainer.ask("make", seed=seed)["bytes"]
+        with Memory(args.gpus) as memory:
+            done = trainer.ask(**send)
+        said, versions = answers(urls)
+        as_before = known.setdefault(seed, said) == said
+        is_right = as_before and not done["behind"] and (case == "vllm" or versions == {str(done["version"])})
+        if not is_right:
+            print(f"{case}: turn {turn} is wrong: the same answers as before {as_before}, versions {versions}, {done}", flush=True)
+        right = right and is_right
+        print(f"{case}: turn {turn}: {done['seconds']:.3f} s, staging {done['staging']:.3f}, pause {done['pause']:.3f}", flush=True)
+        if turn == 0:
+            first = done
+        else:
+            times.append(done)
+            peaks = {gpu: max(peaks.get(gpu, 0), memory.peaks[gpu]) for gpu in memory.peaks}
+    right = right and len(known) == 2 and known[1] != known[2]
+    middle = {key: statistics.median(one[key] for one in times) for key in ("seconds", "staging", "pause")}
+    return {"case": case, "bytes": size, **middle, "first_seconds": first["seconds"], "rate": size / middle["seconds"],
+            "staging_rate": size / middle["staging"] if middle["staging"] else None,
+            "pause_share": middle["pause"] / middle["seconds"], "extra_bytes": peaks, "right": right}
+
+
+def ceilings(args, trainer, total_bytes):
+    found = {"copy": trainer.ask("copy", repeat=args.repeat)["rate"]}
+    if len(args.gpus) > 1 and not args.stand_in:
+        others = [TrainerProcess(args, gpu, "-") for gpu in args.gpus[1:]]
+        try:
+            told = {"world": len(args.gpus), "port": free_ports(1)[0], "bucket_bytes": args.bucket_mib << 20,
+                    "total_bytes": total_bytes, "repeat": args.repeat}
+            for rank, other in enumerate(others, 1):
+                other.tell("broadcast", rank=rank, **told)
+            found["broadcast"] = trainer.ask("broadcast", rank=0, **told)["rate"]
+        finally:
+            for other in others:
+                other.end()
+    return found
+
+
+def table(args, limits, rows):
+    print(f"\n{args.shape}, trainer on GPU {args.gpus[0]}, workers on {', '.join(args.gpus)}; medians of {args.repeat}; "
+          f"buckets of {args.bucket_mib} MiB; logs in {args.logs}")
+    print("ceilings: " + ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in limits.items()))
+    heads = ("case", "GB", "update s", "first s", "GB/s", "% copy", "% bcast", "staging s", "GB/s", "pause ms", "share %", "extra MiB", "right")
+    print("{:<8}{:>6}{:>10}{:>9}{:>8}{:>8}{:>9}{:>11}{:>8}{:>10}{:>9}  {:<18}{}".format(*heads))
+    for row in rows:
+        if "why" in row:
+            print(f"{row['case']:<8}{row['why']}")
+            continue
+        of = {name: f"{100 * row['rate'] / rate:.1f}" for name, rate in limits.items()}
+        staging = f"{row['staging_rate'] / 1e9:.1f}" if row["staging_rate"] else "-"
+        extra = " ".join(f"{gpu}:{size >> 20}" for gpu, size in row["extra_bytes"].items())
+        print(f"{row['case']:<8}{row['bytes'] / 1e9:>6.1f}{row['seconds']:>10.3f}{row['first_seconds']:>9.3f}{row['rate'] / 1e9:>8.1f}"
+              f"{of.get('copy', '-'):>8}{of.get('broadcast', '-'):>9}{row['staging']:>11.3f}{staging:>8}{row['pause'] * 1e3:>10.1f}"
+              f"{row['pause_share'] * 100:>9.1f}  {extra:<18}{'yes' if row['right'] else 'NO'}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
+    parser.add_argument("--gpus", type=lambda text: text.split(","), default=["0"])
+    parser.add_argument("--cases", type=lambda text: text.split(","), default=None)
+    parser.add_argument("--repeat", type=int, default=4)
+    parser.add_argument("--bucket-mib", type=int, default=256)
+    parser.add_argument("--graphs", action="store_true", help="with CUDA graphs and torch.compile, as vLLM serves by default")
+    parser.add_argument("--serve-arg", action="append", default=[])
+    parser.add_argument("--json", default=None)
+    parser.add_argument("--logs", default=None)
+    parser.add_argument("--stand-in", default=None)
+    args = parser.parse_args()
+    args.cases = args.cases or (["device", "host", "none"] if len(args.gpus) == 1 else ["nccl", "device", "vllm"])
+    args.logs = os.path.abspath(args.logs or tempfile.mkdtemp(prefix="pdlink-weights-"))
+    os.makedirs(args.logs, exist_ok=True)
+    if args.stand_in:
+        os.environ[STAND_IN] = os.path.abspath(args.stand_in)
+    with tempfile.TemporaryDirectory(prefix="pdlink-weights-") as work:
+        args.model = write_model(os.path.join(work, "model"), args.shape)
+        secret = os.path.join(work, "secret")
+        with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+        trainer = TrainerProcess(args, args.gpus[0], args.shape)
+        rows = []
+        try:
+            total = trainer.ask("make", seed=1)["bytes"]
+            limits = ceilings(args, trainer, total)
+            for case in args.cases:
+                if case in BETWEEN_GPUS and len(set(args.gpus)) == 1:
+                    rows.append({"case": case, "why": "NCCL takes no two ranks on one GPU", "right": True})
+                    continue
+                try:
+                    rows.append(run_case(case, args, trainer, secret))
+                except RuntimeError as error:
+                    print(error, flush=True)
+                    rows.append({"case": case, "why": str(error).splitlines()[0], "right": False})
+        finally:
+            trainer.end()
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"shape": args.shape, "gpus": args.gpus, "bucket_mib": args.bucket_mib, "ceilings": limits, "rows": rows}, file, indent=1)
+    table(args, limits, rows)
+    sys.exit(0 if rows and all(row["right"] for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--be-trainer"]:
+        be_trainer(sys.argv[2])
+    else:
+        main()
