@@ -129,6 +129,8 @@ impl Drop for Node {
 /// The run: five hosts, and a launcher on each.
 struct Fleet {
     nodes: Vec<Node>,
+    /// Overrides of every node.
+    overrides: &'static [&'static str],
     network: Network,
     folder: tempfile::TempDir,
 }
@@ -138,7 +140,7 @@ impl Fleet {
     fn of(hosts: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("run.toml"), config(hosts)).unwrap();
-        let fleet = Self { nodes: Vec::new(), network: Network::of(5), folder };
+        let fleet = Self { nodes: Vec::new(), overrides: &[], network: Network::of(5), folder };
         fleet.secret("secret", '7');
         fleet
     }
@@ -152,7 +154,11 @@ impl Fleet {
 
     /// All launchers, ready.
     fn up(hosts: &str) -> (Self, Value) {
-        let mut fleet = Self::of(hosts);
+        Self::up_with(hosts, &[])
+    }
+
+    fn up_with(hosts: &str, overrides: &'static [&'static str]) -> (Self, Value) {
+        let mut fleet = Self { overrides, ..Self::of(hosts) };
         fleet.nodes = (0..5).map(|rank| fleet.start(rank)).collect();
         let ready = fleet.nodes[0].event("ready");
         (fleet, ready)
@@ -164,6 +170,7 @@ impl Fleet {
         command
             .args(["up", "@", &path("run.toml"), "--node", &rank.to_string(), "--json"])
             .args(["--launcher.log_dir", &path(&format!("logs{rank}"))])
+            .args(self.overrides)
             .current_dir(self.folder.path())
             .env("PDLINK_SECRET_FILE", path("secret"));
         command
@@ -380,7 +387,8 @@ fn kv_8_px_2_a_pulled_cable_and_a_dead_host_cost_no_answer_and_both_come_back() 
 #[test]
 fn late_and_lost_packets_cost_no_answer() {
     inside("late_and_lost_packets_cost_no_answer", async || {
-        let (fleet, _) = Fleet::up("");
+        // Both legs at once, so that KV is pushed in parts while packets are late.
+        let (fleet, _) = Fleet::up_with("", &["--proxy.dispatch", "concurrent"]);
         let load = Load::start().await;
         load.goes_on(20).await;
         let _spoiled = [fleet.network.hosts[1].spoil(20, 3), fleet.network.hosts[4].spoil(20, 3)];

@@ -203,6 +203,9 @@ fn dry_run(config: &Config, here: &Here, json: bool) -> anyhow::Result<()> {
     } else {
         planned(config, here, &secret_file)?.0
     };
+    if config.hosts.has_several() && config.security.secret_file.is_none() {
+        stage::warn_on_stderr(NO_SECRET);
+    }
     // The plan may be for another host than the one it is looked at.
     for fault in host::faults(config, &plan.share(here.place.node), &here.host, here.vllm.as_ref()) {
         stage::warn_on_stderr(&fault.to_string());

@@ -26,8 +26,8 @@ pub struct HostsConfig {
     /// The network that KV takes, on every node: the name of an interface (`ib0`), the beginning of one (`ib*`), or a network
     /// (`10.1.0.0/16`). Default none: the node's own `address`. `kv_address` of a node wins.
     pub kv_interface: Option<String>,
-    /// Whether workers are told which RDMA devices are next to their GPUs: `UCX_NET_DEVICES` with `nixl`, `NCCL_IB_HCA` with
-    /// `nccl`, each only where nobody has set it. Default true.
+    /// Whether workers are told which RDMA devices are next to their GPUs: `UCX_NET_DEVICES` with `nixl`, `NCCL_IB_HCA` and
+    /// `NCCL_SOCKET_IFNAME` (the interface of KV) with `nccl`, each only where nobody has set it. Default true.
     pub rdma_hints: bool,
     /// How long node 0 waits at the start for all nodes to be there, and they for it, in seconds. Default 600: schedulers start
     /// nodes minutes apart. Loading the model counts apart (`launcher.ready_timeout_s`).

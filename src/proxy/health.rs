@@ -273,6 +273,28 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_that_leaves_is_kept_out_though_it_answers_probes_until_it_is_said_to_serve() {
+        let (health, now) = up();
+        health.leaves();
+        health.probe_answered();
+        assert_eq!((health.standing(now), health.admit(now)), (Standing::Out, None));
+        health.came_up();
+        assert_eq!(health.admit(now), Some(false));
+    }
+
+    #[test]
+    // PX-2.
+    fn px_2_failed_hand_overs_quarantine_a_worker_that_answers_everything_itself() {
+        let (health, now) = up();
+        health.succeeded();
+        assert!(!health.distrusted(RULES.quarantine_after_failures - 1, now));
+        assert!(health.distrusted(RULES.quarantine_after_failures, now));
+        assert!(!health.distrusted(RULES.quarantine_after_failures, now), "it is there already");
+        assert_eq!(health.standing(now), Standing::Out);
+        assert_eq!(health.standing(now + RULES.quarantine), Standing::OnTrial);
+    }
+
+    #[test]
     // PX-2.
     fn px_2_a_failed_trial_is_a_new_quarantine_and_an_undecided_one_is_not() {
         let (health, now) = up();
