@@ -194,12 +194,14 @@ async fn connectors_that_cannot_are_refused_at_start() {
             listener: std::net::TcpListener::bind("127.0.0.1:0").unwrap(),
             admin_listener: None,
             config: pdlink::config::ProxyConfig { dispatch: Dispatch::Concurrent, ..config() },
+            telemetry: pdlink::config::TelemetryConfig::default(),
             prefill: vec![pdlink::proxy::WorkerAddress::new("http://127.0.0.1:1")],
             decode: vec![pdlink::proxy::WorkerAddress::new("http://127.0.0.1:2")],
             connector,
             mode: Mode::Disaggregated,
             weights: pdlink::config::WeightsConfig::default(),
             secret: setup.secret,
+            registry: Default::default(),
             health_failures_max: 2,
         });
         let why = refused.unwrap_err();

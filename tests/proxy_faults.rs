@@ -306,7 +306,7 @@ async fn a_refusal_that_comes_before_the_body_was_read_is_passed_on() {
         while let Ok((mut stream, _)) = listener.accept().await {
             let mut head = [0; 512];
             let _ = stream.read(&mut head).await;
-            let health = head.starts_with(b"GET /health");
+            let health = head.starts_with(b"GET /health") || head.starts_with(b"GET /metrics");
             let answer: &[u8] = if health {
                 b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
             } else {

@@ -132,9 +132,11 @@ fn setup(args: &Args, config: &Config) -> anyhow::Result<ProxySetup> {
         listener,
         admin_listener,
         config: config.proxy.clone(),
+        telemetry: config.telemetry.clone(),
         connector,
         mode,
         secret,
+        registry: Default::default(),
         health_failures_max: args.health_check_failure_threshold,
     })
 }
@@ -220,7 +222,7 @@ fn workers(
         let derived = host.zip(port).map(|((host, _), port)| format!("{host}:{port}"));
         let kv_addr = kv_addrs.get(number).cloned().or(derived);
         let weights_addr = weights_addrs.get(number).cloned();
-        WorkerAddress { url: url.clone(), kv_addr, weights_addr, tp: config.tp(role) }
+        WorkerAddress { url: url.clone(), kv_addr, weights_addr, tp: config.tp(role), name: None, gpus: Vec::new() }
     };
     Ok(urls.iter().enumerate().map(worker).collect())
 }

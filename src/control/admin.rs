@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 
 use super::connection::{Answerer, Connection, Inbound, Liveness, Sink, connection};
 use super::handshake::{Hello, Identity, VERSIONS, open};
-use super::messages::{AbortAnswer, AdminAnswer, AdminRequest, Paired, RankRecords, RuntimeStatus};
+use super::messages::{AbortAnswer, AdminAnswer, AdminRequest, Paired, RankRecords, RuntimeStatus, Traffic};
 use super::wire::{from_body, to_body};
 use super::{ControlError, Part, Role, TransferId, WeightsRequest, WeightsStatus};
 use crate::security::Secret;
@@ -112,6 +112,22 @@ impl AdminClient {
     pub async fn status(&self) -> Result<RuntimeStatus, ControlError> {
         match self.ask(AdminRequest::Status).await? {
             AdminAnswer::Status(status) => Ok(status),
+            other => Err(self.unexpected(other)),
+        }
+    }
+
+    /// What went over the worker's links, all ranks together.
+    pub async fn traffic(&self) -> Result<Traffic, ControlError> {
+        match self.ask(AdminRequest::Traffic).await? {
+            AdminAnswer::Traffic(traffic) => Ok(*traffic),
+            other => Err(self.unexpected(other)),
+        }
+    }
+
+    /// The same, of this one of the worker's runtimes alone.
+    pub async fn traffic_here(&self) -> Result<Traffic, ControlError> {
+        match self.ask(AdminRequest::TrafficHere).await? {
+            AdminAnswer::Traffic(traffic) => Ok(*traffic),
             other => Err(self.unexpected(other)),
         }
     }
@@ -260,6 +276,7 @@ mod tests {
                 AdminRequest::Pair(peer) => AdminAnswer::Refused(format!("{peer} does not fit")),
                 AdminRequest::Status => AdminAnswer::Abort(AbortAnswer::Ended),
                 AdminRequest::Weights(_) => AdminAnswer::Refused("no weights".to_owned()),
+                AdminRequest::Traffic | AdminRequest::TrafficHere => AdminAnswer::Refused("no links".to_owned()),
             });
         }
     }

@@ -34,7 +34,7 @@ pub struct Versions {
 }
 
 /// What this build speaks.
-pub const VERSIONS: Versions = Versions { min: 4, max: 4 };
+pub const VERSIONS: Versions = Versions { min: 5, max: 5 };
 
 /// Who is at one end, said after both have proved that they belong to the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

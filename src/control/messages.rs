@@ -61,6 +61,46 @@ pub struct RuntimeStatus {
     pub weight_version: u64,
 }
 
+/// What decode has fetched from one prefill worker over one path, since its runtime started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkTraffic {
+    pub peer_engine_id: String,
+    /// `None`: transfers that ended before a path was chosen, or that had nothing to move.
+    pub path: Option<Path>,
+    pub done: u64,
+    pub failed: u64,
+    pub bytes: u64,
+    /// Of those that were done, in microseconds.
+    pub wait_us: u64,
+    pub copy_us: u64,
+    pub validate_us: u64,
+}
+
+/// A transfer that failed, or that nobody came for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecentFailure {
+    /// Counts up from 1 with each failure of a runtime.
+    pub number: u64,
+    pub at_unix_ms: u64,
+    pub transfer_id: String,
+    /// The short name that metrics use.
+    pub kind: String,
+    pub cause: String,
+}
+
+/// A runtime and what went over its links.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    pub status: RuntimeStatus,
+    /// By peer and path.
+    pub links: Vec<LinkTraffic>,
+    /// Engine ids of connected prefill workers, and the path to each.
+    pub connected: Vec<(String, Path)>,
+    /// The last of them, oldest first.
+    pub failures: Vec<RecentFailure>,
+    pub leases_renewed: u64,
+}
+
 /// A question to a runtime.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AdminRequest {
@@ -78,6 +118,9 @@ pub enum AdminRequest {
     /// Of this runtime alone.
     RecordsHere(TransferId),
     Weights(WeightsRequest),
+    /// Of every rank of the worker, added up.
+    Traffic,
+    TrafficHere,
 }
 
 /// Its answer.
@@ -91,4 +134,5 @@ pub enum AdminAnswer {
     /// The request was understood and refused; the text says why.
     Refused(String),
     Weights(Box<WeightsStatus>),
+    Traffic(Box<Traffic>),
 }

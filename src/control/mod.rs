@@ -23,7 +23,10 @@ pub use early::{EarlyParams, PARAMS_VERSION};
 pub use error::ControlError;
 pub use handshake::{Hello, Identity, VERSIONS, Versions, accept, open};
 pub use listener::{CONNECTIONS_MAX, STRANGERS_MAX, Welcome, serve};
-pub use messages::{AbortAnswer, AdminAnswer, AdminRequest, Paired, Part, RankRecords, RuntimeStatus};
+pub use messages::{
+    AbortAnswer, AdminAnswer, AdminRequest, LinkTraffic, Paired, Part, RankRecords, RecentFailure, RuntimeStatus,
+    Traffic,
+};
 pub use transfer_id::{BadTransferId, TransferId};
 pub use weights::{
     WeightSource, WeightsDoor, WeightsFailure, WeightsOffer, WeightsPhase, WeightsRequest, WeightsStatus,

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -20,6 +20,7 @@ use super::peers::{Peer, Reached};
 use super::producer::Sending;
 use super::runtime::{ReportSink, Shared, locked};
 use super::shares::{Meeting, Split};
+use super::traffic::Account;
 use super::{Basis, Begin, BlockId, End, Offer, PairPlan, Progress, Report, TransferFailure, siblings};
 use crate::config::{DigestPolicy, Dispatch, KvConfig, KvSendType, Path};
 use crate::control::{
@@ -156,6 +157,7 @@ pub(super) struct Core {
     pub(super) clients: HashMap<u64, Client>,
     pub(super) peers: HashMap<String, Peer>,
     pub(super) past: Past,
+    pub(super) traffic: Account,
     /// What was said about transfers that are not offered yet.
     pub(super) early: HashMap<TransferId, Early>,
     /// How our worker spreads its ranks over runtimes, and which of them this is.
@@ -237,6 +239,7 @@ impl Core {
             clients: HashMap::new(),
             peers: HashMap::new(),
             past: Past::default(),
+            traffic: Account::default(),
             early: HashMap::new(),
             split,
             own_part,
@@ -372,6 +375,8 @@ impl Core {
             AdminRequest::RecordsHere(transfer_id) => reply.send(&AdminAnswer::Records(self.records_here(transfer_id))),
             AdminRequest::PeersOf(ranks) => reply.send(&self.peers_of(ranks)),
             AdminRequest::Status => reply.send(&AdminAnswer::Status(self.shared.status())),
+            AdminRequest::Traffic => self.traffic_everywhere(reply),
+            AdminRequest::TrafficHere => reply.send(&AdminAnswer::Traffic(Box::new(self.traffic_here()))),
             AdminRequest::Pair(peer) => self.pair(&peer, reply),
             AdminRequest::Weights(_) => match &self.shared.weights {
                 Some(weights) => weights.admin.ask(request, reply),
@@ -488,6 +493,8 @@ impl Core {
             }
             end => tracing::debug!(%transfer_id, side = side.name(), ?end, bytes = record.bytes, "transfer ended"),
         }
+        record.ended_unix_us = unix_us();
+        self.traffic.ended(&record, name);
         self.shared.metrics.ended(&record, name);
         locked(&self.shared.records).push(transfer_id, record);
     }
@@ -513,6 +520,7 @@ impl Core {
             exposed_us: 0,
             digest_checked: false,
             weight_version: self.weight_version(),
+            ended_unix_us: 0,
             outcome: TransferOutcome::Aborted,
         }
     }
@@ -560,6 +568,11 @@ impl Core {
 pub(super) fn micros(from: Option<Instant>, to: Option<Instant>) -> u64 {
     let (Some(from), Some(to)) = (from, to) else { return 0 };
     u64::try_from(to.saturating_duration_since(from).as_micros()).unwrap_or(u64::MAX)
+}
+
+fn unix_us() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 async fn sleep_until(at: Option<Instant>) {

@@ -44,6 +44,8 @@ struct ReasonLabel {
 pub struct KvMetrics {
     transfers: Family<TransferLabels, Counter>,
     bytes: Family<PathLabels, Counter>,
+    posts: Family<PathLabels, Counter>,
+    leases: Counter,
     digests: Family<SideLabel, Counter>,
     seconds: Family<PartLabels, Histogram, fn() -> Histogram>,
     held: Gauge,
@@ -59,6 +61,8 @@ impl KvMetrics {
         let metrics = Self::unregistered();
         registry.register(names::KV_TRANSFERS, "Transfers that ended", metrics.transfers.clone());
         registry.register(names::KV_TRANSFER_BYTES, "Bytes of KV moved", metrics.bytes.clone());
+        registry.register(names::KV_TRANSFER_POSTS, "Requests posted to a path", metrics.posts.clone());
+        registry.register(names::KV_LEASES_RENEWED, "Leases that decode renewed", metrics.leases.clone());
         registry.register(names::KV_DIGESTS_CHECKED, "Transfers whose digest was compared", metrics.digests.clone());
         registry.register(names::KV_TRANSFER_SECONDS, "Time of transfers that ended well", metrics.seconds.clone());
         registry.register(names::KV_BLOCKS_HELD, "Blocks held for decode", metrics.held.clone());
@@ -77,6 +81,8 @@ impl KvMetrics {
         Self {
             transfers: Family::default(),
             bytes: Family::default(),
+            posts: Family::default(),
+            leases: Counter::default(),
             digests: Family::default(),
             seconds: Family::new_with_constructor(histogram),
             held: Gauge::default(),
@@ -97,12 +103,18 @@ impl KvMetrics {
         }
         if record.outcome == TransferOutcome::Done {
             self.bytes.get_or_create(&PathLabels { side, path }).inc_by(record.bytes);
+            self.posts.get_or_create(&PathLabels { side, path }).inc_by(record.posts);
             for (part, micros) in [("wait", record.wait_us), ("copy", record.copy_us), ("validate", record.validate_us)]
             {
                 let seconds = std::time::Duration::from_micros(micros).as_secs_f64();
                 self.seconds.get_or_create(&PartLabels { side, part }).observe(seconds);
             }
         }
+    }
+
+    /// Leases on KV that waits at prefill for a request that waits at decode (KV-2).
+    pub(super) fn leases_renewed(&self, leases: u64) {
+        self.leases.inc_by(leases);
     }
 
     pub(super) fn gauge(&self, held_blocks: u64, active: u64) {

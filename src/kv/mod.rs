@@ -8,7 +8,8 @@
 //! - *what is said*: `params` and `card` (through the router), `messages` (between two runtimes);
 //! - *what may happen*: `channel`, pure machines for each side;
 //! - *what is done*: `core`, the thread that owns all of it, with `producer`, `claims`, `pushes`, `parts` and `clients` on prefill,
-//!   `consumer`, `copies` and `peers` on decode, and `siblings` between the ranks of one worker.
+//!   `consumer`, `copies` and `peers` on decode, `siblings` between the ranks of one worker, and `traffic` for those
+//!   who watch.
 //!
 //! Invariants KV-1 to KV-9 are stated in `docs/architecture.md`; the machines and the tests name those that they hold.
 #![forbid(unsafe_code)]
@@ -42,6 +43,7 @@ mod run_list;
 mod runtime;
 mod shares;
 mod siblings;
+mod traffic;
 
 #[cfg(test)]
 #[path = "../../tests/support/kv_cache.rs"]

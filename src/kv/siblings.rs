@@ -9,8 +9,12 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use super::core::Core;
+use super::peers::Peer;
 use super::runtime::locked;
-use crate::control::{AbortAnswer, AdminAnswer, AdminClient, AdminReply, ControlError, RankRecords, TransferId};
+use super::traffic;
+use crate::control::{
+    AbortAnswer, AdminAnswer, AdminClient, AdminReply, ControlError, RankRecords, Traffic, TransferId,
+};
 use crate::security::Secret;
 
 /// How long another rank may take to answer. Ranks of one worker are on one host, or one hop apart.
@@ -53,6 +57,26 @@ impl Core {
             found.records.sort_by_key(|record| (record.rank, record.side));
             reply.send(&AdminAnswer::Records(found));
         });
+    }
+
+    /// What went over the links of this rank and of every other, added up. A rank that cannot be asked is left out.
+    pub(super) fn traffic_everywhere(&mut self, reply: AdminReply) {
+        let mut traffic = self.traffic_here();
+        let asked = self.ask_siblings(|sibling| async move { sibling.traffic_here().await });
+        self.tasks.spawn(async move {
+            for (_, answer) in asked.await {
+                if let Ok(theirs) = answer {
+                    traffic::add(&mut traffic, theirs);
+                }
+            }
+            reply.send(&AdminAnswer::Traffic(Box::new(traffic)));
+        });
+    }
+
+    pub(super) fn traffic_here(&self) -> Traffic {
+        let connected = self.peers.values().filter_map(Peer::reached);
+        let connected = connected.map(|reached| (reached.engine_id.clone(), reached.path)).collect();
+        self.traffic.told(self.shared.status(), connected)
     }
 
     pub(super) fn records_here(&self, transfer_id: TransferId) -> RankRecords {

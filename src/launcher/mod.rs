@@ -13,6 +13,7 @@ pub mod life;
 pub mod log_dir;
 pub mod logs;
 pub mod machine;
+pub mod metrics;
 pub mod nodes;
 pub mod ports;
 pub mod probe;

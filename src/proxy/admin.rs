@@ -18,6 +18,7 @@ use super::ask::{Question, Reply, ask};
 use super::routes::{Peer, Unread, describe};
 use super::shared::Lane;
 use super::upstream::{Deadline, UpstreamError, write_headers};
+use super::watch;
 use super::weights;
 use super::worker::Worker;
 use crate::control::TransferId;
@@ -59,7 +60,13 @@ pub(crate) fn routes(lane: &Arc<Lane>) -> Router<Arc<Lane>> {
     for path in TO_ALL {
         router = router.route(path, post(to_all).get(to_all));
     }
-    router.route_layer(middleware::from_fn_with_state(Arc::clone(lane), gate))
+    let router = router.route_layer(middleware::from_fn_with_state(Arc::clone(lane), gate));
+    let watched = Router::new()
+        .route("/", get(watch::page))
+        .route("/admin/live", get(watch::events))
+        .route("/admin/overview", get(watch::overview))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(lane), watch::gate));
+    router.merge(watched)
 }
 
 /// Lets loopback callers through, or whoever shows the token.

@@ -8,6 +8,7 @@ use http::header;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::plan::{Plan, Shape, sampling_of};
+use super::trace::TRACEPARENT;
 use super::upstream::write_headers;
 use super::worker::Worker;
 use crate::config::Dispatch;
@@ -28,6 +29,17 @@ pub enum Connector {
     VllmNixl,
     /// vLLM's P2pNcclConnector: addresses in the request id.
     P2pNccl,
+}
+
+impl Connector {
+    /// The name that people know it by.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Native => "pdlink's connector",
+            Self::VllmNixl => "vLLM's NixlConnector",
+            Self::P2pNccl => "vLLM's P2pNcclConnector",
+        }
+    }
 }
 
 /// The last version of vLLM whose workers read addresses out of request ids.
@@ -108,10 +120,12 @@ pub(crate) fn decode_body<'a>(plan: Plan, body: &'a RequestBody, params: Option<
     }
 }
 
-/// The client's headers, as header lines for either leg, without those that the proxy writes itself.
-pub(crate) fn common_headers(client: &HeaderMap) -> Vec<u8> {
+/// The client's headers, as header lines for either leg, without those that the proxy writes itself: with traces, the legs'
+/// parent too.
+pub(crate) fn common_headers(client: &HeaderMap, has_traces: bool) -> Vec<u8> {
     write_headers(client, |name| {
-        [&X_REQUEST_ID, &X_PDLINK_TRANSFER_ID, &X_KV_TARGET, &header::ACCEPT_ENCODING].contains(&name)
+        (has_traces && name == TRACEPARENT)
+            || [&X_REQUEST_ID, &X_PDLINK_TRANSFER_ID, &X_KV_TARGET, &header::ACCEPT_ENCODING].contains(&name)
     })
 }
 

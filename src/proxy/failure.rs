@@ -7,7 +7,9 @@ use http::StatusCode;
 use super::flight::RETRY_AFTER;
 use super::legs::{Answer, Held};
 use super::metrics::Leg;
+use super::shared::Shared;
 use super::upstream::UpstreamError;
+use super::watch::What;
 use super::worker::{Load, Worker};
 use crate::openai::{ApiError, splice};
 
@@ -71,7 +73,11 @@ impl Failure {
     }
 
     /// This is the failure that counts: it is held against the worker.
-    pub(super) fn stand(&mut self) {
+    pub(super) fn stand(&mut self, shared: &Shared) {
+        // A refusal is the client's business.
+        if self.answer.as_ref().is_none_or(|held| !held.status.is_client_error()) {
+            shared.watch.failures.note(What::Request, self.worker, &self.error.message);
+        }
         let now = std::time::Instant::now();
         match self.blamed.take().map(|blamed| *blamed) {
             Some(Blamed { load, pair: Some(pair) }) => pair.failed(load, now),
@@ -89,8 +95,8 @@ impl Failure {
     }
 
     /// What the client gets of it: the worker's own words if there are any.
-    pub(super) fn end(mut self) -> Result<Answer, ApiError> {
-        self.stand();
+    pub(super) fn end(mut self, shared: &Shared) -> Result<Answer, ApiError> {
+        self.stand(shared);
         self.answer.map(|held| Answer::Held(*held)).ok_or(self.error)
     }
 }

@@ -13,6 +13,7 @@ use super::abort::Transfer;
 use super::access::{self, Line};
 use super::dialect::hex;
 use super::shared::Lane;
+use super::trace::{Ended, RequestTrace};
 use super::worker::{Load, Worker};
 use crate::config::Dispatch;
 use crate::control::TransferId;
@@ -44,6 +45,8 @@ pub(crate) struct Flight {
     pub(crate) weight_version: Option<u64>,
     pub(crate) status: u16,
     pub(crate) bytes: u64,
+    /// Its spans, if it is traced.
+    pub(crate) trace: Option<Box<RequestTrace>>,
     /// How it ended; a flight that ends without saying was left by its client.
     pub(crate) end: &'static str,
 }
@@ -65,6 +68,7 @@ impl Flight {
             weight_version: None,
             status: 0,
             bytes: 0,
+            trace: RequestTrace::begin(shared, route, headers),
             end: "client_left",
         };
         let before = shared.inflight.fetch_add(1, Ordering::Relaxed);
@@ -132,6 +136,17 @@ impl Drop for Flight {
         let duration = self.started.elapsed();
         shared.metrics.answered(self.route, self.status);
         shared.metrics.request_seconds.observe(duration.as_secs_f64());
+        if let Some(trace) = self.trace.take() {
+            trace.end(&Ended {
+                status: self.status,
+                end: self.end,
+                bytes: self.bytes,
+                request_id: self.request_id.to_str().unwrap_or("-"),
+                dispatch: self.dispatch,
+                transfer_id: self.transfer_id,
+                decode: self.load.as_ref().map(|load| load.worker().number),
+            });
+        }
         if shared.limits.access_log && access::is_wanted() {
             self.log(duration);
         }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use prometheus_client::registry::Registry;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -21,16 +22,22 @@ use super::metrics::Metrics;
 use super::pool::Pool;
 use super::server::{self, ARRIVALS_MAX, Door, Service, Stop};
 use super::shared::{Gate, Lane, Limits, Shared};
+use super::trace::{self, Traced, Tracing};
+use super::watch::{self, Watch, What};
 use super::weights::{self, Desk, Orders};
 use super::worker::{Worker, WorkerAddress, base_url};
 use super::{doubt, probe, routes};
-use crate::config::{Dispatch, ProxyConfig, WeightsConfig};
+use crate::config::{Dispatch, ProxyConfig, TelemetryConfig, WeightsConfig};
 use crate::control::{AdminClient, Role};
 use crate::security::Secret;
+use crate::telemetry::traces::{TraceError, Traces};
 
 /// Most server threads that are taken without being asked for. One serves some 15,000 requests a second; each one more than
 /// the load needs costs processor time, since a wake-up then finds fewer requests to serve.
 const THREADS_DEFAULT_MAX: usize = 4;
+
+/// Workers are not asked more often how they are.
+const WATCH_MIN: Duration = Duration::from_millis(10);
 
 /// Files that are no request's: listeners, idle connections to workers, control connections, the log.
 pub const FILES_OF_OTHERS: usize = 320;
@@ -52,6 +59,8 @@ pub struct ProxySetup {
     /// Where admin calls come, if not there.
     pub admin_listener: Option<TcpListener>,
     pub config: ProxyConfig,
+    /// How often workers are asked how they are.
+    pub telemetry: TelemetryConfig,
     /// How updates of the weights go.
     pub weights: WeightsConfig,
     pub prefill: Vec<WorkerAddress>,
@@ -60,6 +69,8 @@ pub struct ProxySetup {
     pub mode: Mode,
     /// The run's secret, for the workers' runtimes.
     pub secret: Secret,
+    /// What else the metrics page shows: whoever starts the proxy may have numbers of its own.
+    pub registry: Registry,
     /// Health questions that may fail in a row before a worker counts as down. PRIME-RL's default is 2.
     pub health_failures_max: u32,
 }
@@ -79,6 +90,8 @@ pub enum ProxyError {
     NoKvAddress { url: String },
     #[error("`[proxy] {key}` {why}")]
     Setting { key: &'static str, why: String },
+    #[error(transparent)]
+    Traces(#[from] TraceError),
     #[error("cannot start the proxy's threads: {0}")]
     Threads(io::Error),
     #[error("cannot use the proxy's listener: {0}")]
@@ -112,7 +125,7 @@ pub struct ProxyHandle {
 }
 
 /// Starts the proxy's threads. They serve until the handle is shut down or dropped.
-pub fn serve(setup: ProxySetup) -> Result<ProxyHandle, ProxyError> {
+pub fn serve(mut setup: ProxySetup) -> Result<ProxyHandle, ProxyError> {
     let address = setup.listener.local_addr().map_err(ProxyError::Listener)?;
     let admin = setup.admin_listener.as_ref().map(TcpListener::local_addr).transpose();
     let admin_address = admin.map_err(ProxyError::Listener)?;
@@ -122,7 +135,10 @@ pub fn serve(setup: ProxySetup) -> Result<ProxyHandle, ProxyError> {
     let threads = setup.config.threads.unwrap_or_else(default_threads).max(1);
     let (abandon, abandoned) = mpsc::channel(abort::QUEUE_MAX);
     let (desk, orders) = Desk::new(&setup.weights);
-    let shared = share(&setup, abandon, desk)?;
+    let registry = std::mem::take(&mut setup.registry);
+    let (traced, to_trace) = mpsc::channel(trace::QUEUE_MAX);
+    let tracing = Traces::start(&setup.telemetry)?.map(|traces| Tracing::new(traces, traced));
+    let shared = share(&setup, registry, abandon, desk, tracing)?;
     let stop = Stop { drain: CancellationToken::new(), kill: CancellationToken::new() };
     let mut handle = ProxyHandle {
         shared: Arc::clone(&shared),
@@ -147,6 +163,7 @@ pub fn serve(setup: ProxySetup) -> Result<ProxyHandle, ProxyError> {
         doors,
         access,
         abandoned,
+        to_trace,
         orders,
         secret: setup.secret,
         stop,
@@ -161,7 +178,13 @@ fn default_threads() -> usize {
     (cores / 2).clamp(1, THREADS_DEFAULT_MAX)
 }
 
-fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>, weights: Desk) -> Result<Arc<Shared>, ProxyError> {
+fn share(
+    setup: &ProxySetup,
+    registry: Registry,
+    abandoned: mpsc::Sender<Abandoned>,
+    weights: Desk,
+    tracing: Option<Tracing>,
+) -> Result<Arc<Shared>, ProxyError> {
     let config = &setup.config;
     if config.dispatch == Dispatch::Concurrent && setup.connector != Connector::Native {
         let why = "is \"concurrent\", which pdlink's own connector alone can do; set `dispatch = \"sequential\"`, or use \
@@ -207,8 +230,15 @@ fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>, weights: Desk) 
         Some(addr) => Some(AdminClient::new(addr.clone(), setup.secret.clone(), abort::TELL_TIMEOUT)),
         None => runtime.clone(),
     };
+    let every = Duration::try_from_secs_f64(setup.telemetry.watch_interval_s).ok().filter(|every| *every >= WATCH_MIN);
+    let every = every.ok_or_else(|| ProxyError::Setting {
+        key: "watch_interval_s",
+        why: format!("of `[telemetry]` must be {WATCH_MIN:?} at least, got {} s", setup.telemetry.watch_interval_s),
+    })?;
     Ok(Arc::new(Shared {
         limits,
+        watch: Watch::new(workers.len(), every),
+        tracing,
         mode: setup.mode,
         connector: setup.connector,
         policy: config.policy,
@@ -219,7 +249,7 @@ fn share(setup: &ProxySetup, abandoned: mpsc::Sender<Abandoned>, weights: Desk) 
         workers: workers.into_boxed_slice(),
         gate: Gate { token: config.admin_token.clone(), apart: setup.admin_listener.is_some() },
         weights,
-        metrics: Metrics::new(),
+        metrics: Metrics::new(registry),
         secret: setup.secret.clone(),
         abandoned,
         inflight: AtomicUsize::new(0),
@@ -270,6 +300,7 @@ struct Keeper {
     doors: Vec<Door>,
     access: Vec<Arc<AccessQueue>>,
     abandoned: mpsc::Receiver<Abandoned>,
+    to_trace: mpsc::Receiver<Traced>,
     orders: Orders,
     secret: Secret,
     stop: Stop,
@@ -291,11 +322,13 @@ impl Keeper {
         let mut tasks = JoinSet::new();
         tasks.spawn(access::write(self.access.clone()));
         tasks.spawn(probe::watch_all(Arc::clone(&lane)));
+        tasks.spawn(watch::keep(Arc::clone(&lane)));
         if self.shared.connector == Connector::P2pNccl && self.shared.mode == Mode::Disaggregated {
             for worker in &self.shared.workers {
                 tasks.spawn(doubt::tell(Arc::clone(&lane), Arc::clone(worker), self.secret.clone()));
             }
         }
+        tasks.spawn(trace::tell_transfers(Arc::clone(&self.shared), self.to_trace));
         tasks.spawn(weights::keep(Arc::clone(&self.shared), self.orders));
         tasks.spawn(abort::tell(self.shared, self.secret, self.abandoned));
         let listener = tokio::net::TcpListener::from_std(self.listener)?;
@@ -356,6 +389,11 @@ impl ProxyHandle {
         found.map(|worker| worker.inflight()).sum()
     }
 
+    /// Why a worker ended, as somebody knows who saw it. False: there is none of that URL.
+    pub fn worker_failed(&self, url: &str, why: &str) -> bool {
+        self.tell(url, |worker| self.shared.watch.failures.note(What::Worker, Some(worker.number), why))
+    }
+
     fn tell(&self, url: &str, what: impl Fn(&Worker)) -> bool {
         let found = self.shared.workers.iter().filter(|worker| worker.name() == base_url(url));
         found.inspect(|worker| what(worker)).count() > 0
@@ -364,6 +402,7 @@ impl ProxyHandle {
     /// Takes no more requests, lets those in flight end within `grace`, then ends the threads. Blocks.
     pub fn shutdown(mut self, grace: Duration) -> Drained {
         self.shared.draining.store(true, Ordering::Relaxed);
+        self.shared.watch.end();
         self.stop.drain.cancel();
         let deadline = Instant::now() + grace;
         // Lanes end by themselves when their last connection has; the keeper waits for them.
@@ -387,6 +426,9 @@ impl ProxyHandle {
             if thread.join().is_err() {
                 tracing::error!("a thread of the proxy panicked");
             }
+        }
+        if let Some(tracing) = &self.shared.tracing {
+            tracing.end();
         }
     }
 }

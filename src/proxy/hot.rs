@@ -86,7 +86,7 @@ async fn serve(
         Policy::Prefix => prefix_hashes(plan.prompt(&body)),
         _ => Vec::new(),
     };
-    let common = common_headers(&parts.headers);
+    let common = common_headers(&parts.headers, shared.tracing.is_some());
     let mut job = Job {
         lane,
         flight,

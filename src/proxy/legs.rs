@@ -13,6 +13,7 @@
 //! Everything that must be undone when this is left half-way (by a failure, or by the client, whose leaving drops this
 //! future) undoes itself: a leg's socket closes, a worker's load is given back, an open transfer is aborted.
 
+use std::borrow::Cow;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +31,7 @@ use super::metrics::Leg;
 use super::plan::{Alone, Plan, expects_params};
 use super::pool::Hints;
 use super::shared::Lane;
+use super::trace;
 use super::upstream::{Deadline, Exchange, Outgoing, exchange};
 use super::worker::{Load, Worker};
 use crate::config::Dispatch;
@@ -37,6 +39,7 @@ use crate::control::{EarlyParams, Role, TransferId};
 use crate::openai::ApiError;
 use crate::openai::scan::Kind;
 use crate::openai::splice::{Field, RequestBody, Spliced};
+use crate::telemetry::traces::Span;
 
 /// How long prefill may take to say why decode has failed.
 const CAUSE_WAIT: Duration = Duration::from_millis(200);
@@ -105,10 +108,12 @@ impl Job<'_> {
                 Err(mut failure) if failure.retry && failure.leg == Leg::prefill && self.may_prefill_locally() => {
                     // The pool is down and nobody has noticed yet: as good a reason as when it is known.
                     self.again(&mut failure, &mut avoid);
-                    let Some(decode) = self.pick(Role::Decode, &avoid) else { return failure.end() };
-                    return self.alone(Alone::PrefillDown, plan, body, decode).await.or_else(Failure::end);
+                    let shared = Arc::clone(&self.lane.shared);
+                    let Some(decode) = self.pick(Role::Decode, &avoid) else { return failure.end(&shared) };
+                    let answer = self.alone(Alone::PrefillDown, plan, body, decode).await;
+                    return answer.or_else(|failure| failure.end(&shared));
                 }
-                Err(failure) => return failure.end(),
+                Err(failure) => return failure.end(&self.lane.shared),
             }
         }
     }
@@ -135,7 +140,7 @@ impl Job<'_> {
                 Err(mut failure) if failure.retry && left > 0 && (reads || !failure.reached) => {
                     self.again(&mut failure, &mut avoid);
                 }
-                Err(failure) => return failure.end(),
+                Err(failure) => return failure.end(&self.lane.shared),
             }
         }
     }
@@ -149,7 +154,7 @@ impl Job<'_> {
         let pair = failure.blamed.as_ref().and_then(|blamed| blamed.pair.as_ref());
         avoid.extend(pair.map(|pair| pair.prefill.number));
         avoid.extend(failure.worker);
-        failure.stand();
+        failure.stand(&self.lane.shared);
         // Dropped while open: prefill is told to free what it holds for the attempt that failed.
         self.flight.transfer = None;
         self.flight.load = None;
@@ -306,7 +311,29 @@ impl Job<'_> {
         }
     }
 
+    /// Begins a leg's span, and puts its line behind the leg's headers.
+    fn trace<'h>(&self, leg: Leg, worker: &Worker, headers: &'h [u8]) -> (Option<Span>, Cow<'h, [u8]>) {
+        let trace = self.flight.trace.as_ref();
+        match trace.and_then(|trace| trace.leg(leg, worker, self.flight.transfer_id)) {
+            Some((span, line)) => (Some(span), Cow::Owned([headers, &line].concat())),
+            None => (None, Cow::Borrowed(headers)),
+        }
+    }
+
     async fn prefill_leg(
+        &self,
+        plan: Plan,
+        asked: &Spliced<'_>,
+        prefill: Load,
+        headers: &[u8],
+    ) -> Result<Prefilled, Failure> {
+        let (span, headers) = self.trace(Leg::prefill, prefill.worker(), headers);
+        let prefilled = self.ask_prefill(plan, asked, prefill, &headers).await;
+        trace::end_leg(span, prefilled.as_ref().err().map(|failure| failure.error.message.as_str()));
+        prefilled
+    }
+
+    async fn ask_prefill(
         &self,
         plan: Plan,
         asked: &Spliced<'_>,
@@ -367,6 +394,17 @@ impl Job<'_> {
 
     /// Sends the leg whose answer the client gets, and waits for the first byte of its body.
     async fn decode_leg(&self, decode: Load, headers: &[u8], body: &[&[u8]]) -> Result<(Answer, Load), Failure> {
+        let (span, headers) = self.trace(Leg::decode, decode.worker(), headers);
+        let answered = self.ask_decode(decode, &headers, body).await;
+        match (&answered, span, &self.flight.trace) {
+            (Ok(_), Some(span), Some(trace)) => trace.answers(span),
+            (Err(failure), span, _) => trace::end_leg(span, Some(&failure.error.message)),
+            _ => {}
+        }
+        answered
+    }
+
+    async fn ask_decode(&self, decode: Load, headers: &[u8], body: &[&[u8]]) -> Result<(Answer, Load), Failure> {
         let shared = &self.lane.shared;
         let started = Instant::now();
         let deadline = Deadline::after(started, shared.limits.first_byte).or(self.whole);

@@ -1,5 +1,6 @@
 //! What the proxy counts, and the page that shows it.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use prometheus_client::encoding::text::encode;
@@ -10,9 +11,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
-use super::health::Standing;
+use super::fleet_metrics::FleetMetrics;
 use super::plan::Alone;
-use super::worker::Worker;
+use super::shared::Shared;
 use crate::config::Dispatch;
 use crate::telemetry::names;
 
@@ -61,12 +62,6 @@ fn weights_histogram() -> Histogram {
     Histogram::new(exponential_buckets(0.001, 4.0, 11))
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct WorkerLabels {
-    worker: String,
-    role: &'static str,
-}
-
 /// All counters of the proxy.
 #[derive(Debug)]
 pub(crate) struct Metrics {
@@ -86,25 +81,15 @@ pub(crate) struct Metrics {
     pub(crate) refused_full: Counter,
     weights_updates: Family<OutcomeLabels, Counter>,
     weights_seconds: Family<PartLabels, Histogram, fn() -> Histogram>,
-    workers: WorkerMetrics,
-}
-
-/// Read off the workers when the page is asked for.
-#[derive(Debug, Default)]
-struct WorkerMetrics {
-    up: Family<WorkerLabels, Gauge>,
-    inflight: Family<WorkerLabels, Gauge>,
-    served: Family<WorkerLabels, Gauge>,
-    failed: Family<WorkerLabels, Gauge>,
-    quarantines: Family<WorkerLabels, Gauge>,
+    fleet: FleetMetrics,
 }
 
 impl Metrics {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(registry: Registry) -> Self {
         // 250 µs to about 16 minutes.
         let seconds = || Histogram::new(exponential_buckets(0.000_25, 4.0, 12));
         let mut metrics = Self {
-            registry: Registry::default(),
+            registry,
             requests: Family::default(),
             inflight: Gauge::default(),
             request_seconds: seconds(),
@@ -120,7 +105,7 @@ impl Metrics {
             refused_full: Counter::default(),
             weights_updates: Family::default(),
             weights_seconds: Family::new_with_constructor(weights_histogram),
-            workers: WorkerMetrics::default(),
+            fleet: FleetMetrics::default(),
         };
         metrics.register();
         metrics
@@ -140,6 +125,7 @@ impl Metrics {
 
     fn register(&mut self) {
         let registry = &mut self.registry;
+        self.fleet.register(registry);
         let updates = self.weights_updates.clone();
         registry.register(names::PROXY_WEIGHTS_UPDATES, "Updates of the fleet's weights", updates);
         let seconds = self.weights_seconds.clone();
@@ -158,11 +144,6 @@ impl Metrics {
         registry.register(names::PROXY_STREAMS_BROKEN, "Answers that broke off", self.streams_broken.clone());
         registry.register(names::PROXY_CLIENTS_LEFT, "Clients that left early", self.clients_left.clone());
         registry.register(names::PROXY_REFUSED_FULL, "Requests refused at the bound", self.refused_full.clone());
-        registry.register(names::PROXY_WORKER_UP, "Whether a worker serves", self.workers.up.clone());
-        registry.register(names::PROXY_WORKER_INFLIGHT, "Requests on a worker", self.workers.inflight.clone());
-        registry.register(names::PROXY_WORKER_SERVED, "Requests a worker answered", self.workers.served.clone());
-        registry.register(names::PROXY_WORKER_FAILED, "Requests a worker failed", self.workers.failed.clone());
-        registry.register(names::PROXY_WORKER_QUARANTINES, "Quarantines", self.workers.quarantines.clone());
     }
 
     pub(crate) fn answered(&self, route: &'static str, code: u16) {
@@ -186,20 +167,9 @@ impl Metrics {
     }
 
     /// The page in OpenMetrics text.
-    pub(crate) fn page(&self, inflight: usize, workers: &[std::sync::Arc<Worker>]) -> String {
-        self.inflight.set(signed(inflight as u64));
-        let now = std::time::Instant::now();
-        for worker in workers {
-            let labels = WorkerLabels { worker: worker.name().to_owned(), role: worker.role.name() };
-            let count =
-                |counter: &std::sync::atomic::AtomicU64| signed(counter.load(std::sync::atomic::Ordering::Relaxed));
-            let up = worker.health.standing(now) >= Standing::OnTrial;
-            self.workers.up.get_or_create(&labels).set(i64::from(up));
-            self.workers.inflight.get_or_create(&labels).set(signed(worker.inflight() as u64));
-            self.workers.served.get_or_create(&labels).set(count(&worker.served));
-            self.workers.failed.get_or_create(&labels).set(count(&worker.failed));
-            self.workers.quarantines.get_or_create(&labels).set(count(&worker.quarantines));
-        }
+    pub(crate) fn page(&self, shared: &Shared) -> String {
+        self.inflight.set(signed(shared.inflight.load(Ordering::Relaxed) as u64));
+        self.fleet.look(shared);
         let mut page = String::new();
         // Writing into a String cannot fail.
         let _ = encode(&mut page, &self.registry);
@@ -207,6 +177,6 @@ impl Metrics {
     }
 }
 
-fn signed(count: u64) -> i64 {
+pub(super) fn signed(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }

@@ -3,7 +3,7 @@
 //! A request comes in at `server`, straight to `hot` if it generates, else to `routes`. `plan` reads off its body what is
 //! to be done, `legs` does it on workers that `pool` picks, in the words of `dialect`, over `upstream`; `stream` carries
 //! the answer back. `flight` is the account of one request, `abort` what happens to KV that nobody will fetch. `probe` and
-//! `health` know which workers serve. `weights` gives new weights to all of them at once.
+//! `health` know which workers serve, `watch` shows all of it to people. `weights` gives new weights to all of them at once.
 //!
 //! What is promised (docs/architecture.md): PX-1 in `openai::splice`, PX-2 in `legs` and `health`, PX-3 wherever something
 //! waits, PX-4 in `flight`, `stream` and `link`, PX-5 in `legs`, KV-9 in `abort`.
@@ -18,6 +18,7 @@ mod body;
 mod dialect;
 mod doubt;
 mod failure;
+mod fleet_metrics;
 mod flight;
 mod front;
 mod handover;
@@ -35,7 +36,9 @@ mod routes;
 mod server;
 mod shared;
 mod stream;
+mod trace;
 mod upstream;
+mod watch;
 mod weights;
 mod worker;
 

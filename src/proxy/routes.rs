@@ -135,10 +135,8 @@ pub(crate) fn describe(worker: &Worker) -> Value {
 }
 
 async fn metrics(State(lane): State<Arc<Lane>>) -> Response {
-    let shared = &lane.shared;
-    let inflight = shared.inflight.load(std::sync::atomic::Ordering::Relaxed);
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], shared.metrics.page(inflight, &shared.workers)).into_response()
+    ([(header::CONTENT_TYPE, kind)], lane.shared.metrics.page(&lane.shared)).into_response()
 }
 
 /// The models of all workers that serve, each once: what decode workers say comes first.
@@ -209,7 +207,7 @@ async fn forward(State(lane): State<Arc<Lane>>, request: Request) -> Response {
     };
     lane.shared.metrics.alone(Alone::OtherRoute);
     let whole = Deadline::after(Instant::from_std(flight.started), lane.shared.limits.request);
-    let common = common_headers(&parts.headers);
+    let common = common_headers(&parts.headers, lane.shared.tracing.is_some());
     let path = parts.uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
     let session = parts.headers.get(X_SESSION_ID).map(http::HeaderValue::as_bytes);
     let mut job = Job {

@@ -11,7 +11,9 @@ use super::access::AccessQueue;
 use super::dialect::Connector;
 use super::metrics::Metrics;
 use super::pool::Pool;
+use super::trace::Tracing;
 use super::upstream::Sockets;
+use super::watch::Watch;
 use super::weights::Desk;
 use super::worker::Worker;
 use super::{Mode, ProxyError};
@@ -98,6 +100,9 @@ pub(crate) struct Shared {
     /// Seals the parameters that decode gets before prefill has answered.
     pub(crate) secret: Secret,
     pub(crate) metrics: Metrics,
+    pub(crate) watch: Watch,
+    /// None: no traces.
+    pub(crate) tracing: Option<Tracing>,
     pub(crate) abandoned: mpsc::Sender<Abandoned>,
     pub(crate) inflight: AtomicUsize,
     pub(crate) draining: AtomicBool,

@@ -19,6 +19,7 @@ use super::flight::Flight;
 use super::link::ClientLink;
 use super::shared::Lane;
 use super::upstream::{Exchange, Framing, UpstreamError};
+use super::watch::What;
 use crate::openai::ApiError;
 
 /// What is remembered of a stream's end: enough for its last event.
@@ -169,6 +170,8 @@ impl StreamBody {
         });
         let worker = worker.unwrap_or_default();
         let why = format!("the answer of worker {worker} broke off after {} bytes: {why}", self.flight.bytes);
+        let number = self.flight.load.as_ref().map(|load| load.worker().number);
+        self.lane.shared.watch.failures.note(What::Request, number, &why);
         tracing::warn!(request_id = ?self.flight.request_id, "{why}");
         if !self.events {
             self.state = State::Ended;

@@ -23,12 +23,16 @@ pub struct WorkerAddress {
     pub weights_addr: Option<String>,
     /// Tensor-parallel ranks: how many places it takes in a weight broadcast.
     pub tp: u32,
+    /// What people call it, `prefill_0`; its URL where nobody does.
+    pub name: Option<String>,
+    /// The GPUs it has, where they are known.
+    pub gpus: Vec<u32>,
 }
 
 impl WorkerAddress {
     /// A worker of one rank, without a known KV address.
     pub fn new(url: impl Into<String>) -> Self {
-        Self { url: url.into(), kv_addr: None, weights_addr: None, tp: 1 }
+        Self { url: url.into(), kv_addr: None, weights_addr: None, tp: 1, name: None, gpus: Vec::new() }
     }
 }
 

@@ -69,6 +69,34 @@ pub const PROXY_WORKER_FAILED: &str = "pdlink_proxy_worker_failed";
 /// Times a worker was quarantined.
 pub const PROXY_WORKER_QUARANTINES: &str = "pdlink_proxy_worker_quarantines";
 
+/// Gauge by `worker`, `role` and `queue` (`running`, `waiting`): requests in the worker's own queues, as its metrics page says.
+pub const PROXY_WORKER_QUEUE: &str = "pdlink_proxy_worker_queue";
+/// Gauge by `worker` and `role`: the part of its KV blocks in use, 0 to 1.
+pub const PROXY_WORKER_KV_USAGE: &str = "pdlink_proxy_worker_kv_usage";
+/// Gauge by `worker` and `role`: version of the weights that it serves.
+pub const PROXY_WORKER_WEIGHT_VERSION: &str = "pdlink_proxy_worker_weight_version";
+/// 1 for the phase of an update that a worker is in, by `worker`, `role` and `phase`; `serving` between updates.
+pub const PROXY_WORKER_WEIGHTS_PHASE: &str = "pdlink_proxy_worker_weights_phase";
+/// Gauge by `role` and `queue` (`running`, `waiting`): requests in a pool's queues, averaged over half a minute.
+pub const PROXY_POOL_QUEUE: &str = "pdlink_proxy_pool_queue";
+/// Gauge by `role`: the part of the time in which prefill workers had a prompt; of decode, the part of its KV blocks in use.
+pub const PROXY_POOL_UTILISATION: &str = "pdlink_proxy_pool_utilisation";
+/// Gauge by `role`: workers that a pool is short of, as the balance hint says.
+pub const PROXY_POOL_SHORTFALL: &str = "pdlink_proxy_pool_shortfall";
+/// Gauge: viewers of the page.
+pub const PROXY_VIEWERS: &str = "pdlink_proxy_viewers";
+
+// The launcher, on the page of its proxy.
+
+/// Counter by `worker`: processes started, the first included.
+pub const LAUNCHER_WORKER_STARTS: &str = "pdlink_launcher_worker_starts";
+/// Counter by `worker` and `cause` (`exited`, `late`): workers that ended by themselves, or were not ready in time.
+pub const LAUNCHER_WORKER_DEATHS: &str = "pdlink_launcher_worker_deaths";
+/// 1 while a worker serves, as the launcher knows it, by `worker`.
+pub const LAUNCHER_WORKER_READY: &str = "pdlink_launcher_worker_ready";
+/// Gauge by `worker`: seconds from its last start until it served.
+pub const LAUNCHER_WORKER_READY_SECONDS: &str = "pdlink_launcher_worker_ready_seconds";
+
 /// Counter by `outcome` (`committed`, `refused`, or the phase that failed): updates of the fleet's weights.
 pub const PROXY_WEIGHTS_UPDATES: &str = "pdlink_proxy_weights_updates";
 /// Histogram by `part` (`staging`, `paused`), in seconds, of updates that were committed (WT-2).
@@ -79,6 +107,10 @@ pub const PROXY_WEIGHTS_SECONDS: &str = "pdlink_proxy_weights_seconds";
 pub const KV_TRANSFERS: &str = "pdlink_kv_transfers";
 /// Counter by `side` and `path`: bytes of KV moved by transfers that ended well.
 pub const KV_TRANSFER_BYTES: &str = "pdlink_kv_transfer_bytes";
+/// Counter by `side` and `path`: requests posted to the path by transfers that ended well.
+pub const KV_TRANSFER_POSTS: &str = "pdlink_kv_transfer_posts";
+/// Counter: leases that decode renewed, because a request waited there (KV-2).
+pub const KV_LEASES_RENEWED: &str = "pdlink_kv_leases_renewed";
 /// Counter by `side`: transfers whose digest was compared (KV-4).
 pub const KV_DIGESTS_CHECKED: &str = "pdlink_kv_digests_checked";
 /// Histogram by `side` and `part` (`wait`, `copy`, `validate`), in seconds, of transfers that ended well.

@@ -69,5 +69,7 @@ pub struct TransferRecord {
     /// Whether a digest was compared (KV-4).
     pub digest_checked: bool,
     pub weight_version: u64,
+    /// When it had ended, by this host's clock, in microseconds since 1970.
+    pub ended_unix_us: u64,
     pub outcome: TransferOutcome,
 }

@@ -7,7 +7,7 @@ use super::placement::{self, Hosts, Place, Spot};
 use super::plan::{LinkPlan, Plan, ProxyPlan, WorkerPlan, count, reach};
 use super::ports::{Listener, PortError, PortWish, Ports};
 use super::vllm::{NATIVE_FLOOR, NIXL_PUSH_FLOOR, P2P_NCCL_LAST, TESTED, VERSION_FLOOR, VllmProgram, VllmVersion};
-use super::{kv_transfer, reference, vllm_args};
+use super::{experts, kv_transfer, reference, vllm_args};
 use crate::config::{
     Config, ConnectorImpl, EngineKind, HOST_ENV, KvConnector, KvMemory, KvSendType, Path, Role, WeightBroadcastType,
 };
@@ -206,6 +206,7 @@ fn check_vllm(config: &Config, around: &Surroundings<'_>, warnings: &mut Vec<Str
         let (from, to) = TESTED;
         warnings.push(format!("vLLM {version} is outside of the range pdlink is tested with ({from} to {to})"));
     }
+    warnings.extend(config.roles().iter().flat_map(|role| experts::doubts(config, version, *role)));
     let inference = &config.inference;
     if inference.enable_lora && inference.api_server_count > 1 && version >= LORA_NEEDS_ONE_API_SERVER {
         warnings.push(format!(

@@ -6,6 +6,7 @@
 
 mod builder;
 mod cpu;
+mod experts;
 pub mod host;
 mod kv_transfer;
 mod placement;

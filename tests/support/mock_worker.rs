@@ -103,6 +103,7 @@ impl MockWorker {
     pub(crate) async fn start(script: impl Fn(&Received, usize) -> Reply + Send + Sync + 'static) -> Self {
         Self::start_all(move |request, number| match request.path.as_str() {
             "/health" => Reply::Json(200, String::new()),
+            "/metrics" => Reply::Json(404, String::new()),
             _ => script(request, number),
         })
         .await
@@ -142,14 +143,20 @@ impl MockWorker {
     pub(crate) fn script(&self, script: impl Fn(&Received, usize) -> Reply + Send + Sync + 'static) {
         let health = move |request: &Received, number: usize| match request.path.as_str() {
             "/health" => Reply::Json(200, String::new()),
+            "/metrics" => Reply::Json(404, String::new()),
             _ => script(request, number),
         };
         *self.script.lock().unwrap() = Arc::new(health);
     }
 
-    /// All requests but health questions, in order.
+    /// All requests but questions how it is, in order.
     pub(crate) fn seen(&self) -> Vec<Received> {
-        self.seen.lock().unwrap().iter().filter(|request| request.path != "/health").cloned().collect()
+        self.seen.lock().unwrap().iter().filter(|request| !is_question(request)).cloned().collect()
+    }
+
+    /// How often a path was asked for.
+    pub(crate) fn asked(&self, path: &str) -> usize {
+        self.seen.lock().unwrap().iter().filter(|request| request.path == path).count()
     }
 
     pub(crate) fn left(&self) -> usize {
@@ -172,10 +179,16 @@ impl MockWorker {
         socket.bind(address).expect("the port is free again");
         let healthy = move |request: &Received, number: usize| match request.path.as_str() {
             "/health" => Reply::Json(200, String::new()),
+            "/metrics" => Reply::Json(404, String::new()),
             _ => script(request, number),
         };
         Self::on(socket.listen(64).expect("listening"), healthy)
     }
+}
+
+/// Asked by the proxy for itself.
+fn is_question(request: &Received) -> bool {
+    matches!(request.path.as_str(), "/health" | "/metrics")
 }
 
 async fn converse(mut stream: TcpStream, desk: Desk) {
@@ -183,7 +196,7 @@ async fn converse(mut stream: TcpStream, desk: Desk) {
     while let Some(request) = read(&mut stream, &mut buffer).await {
         let number = {
             let mut seen = desk.seen.lock().unwrap();
-            let number = seen.iter().filter(|seen| seen.path != "/health").count();
+            let number = seen.iter().filter(|seen| !is_question(seen)).count();
             seen.push(request.clone());
             number
         };

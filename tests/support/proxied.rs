@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pdlink::config::{ProxyConfig, WeightsConfig};
+use pdlink::config::{ProxyConfig, TelemetryConfig, WeightsConfig};
 use pdlink::control::{
     self, AbortAnswer, AdminAnswer, AdminReply, AdminRequest, Hello, Liveness, Part, RankRecords, Role,
 };
@@ -57,6 +57,7 @@ pub(crate) fn config() -> ProxyConfig {
 pub(crate) struct Setup {
     pub(crate) config: ProxyConfig,
     pub(crate) weights: WeightsConfig,
+    pub(crate) telemetry: TelemetryConfig,
     pub(crate) connector: Connector,
     pub(crate) mode: Mode,
     pub(crate) prefill: Vec<WorkerAddress>,
@@ -74,6 +75,7 @@ impl Setup {
         Self {
             config: config(),
             weights: WeightsConfig::default(),
+            telemetry: TelemetryConfig { watch_interval_s: 0.1, ..TelemetryConfig::default() },
             connector: Connector::Native,
             mode: Mode::Disaggregated,
             prefill: addresses(prefill),
@@ -92,12 +94,14 @@ impl Setup {
             listener: listen(),
             admin_listener: self.admin_port.then(listen),
             config: self.config,
+            telemetry: self.telemetry,
             weights: self.weights,
             prefill: self.prefill,
             decode: self.decode,
             connector: self.connector,
             mode: self.mode,
             secret: self.secret,
+            registry: Default::default(),
             health_failures_max: 2,
         };
         let handle = serve(setup).expect("a valid setup");

@@ -158,7 +158,7 @@ mod tests {
             json!({ "worker": "w", "record": {
                 "transfer_id": "00", "side": side, "engine_id": "e", "peer_engine_id": null, "rank": 0, "path": "shm", "bytes": 100,
                 "runs": 1, "posts": 1, "blocks": 1, "tokens": 16, "wait_us": 10, "copy_us": copy_us, "validate_us": 30,
-                "dispatch": "sequential", "exposed_us": 0, "digest_checked": false, "weight_version": 0, "outcome": outcome,
+                "dispatch": "sequential", "exposed_us": 0, "digest_checked": false, "weight_version": 0, "ended_unix_us": 0, "outcome": outcome,
             }})
         };
         let page = |records: Vec<serde_json::Value>| json!({ "records": records, "errors": [] }).to_string();

@@ -3,6 +3,8 @@
 use std::net::TcpListener;
 use std::time::Duration;
 
+use prometheus_client::registry::Registry;
+
 use crate::config::{Config, ConnectorImpl, KvConnector, Role};
 use crate::proxy::{Connector, Drained, Mode, ProxyError, ProxyHandle, ProxySetup, WorkerAddress, serve};
 use crate::security::Secret;
@@ -30,6 +32,7 @@ impl Front {
         plan: &Plan,
         secret: &Secret,
         listeners: Listeners,
+        registry: Registry,
     ) -> Result<Self, ProxyError> {
         let of = |role| plan.of_role(role).map(address).collect::<Vec<_>>();
         let (mode, prefill, decode) = match plan.link {
@@ -40,12 +43,14 @@ impl Front {
             listener: listeners.clients,
             admin_listener: listeners.admin,
             config: config.proxy.clone(),
+            telemetry: config.telemetry.clone(),
             weights: config.weights.clone(),
             prefill,
             decode,
             connector: connector(plan),
             mode,
             secret: secret.clone(),
+            registry,
             health_failures_max: HEALTH_FAILURES_MAX,
         })?;
         let front = Self { handle };
@@ -70,6 +75,11 @@ impl Front {
         self.handle.worker_inflight(&worker.url())
     }
 
+    /// Why a worker ended, for the page that shows the last failures.
+    pub(super) fn tell_why(&self, worker: &WorkerPlan, why: &str) {
+        self.handle.worker_failed(&worker.url(), why);
+    }
+
     /// Takes no more requests and lets those in flight finish within `grace`. The answer says what was cut off.
     pub(super) async fn drain(self, grace: Duration) -> Option<String> {
         let drained = tokio::task::spawn_blocking(move || self.handle.shutdown(grace)).await;
@@ -85,7 +95,14 @@ impl Front {
 
 fn address(worker: &WorkerPlan) -> WorkerAddress {
     let tp = u32::try_from(worker.gpus.len()).unwrap_or(u32::MAX);
-    WorkerAddress { url: worker.url(), kv_addr: worker.kv_address(), weights_addr: worker.weights_address(), tp }
+    WorkerAddress {
+        url: worker.url(),
+        kv_addr: worker.kv_address(),
+        weights_addr: worker.weights_address(),
+        tp,
+        name: Some(worker.name()),
+        gpus: worker.gpus.clone(),
+    }
 }
 
 fn connector(plan: &Plan) -> Connector {

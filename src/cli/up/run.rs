@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use super::front::{Front, Listeners};
 use super::nodes::{Nodes, next_news};
 use super::pairs::{PairError, meet};
-use super::stage::{Stage, seconds};
+use super::stage::{Stage, seconds, why};
 use super::{RunSecret, Sockets};
 use crate::config::{Config, EngineKind, Path, Role};
 use crate::launcher::fleet::{Fleet, FleetEvent, FleetOptions, Happening, WorkerSpec};
@@ -20,6 +20,7 @@ use crate::launcher::guarded::{GuardSetup, Guards};
 use crate::launcher::life::{Limits, seconds as duration};
 use crate::launcher::log_dir::LogDir;
 use crate::launcher::logs::WorkerLog;
+use crate::launcher::metrics::LauncherMetrics;
 use crate::security::Secret;
 use crate::telemetry;
 use crate::topology::{Plan, WorkerPlan};
@@ -49,6 +50,7 @@ pub(super) struct Run<'a> {
     _logs: LogDir,
     fleet: Fleet,
     pub(super) front: Option<Front>,
+    metrics: LauncherMetrics,
     asked: Asked,
     /// Meetings of restarted workers with their peers.
     meetings: JoinSet<Met>,
@@ -79,6 +81,7 @@ impl<'a> Run<'a> {
             _logs: logs,
             fleet,
             front: None,
+            metrics: LauncherMetrics::default(),
             asked,
             meetings: JoinSet::new(),
             began: Instant::now(),
@@ -108,7 +111,7 @@ impl<'a> Run<'a> {
         };
         self.nodes_are_ready();
         let listeners = self.listen().context("cannot listen for requests")?;
-        self.front = Some(Front::start(self.config, &self.plan, &self.secret, listeners)?);
+        self.front = Some(Front::start(self.config, &self.plan, &self.secret, listeners, self.metrics.registry())?);
         self.tell_who_went_meanwhile();
         self.announce_ready(&met);
         self.watch().await
@@ -176,10 +179,15 @@ impl<'a> Run<'a> {
     }
 
     fn tell_front(&self, event: &FleetEvent) {
-        let (Some(front), Some(worker)) = (&self.front, self.share.workers.get(event.worker)) else { return };
+        let Some(worker) = self.share.workers.get(event.worker) else { return };
+        self.metrics.happened(&worker.name(), &event.happening);
+        let Some(front) = &self.front else { return };
         match event.happening {
             Happening::Ready { .. } => front.tell(worker, true),
-            Happening::Restarts { .. } | Happening::GivenUp { .. } => front.tell(worker, false),
+            Happening::Restarts { ref failure, .. } | Happening::GivenUp { ref failure } => {
+                front.tell(worker, false);
+                front.tell_why(worker, &why(failure));
+            }
             Happening::Started { .. } | Happening::Progress(_) | Happening::Ended { .. } => {}
         }
     }

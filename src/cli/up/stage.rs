@@ -216,6 +216,15 @@ fn emit(event: &Value) {
 }
 
 /// What became of a worker, behind its name.
+/// Why a worker failed, in one line.
+pub(super) fn why(failure: &Failure) -> String {
+    let cause = cause_text(&failure.cause);
+    match &failure.diagnosis {
+        Some(diagnosis) => format!("it {cause}: {}", diagnosis.cause),
+        None => format!("it {cause}"),
+    }
+}
+
 fn cause_text(cause: &Cause) -> String {
     match cause {
         Cause::Exited { exit, was_ready: true } => exit.to_string(),

@@ -75,6 +75,13 @@ fn vllm(bench: &mut Bench<'_>) {
             bench.warn(&[key], message, format!("write \"{used}\", or a backend that vLLM still has"));
         }
     }
+    let is_spread = config.inference.enable_expert_parallel;
+    for (key, backend) in backends.into_iter().skip(1) {
+        if backend.is_some() && !is_spread {
+            let message = "is given, but experts are not spread over GPUs, so that nothing uses it";
+            bench.warn(&[key], message, "set inference.enable_expert_parallel = true, or leave it out");
+        }
+    }
     if config.inference.enable_eplb && !config.inference.enable_expert_parallel {
         let message = "is true, but without expert parallelism vLLM has no experts to balance and refuses to start";
         bench.warn(&["inference.enable_eplb"], message, "set inference.enable_expert_parallel = true");

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 
 use super::super::health::State;
 use super::super::shared::Shared;
+use super::super::watch::What;
 use super::handoffs::Handoffs;
 use super::members::{Failed, Member};
 use super::update::{Committed, Times, Update};
@@ -133,6 +134,12 @@ impl Desk {
         self.fleet.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// For people: the fleet's version, and what the last update that failed said.
+    pub(crate) fn told(&self) -> (Option<u64>, Option<String>) {
+        let fleet = self.fleet();
+        (fleet.version.or(self.serves()), fleet.last_failure.clone())
+    }
+
     fn running(&self) -> MutexGuard<'_, Option<Running>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -180,6 +187,7 @@ pub(crate) async fn keep(shared: Arc<Shared>, mut orders: Orders) {
             Ok(done) => tracing::info!(version = done.version, source = %order.source, "new weights serve"),
             Err(error) => {
                 tracing::error!(source = %order.source, %error, "no new weights");
+                shared.watch.failures.note(What::Weights, None, &error.to_string());
                 shared.weights.fleet().last_failure = Some(error.to_string());
             }
         }
