@@ -31,3 +31,4 @@ pub mod topology;
 pub mod bench;
 pub mod cli;
 pub mod doctor;
+pub mod render;

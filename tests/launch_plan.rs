@@ -598,32 +598,3 @@ fn without_pd_plain_workers_stand_behind_the_servers_port() {
     assert_eq!(kv_settings(&plan.workers[0])["kv_connector"], "X");
     assert!(plan.link.is_none());
 }
-
-#[test]
-fn experts_are_spread_as_each_role_wants_and_doubts_are_told() {
-    let mut config = pd(&[0, 1], &[2, 3]);
-    config.inference.parallel.tp = 2;
-    config.inference.enable_expert_parallel = true;
-    config.inference.enable_eplb = true;
-    config.pd_disagg.prefill_all2all_backend = Some(All2AllBackend::DeepepHighThroughput);
-    config.pd_disagg.decode_all2all_backend = Some(All2AllBackend::Moonep);
-    for minor in 24..=33 {
-        let plan = planned(&config, minor);
-        for (worker, backend) in plan.workers.iter().zip(["deepep_high_throughput", "moonep"]) {
-            assert_eq!(flag(worker, "--all2all-backend"), Some(backend), "vLLM 0.{minor}");
-            for bare in ["--enable-expert-parallel", "--enable-eplb"] {
-                assert!(worker.command.iter().any(|word| word == bare), "{bare}, vLLM 0.{minor}");
-            }
-        }
-        let told = plan.warnings.iter().any(|warning| warning.contains("moonep"));
-        assert_eq!(told, minor < 33, "vLLM 0.{minor}: {:?}", plan.warnings);
-    }
-    config.inference.parallel.tp = 1;
-    let plan = planned(&config, 33);
-    assert_eq!(
-        plan.warnings.iter().filter(|warning| warning.contains("enable_eplb")).count(),
-        2,
-        "{:?}",
-        plan.warnings
-    );
-}

@@ -34,6 +34,7 @@ pub(crate) struct Report {
     fenced: bool,
     path: Option<&'static str>,
     bytes: u64,
+    posts: u64,
     wait_us: u64,
     copy_us: u64,
     validate_us: u64,
@@ -48,6 +49,7 @@ pub(crate) struct Link {
     runtime: RwLock<Option<KvRuntime>>,
     ended: Arc<Mutex<Vec<Ended>>>,
     address: String,
+    metrics: KvMetrics,
     /// The GPU that the KV is on.
     device: Option<Arc<Device>>,
     /// Prompts of this step that decode may have claimed.
@@ -234,6 +236,11 @@ impl Link {
         })
     }
 
+    /// Leases that were renewed for requests that waited here.
+    fn leases_renewed(&self) -> u64 {
+        self.metrics.leases_renewed_total()
+    }
+
     /// What is known of a recent transfer, as JSON.
     fn record(&self, transfer_id: &str) -> PyResult<Option<String>> {
         let transfer_id = request::transfer_id(transfer_id)?;
@@ -271,6 +278,8 @@ pub(crate) fn metric_names(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let names = HashMap::from([
         ("transfers", names::KV_TRANSFERS),
         ("bytes", names::KV_TRANSFER_BYTES),
+        ("posts", names::KV_TRANSFER_POSTS),
+        ("leases", names::KV_LEASES_RENEWED),
         ("digests", names::KV_DIGESTS_CHECKED),
         ("seconds", names::KV_TRANSFER_SECONDS),
         ("held", names::KV_BLOCKS_HELD),
@@ -289,6 +298,7 @@ fn start(
     let device = regions.iter().find_map(|region| region.device()).cloned();
     let rank = RankMemory { rank: link.rank, regions, layers: link.layers, num_blocks: link.num_blocks };
     let ended = Arc::new(Mutex::new(Vec::new()));
+    let metrics = KvMetrics::unregistered();
     let config = RuntimeConfig {
         kv: &KvConfig { ..link.kv },
         engine_id: link.engine_id,
@@ -304,13 +314,13 @@ fn start(
         weights,
         transports: None,
         // vLLM's page shows what the reports say: the runtime's own registry would have no reader.
-        metrics: KvMetrics::unregistered(),
+        metrics: metrics.clone(),
     };
     let sink = ended.clone();
     let runtime = KvRuntime::start(config, Box::new(move |end| locked(&sink).push(end)));
     let runtime = runtime.map_err(|error| errors::kv(&error))?;
     let address = runtime.address();
-    Ok(Link { runtime: RwLock::new(Some(runtime)), ended, address, device, step: Mutex::default() })
+    Ok(Link { runtime: RwLock::new(Some(runtime)), ended, address, metrics, device, step: Mutex::default() })
 }
 
 fn report(runtime: Option<&KvRuntime>, ended: Ended) -> Report {
@@ -330,6 +340,7 @@ fn report(runtime: Option<&KvRuntime>, ended: Ended) -> Report {
         fenced,
         path: record.as_ref().and_then(|record| record.path).map(|path| path.name()),
         bytes: number(|record| record.bytes),
+        posts: number(|record| record.posts),
         wait_us: number(|record| record.wait_us),
         copy_us: number(|record| record.copy_us),
         validate_us: number(|record| record.validate_us),

@@ -14,6 +14,7 @@ mod engine;
 mod guard;
 mod listen;
 mod proxy;
+mod render;
 mod report;
 mod up;
 mod weights;
@@ -66,6 +67,9 @@ enum Command {
     /// Run the front alone, before workers that something else started.
     #[command(after_help = SOURCES_HELP, override_usage = "pdlink proxy --decode URL... [OPTIONS] [@ FILE]... [--section.key VALUE]...")]
     Proxy(proxy::Args),
+    /// Write the configuration as a batch script or as manifests, for a scheduler to run.
+    #[command(after_help = SOURCES_HELP, override_usage = "pdlink render slurm|k8s [@ FILE]... [--section.key VALUE]...")]
+    Render(render::Args),
     /// New weights for a fleet that serves: send a checkpoint, see who has what.
     #[command(after_help = SOURCES_HELP)]
     Weights(weights::Args),
@@ -81,6 +85,7 @@ fn dispatch(command: Command, sources: Sources) -> anyhow::Result<ExitCode> {
         Command::Up(args) => up::run(args, sources),
         Command::Guard(args) => guard::run(args, sources),
         Command::Proxy(args) => proxy::run(args, sources),
+        Command::Render(args) => render::run(args, sources),
         Command::Weights(args) => weights::run(args, sources),
     }
 }

@@ -26,6 +26,11 @@ pub fn remarks(warnings: &[Finding], notes: &[Finding]) {
     }
 }
 
+/// Prints one thing that is good to know.
+pub(super) fn note(text: &str) {
+    line(&Style::new().for_stderr().cyan(), "note", text);
+}
+
 fn line(style: &Style, label: &str, text: &str) {
     // A name or a value from a file must not steer the terminal.
     let text = text.replace(|letter: char| letter.is_control() && letter != '\n', " ");

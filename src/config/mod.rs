@@ -5,6 +5,7 @@
 
 mod hosts;
 mod inference;
+mod kubernetes;
 mod kv;
 mod launcher;
 mod load;
@@ -20,6 +21,7 @@ mod role;
 mod root;
 mod rules;
 mod security;
+mod slurm;
 mod telemetry;
 mod variables;
 mod vllm;
@@ -30,6 +32,7 @@ pub use hosts::{HOST_ENV, HostsConfig, NodeConfig};
 pub use inference::{
     All2AllBackend, Dtype, EngineKind, InferenceConfig, InferenceModelConfig, ParallelConfig, ServerConfig,
 };
+pub use kubernetes::{KubernetesConfig, ServiceType};
 pub use kv::{DigestPolicy, KvConfig, KvMemory, LoadFailurePolicy, NcclConfig, NixlConfig, Path};
 pub use launcher::{LauncherConfig, Restart};
 pub use load::{Finding, LoadError, LoadRequest, Loaded, Origin, Origins, Override, load, schema};
@@ -44,6 +47,7 @@ pub use render::to_toml;
 pub use role::Role;
 pub use root::Config;
 pub use security::SecurityConfig;
+pub use slurm::SlurmConfig;
 pub use telemetry::{LogFormat, TelemetryConfig};
 pub use variables::is_secret_variable;
 pub use vllm::{SECRET_ARGUMENTS, VllmArgs, VllmConfig};

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    All2AllBackend, ConnectorImpl, EngineKind, HostsConfig, InferenceConfig, KvConfig, KvConnector, KvMemory,
-    LauncherConfig, ModelConfig, OrchestratorConfig, Path, PdDisaggConfig, ProxyConfig, Role, SecurityConfig,
-    TelemetryConfig, TrainerConfig, WeightBroadcastConfig, WeightBroadcastType, WeightsConfig,
+    All2AllBackend, ConnectorImpl, EngineKind, HostsConfig, InferenceConfig, KubernetesConfig, KvConfig, KvConnector,
+    KvMemory, LauncherConfig, ModelConfig, OrchestratorConfig, Path, PdDisaggConfig, ProxyConfig, Role, SecurityConfig,
+    SlurmConfig, TelemetryConfig, TrainerConfig, WeightBroadcastConfig, WeightBroadcastType, WeightsConfig,
 };
 
 /// The model that vLLM, and PRIME-RL, serve when none is named.
@@ -49,6 +49,10 @@ pub struct Config {
     pub weights: WeightsConfig,
     /// A run on several hosts.
     pub hosts: HostsConfig,
+    /// The head of a batch script, for `pdlink render slurm`.
+    pub slurm: SlurmConfig,
+    /// The manifests, for `pdlink render k8s`.
+    pub kubernetes: KubernetesConfig,
     /// The run's secret.
     pub security: SecurityConfig,
     /// The log.

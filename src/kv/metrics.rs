@@ -117,6 +117,11 @@ impl KvMetrics {
         self.leases.inc_by(leases);
     }
 
+    /// For whoever shows it on a page of its own.
+    pub fn leases_renewed_total(&self) -> u64 {
+        self.leases.get()
+    }
+
     pub(super) fn gauge(&self, held_blocks: u64, active: u64) {
         self.held.set(i64::try_from(held_blocks).unwrap_or(i64::MAX));
         self.active.set(i64::try_from(active).unwrap_or(i64::MAX));

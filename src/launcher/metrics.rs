@@ -49,6 +49,10 @@ impl LauncherMetrics {
         match happening {
             Happening::Started { .. } => {
                 self.starts.get_or_create(&labels).inc();
+                // No death is 0 deaths, and not an unknown number.
+                for cause in ["exited", "late"] {
+                    drop(self.deaths.get_or_create(&DeathLabels { worker: labels.worker.clone(), cause }));
+                }
                 self.ready.get_or_create(&labels).set(0);
             }
             Happening::Ready { took, .. } => {

@@ -108,6 +108,14 @@ impl Metrics {
             fleet: FleetMetrics::default(),
         };
         metrics.register();
+        // What has not happened yet is 0 and not unknown, or its first time would be no rise.
+        for leg in [Leg::prefill, Leg::decode] {
+            drop(metrics.retries.get_or_create(&LegLabels { leg }));
+        }
+        drop(metrics.weights_updates.get_or_create(&OutcomeLabels { outcome: "committed" }));
+        for part in ["staging", "paused"] {
+            drop(metrics.weights_seconds.get_or_create(&PartLabels { part }));
+        }
         metrics
     }
 

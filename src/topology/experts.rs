@@ -42,6 +42,9 @@ pub(super) fn doubts(config: &Config, version: VllmVersion, role: Role) -> Vec<S
 
 #[cfg(test)]
 mod tests {
+    use super::super::ports::{PortError, PortWish, Ports};
+    use super::super::vllm::VllmProgram;
+    use super::super::{Surroundings, plan};
     use super::*;
 
     fn with(backend: All2AllBackend, tp: u32, eplb: bool) -> Config {
@@ -77,5 +80,41 @@ mod tests {
         assert!(said(false).contains("changes nothing") && said(true).contains("refuses to start"));
         let off = Config::default();
         assert!(doubts(&off, VllmVersion::new(0, 33), Role::Decode).is_empty());
+    }
+
+    struct AnyPort;
+
+    impl Ports for AnyPort {
+        fn take(&mut self, wish: PortWish<'_>) -> Result<u16, PortError> {
+            Ok(wish.base)
+        }
+    }
+
+    #[test]
+    fn each_roles_settings_reach_vllm_in_every_version() {
+        let text = include_str!("../../configs/expert_parallel.toml");
+        let mut config: Config = toml::from_str(text).expect("a configuration");
+        for minor in 24..=33 {
+            let vllm = VllmProgram::new(vec!["vllm".to_owned()], &format!("0.{minor}.0")).expect("a version");
+            let around = Surroundings { pdlink: "pdlink", vllm: Some(&vllm), cores: &[], secret_file: "secret" };
+            let plan = plan(&config, &around, &mut AnyPort).expect("a plan");
+            assert_eq!(plan.warnings, [""; 0], "0.{minor}");
+            for (worker, backend) in plan.workers.iter().zip(["deepep_high_throughput", "deepep_low_latency"]) {
+                let has = |words: &[&str]| worker.command.windows(words.len()).any(|own| own == words);
+                assert!(has(&["--all2all-backend", backend]), "0.{minor}: {:?}", worker.command);
+                assert!(
+                    has(&["--enable-expert-parallel"]) && has(&["--enable-eplb"]),
+                    "0.{minor}: {:?}",
+                    worker.command
+                );
+                let eplb = worker.command.iter().position(|word| word == "--eplb-config").expect("given");
+                assert!(worker.command[eplb + 1].contains("\"num_redundant_experts\":8"), "{:?}", worker.command);
+            }
+        }
+        config.pd_disagg.decode_all2all_backend = Some(All2AllBackend::Moonep);
+        let vllm = VllmProgram::new(vec!["vllm".to_owned()], "0.32.0").expect("a version");
+        let around = Surroundings { pdlink: "pdlink", vllm: Some(&vllm), cores: &[], secret_file: "secret" };
+        let plan = plan(&config, &around, &mut AnyPort).expect("a plan");
+        assert!(plan.warnings.iter().any(|warning| warning.contains("moonep")), "{:?}", plan.warnings);
     }
 }

@@ -20,23 +20,29 @@ class PdlinkStats(KVConnectorStats):
 
     def __post_init__(self) -> None:
         self.data.setdefault("transfers", [])
+        self.data.setdefault("leases", 0)
         self.data.setdefault("gauges", None)
 
     def reset(self) -> None:
-        self.data = {"transfers": [], "gauges": None}
+        self.data = {"transfers": [], "leases": 0, "gauges": None}
 
     def count(self, report: _native.Report) -> None:
         ended_well = report.end in ("sent", "received")
         outcome = "done" if ended_well else report.reason or report.end
         times = (report.wait_us, report.copy_us, report.validate_us)
         path = report.path or "none"
-        self.data["transfers"].append((report.side, path, outcome, report.bytes, times, report.digest_checked))
+        transfer = (report.side, path, outcome, report.bytes, times, report.digest_checked, report.posts)
+        self.data["transfers"].append(transfer)
+
+    def renewed(self, leases: int) -> None:
+        self.data["leases"] += leases
 
     def gauges(self, held: int, active: int) -> None:
         self.data["gauges"] = (held, active)
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         self.data["transfers"].extend(other.data["transfers"])
+        self.data["leases"] += other.data["leases"]
         ours, theirs = self.data["gauges"], other.data["gauges"]
         # Ranks hold the same requests: the largest of them is the one that is furthest behind.
         both = [gauges for gauges in (ours, theirs) if gauges is not None]
@@ -55,7 +61,7 @@ class PdlinkStats(KVConnectorStats):
         }
 
     def is_empty(self) -> bool:
-        return not self.data["transfers"] and self.data["gauges"] is None
+        return not self.data["transfers"] and not self.data["leases"] and self.data["gauges"] is None
 
 
 class PdlinkPromMetrics(KVConnectorPromMetrics):
@@ -73,6 +79,8 @@ class PdlinkPromMetrics(KVConnectorPromMetrics):
 
         self._transfers = counter("transfers", "Transfers that ended", ["side", "path", "outcome"])
         self._bytes = counter("bytes", "Bytes of KV moved", ["side", "path"])
+        self._posts = counter("posts", "Requests posted to a path", ["side", "path"])
+        self._leases = counter("leases", "Leases that decode renewed", [])
         self._digests = counter("digests", "Transfers whose digest was compared", ["side"])
         self._held = gauge("held", "Blocks held for decode")
         self._active = gauge("active", "Transfers that have not ended")
@@ -83,19 +91,23 @@ class PdlinkPromMetrics(KVConnectorPromMetrics):
             labelnames=labelnames + ["side", "part"],
         )
         for engine in per_engine_labelvalues.values():
+            self._leases.labels(*engine)
             self._held.labels(*engine)
             self._active.labels(*engine)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]
-        for side, path, outcome, moved, times, digest_checked in transfer_stats_data.get("transfers", ()):
+        for side, path, outcome, moved, times, digest_checked, posts in transfer_stats_data.get("transfers", ()):
             self._transfers.labels(*engine, side, path, outcome).inc()
             if digest_checked:
                 self._digests.labels(*engine, side).inc()
             if outcome == "done":
                 self._bytes.labels(*engine, side, path).inc(moved)
+                self._posts.labels(*engine, side, path).inc(posts)
                 for part, micros in zip(_PARTS, times):
                     self._seconds.labels(*engine, side, part).observe(micros / 1e6)
+        if leases := transfer_stats_data.get("leases"):
+            self._leases.labels(*engine).inc(leases)
         if gauges := transfer_stats_data.get("gauges"):
             self._held.labels(*engine).set(gauges[0])
             self._active.labels(*engine).set(gauges[1])

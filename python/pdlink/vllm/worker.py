@@ -78,6 +78,7 @@ class WorkerSide:
         self._results = Results()
         self._stats = PdlinkStats()
         self._gauges = (0, 0)
+        self._leases = 0
 
     # ---------------------------------------------------------------- memory and link
 
@@ -382,6 +383,9 @@ class WorkerSide:
             if gauges != self._gauges:
                 self._gauges = gauges
                 self._stats.gauges(*gauges)
+            leases = self._link.leases_renewed()
+            self._stats.renewed(leases - self._leases)
+            self._leases = leases
         if self._stats.is_empty():
             return None
         stats, self._stats = self._stats, PdlinkStats()

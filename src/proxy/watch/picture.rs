@@ -288,7 +288,7 @@ fn load(shared: &Shared, known: &[Known], role: Role, now: Instant) -> PoolLoad 
         load.workers += 1;
         let inflight = count(worker.inflight());
         let queues = known[worker.number].queues;
-        load.running += queues.map_or(inflight.min(1.0), |queues| queues.running.max(inflight.min(1.0)));
+        load.running += queues.map_or_else(|| inflight.min(1.0), |queues| queues.running.max(inflight.min(1.0)));
         load.waiting += match (queues, role) {
             (Some(queues), _) => queues.waiting,
             (None, Role::Prefill) => (inflight - 1.0).max(0.0),
@@ -343,7 +343,10 @@ fn draw<'a>(worker: &'a Worker, known: &Known, now: Instant) -> Drawn<'a> {
         running: known.queues.map(|queues| queues.running),
         waiting: known.queues.map(|queues| queues.waiting),
         kv_usage: known.queues.and_then(|queues| queues.kv_usage),
-        weight_version: known.weights.map(|(version, _)| version).or(status.map(|status| status.weight_version)),
+        weight_version: known
+            .weights
+            .map(|(version, _)| version)
+            .or_else(|| status.map(|status| status.weight_version)),
         phase: known.weights.map(|(_, phase)| phase.name()),
         held_blocks: status.map(|status| status.held_blocks),
         transfers_active: status.map(|status| status.transfers_active),

@@ -137,7 +137,7 @@ impl Desk {
     /// For people: the fleet's version, and what the last update that failed said.
     pub(crate) fn told(&self) -> (Option<u64>, Option<String>) {
         let fleet = self.fleet();
-        (fleet.version.or(self.serves()), fleet.last_failure.clone())
+        (fleet.version.or_else(|| self.serves()), fleet.last_failure.clone())
     }
 
     fn running(&self) -> MutexGuard<'_, Option<Running>> {
