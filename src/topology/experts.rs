@@ -44,7 +44,7 @@ pub(super) fn doubts(config: &Config, version: VllmVersion, role: Role) -> Vec<S
 mod tests {
     use super::super::ports::{PortError, PortWish, Ports};
     use super::super::vllm::VllmProgram;
-    use super::super::{Surroundings, plan};
+    use super::super::{Place, Surroundings, plan};
     use super::*;
 
     fn with(backend: All2AllBackend, tp: u32, eplb: bool) -> Config {
@@ -94,9 +94,11 @@ mod tests {
     fn each_roles_settings_reach_vllm_in_every_version() {
         let text = include_str!("../../configs/expert_parallel.toml");
         let mut config: Config = toml::from_str(text).expect("a configuration");
+        let place = Place::default();
         for minor in 24..=33 {
             let vllm = VllmProgram::new(vec!["vllm".to_owned()], &format!("0.{minor}.0")).expect("a version");
-            let around = Surroundings { pdlink: "pdlink", vllm: Some(&vllm), cores: &[], secret_file: "secret" };
+            let around =
+                Surroundings { pdlink: "pdlink", vllm: Some(&vllm), cores: &[], secret_file: "secret", place: &place };
             let plan = plan(&config, &around, &mut AnyPort).expect("a plan");
             assert_eq!(plan.warnings, [""; 0], "0.{minor}");
             for (worker, backend) in plan.workers.iter().zip(["deepep_high_throughput", "deepep_low_latency"]) {
@@ -113,7 +115,8 @@ mod tests {
         }
         config.pd_disagg.decode_all2all_backend = Some(All2AllBackend::Moonep);
         let vllm = VllmProgram::new(vec!["vllm".to_owned()], "0.32.0").expect("a version");
-        let around = Surroundings { pdlink: "pdlink", vllm: Some(&vllm), cores: &[], secret_file: "secret" };
+        let around =
+            Surroundings { pdlink: "pdlink", vllm: Some(&vllm), cores: &[], secret_file: "secret", place: &place };
         let plan = plan(&config, &around, &mut AnyPort).expect("a plan");
         assert!(plan.warnings.iter().any(|warning| warning.contains("moonep")), "{:?}", plan.warnings);
     }
