@@ -113,10 +113,13 @@ name = "org/model"
 [pd_disagg]
 enabled = true
 [[hosts.nodes]]
+address = "any-0"
 prefill_gpu_ids = [0, 1]
 [[hosts.nodes]]
+address = "any-1"
 decode_gpu_ids = [0, 1, 2, 3]
 [[hosts.nodes]]
+address = "any-2"
 decode_gpu_ids = [0, 1, 2, 3]
 [kubernetes]
 image = "registry/pdlink:1"
