@@ -606,6 +606,8 @@ def main():
     parser.add_argument("--logs", default=None)
     parser.add_argument("--stand-in", default=None)
     args = parser.parse_args()
+    # Whoever ends this ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     args.cases = args.cases or (["device", "host", "none"] if len(args.gpus) == 1 else ["nccl", "device", "vllm"])
     args.logs = os.path.abspath(args.logs or tempfile.mkdtemp(prefix="pdlink-weights-"))
     os.makedirs(args.logs, exist_ok=True)
@@ -627,7 +629,7 @@ def main():
                     continue
                 try:
                     rows.append(run_case(case, args, trainer, secret))
-                except RuntimeError as error:
+                except (RuntimeError, OSError) as error:
                     print(error, flush=True)
                     rows.append({"case": case, "why": str(error).splitlines()[0], "right": False})
         finally:

@@ -324,15 +324,6 @@ def test_a_worker_is_told_where_it_is_by_a_variable(monkeypatch: pytest.MonkeyPa
             settings.read(parallel(), 0)
 
 
-def test_models_that_cannot_be_streamed_into_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PDLINK_WEIGHTS", json.dumps({"ports": [7001], "weights": {"staging": "none"}}))
-    for model, why in ((("fp8", False), "is quantised"), ((None, True), "has MLA")):
-        config = parallel()
-        config.model_config.quantization, config.model_config.use_mla = model
-        with pytest.raises(PdlinkError, match=why):
-            settings.read(config, 0)
-
-
 class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

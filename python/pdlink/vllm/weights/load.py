@@ -36,9 +36,6 @@ def _load(worker: Any, weights: _native.Order | None) -> None:
     if weights is None or weights.memory() is None:
         worker.reload_weights()
         return
-    if weights.streams:
-        _stream(worker, weights)
-        return
     model = worker.model_runner.get_model()
     # Layers that adapters are put round are called otherwise in checkpoints.
     wanted = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
@@ -53,7 +50,8 @@ def _load(worker: Any, weights: _native.Order | None) -> None:
     # vLLM itself only warns of parameters that no tensor was for. They would keep the old values.
     model.load_weights = load_weights
     try:
-        worker.reload_weights(weights_iterator=views(weights), is_checkpoint_format=True)
+        tensors = arriving(worker, weights) if weights.streams else views(weights)
+        worker.reload_weights(weights_iterator=tensors, is_checkpoint_format=True)
     except Exception:
         try:
             _abandon(worker, model)
@@ -67,18 +65,9 @@ def _load(worker: Any, weights: _native.Order | None) -> None:
         raise ValueError(f"the new weights have nothing for {len(missing)} of the model's parameters, such as {missing[0]}")
 
 
-def _stream(worker: Any, weights: _native.Order) -> None:
-    """Straight into the parameters, bucket by bucket: nothing else holds the new weights, and nothing the old ones any more."""
-    model = worker.model_runner.get_model()
-    wanted = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
-    loaded = model.load_weights(arriving(worker, weights))
-    missing = sorted(wanted - loaded) if loaded is not None else []
-    if missing:
-        raise ValueError(f"the new weights have nothing for {len(missing)} of the model's parameters, such as {missing[0]}")
-
-
 def arriving(worker: Any, weights: _native.Order) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors as they come. Each is there until the next bucket is asked for: whoever loads it copies it at once."""
+    """The tensors as they come. The next bucket takes their place, and vLLM gathers a layer's before it loads them: so each is a copy,
+    which goes with its layer."""
     memory = weights.memory()
     assert memory is not None
     whole = bytes_of(memory)
@@ -90,7 +79,7 @@ def arriving(worker: Any, weights: _native.Order) -> Iterator[tuple[str, torch.T
         if arrived is None:
             return
         for name, dtype, shape, start, end in arrived:
-            yield name, _view(whole, name, dtype, shape, start, end)
+            yield name, _view(whole, name, dtype, shape, start, end).clone()
 
 
 def _view(whole: torch.Tensor, name: str, dtype: str, shape: list[int], start: int, end: int) -> torch.Tensor:

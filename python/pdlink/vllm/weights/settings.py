@@ -67,8 +67,6 @@ def read(vllm_config: VllmConfig, rank: int, local_rank: int | None = None) -> S
         raise _native.SettingsError(
             f"`ports` in {VARIABLE} lists {len(addresses)} ports, and each of {parallel.tensor_parallel_size} ranks needs one"
         )
-    if (given.get("weights") or {}).get("staging") == "none":
-        _can_stream(vllm_config.model_config)
     # What is staged as a folder can be verified, and be loaded again, without a look at the disk while the engine is paused.
     model = str(vllm_config.model_config.model)
     receiver = {
@@ -91,15 +89,6 @@ def read(vllm_config: VllmConfig, rank: int, local_rank: int | None = None) -> S
         log_filter=str(given.get("log") or extra.get("log") or os.environ.get(config.LOG_ENV) or "info"),
         log_json="json" in (given.get("log_format"), extra.get("log_format")),
     )
-
-
-def _can_stream(model: Any) -> None:
-    """Weights that go straight into the parameters must be there as the kernels want them."""
-    why = "is quantised" if model.quantization is not None else "has MLA" if model.use_mla else None
-    if why is not None:
-        raise _native.SettingsError(
-            f'weights.staging = "none" streams weights into the model in place, and this model {why}; set it to "device" or "host"'
-        )
 
 
 def _gpu(vllm_config: VllmConfig, given: Any, rank: int, local_rank: int) -> int | None:
