@@ -241,13 +241,13 @@ fn is_marked(series: &Series) -> bool {
     series.points.len() <= 16
 }
 
-/// Shapes tell series apart where colours do not.
+/// Shapes tell series apart where colours do not, also where colours begin again.
 fn mark(series: &Series, x: f64, y: f64) -> Markup {
     if series.dashed {
         return html! {};
     }
     let (x, y) = (place(x), place(y));
-    let course = match series.colour % 4 {
+    let course = match (series.colour + series.colour / COLOURS) % 4 {
         0 => format!("M{x} {y}m-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0 -6.4 0"),
         1 => format!("M{x} {y}m-3 -3h6v6h-6z"),
         2 => format!("M{x} {y}m0 -4l4 7h-8z"),

@@ -60,12 +60,13 @@ fn of_raw(report: &raw::Report) -> Vec<Chart> {
         let points = rows.map(|row| point(row.bytes as f64, row.gigabytes_per_second)).collect();
         Series { name: wanted, colour, dashed: false, points }
     });
+    let series: Vec<Series> = series.collect();
     vec![Chart {
         title: "Bandwidth over size".to_owned(),
         note: "The better of large shares and small chunks per thread.".to_owned(),
         x: (Scale::Bytes, "bytes moved"),
-        y: (Scale::Linear, "GB/s"),
-        series: series.collect(),
+        y: (bandwidths(&series), "GB/s"),
+        series,
     }]
 }
 
@@ -80,12 +81,13 @@ fn of_link(report: &link::Report) -> Vec<Chart> {
             let rows = single().filter(|row| row.direction == direction && row.run_bytes == run_bytes.min(row.bytes));
             let rows: Vec<&link::Row> = rows.collect();
             let title = format!("Bandwidth over size: {direction}, runs of {}", size(run_bytes));
+            let series = with_ceilings(&rows);
             charts.push(Chart {
                 title,
                 note: "Solid the path, dashed its ceiling from the same run.".to_owned(),
                 x: (Scale::Bytes, "bytes of one transfer"),
-                y: (Scale::Linear, "GB/s"),
-                series: with_ceilings(&rows),
+                y: (bandwidths(&series), "GB/s"),
+                series,
             });
         }
     }
@@ -95,6 +97,14 @@ fn of_link(report: &link::Report) -> Vec<Chart> {
     });
     charts.push(distributions("Latency of one run of 4 KiB", "µs", curves.collect()));
     charts
+}
+
+/// From 0, unless the best of one line is so far below another's that it would lie on the axis: a GPU beside a socket.
+fn bandwidths(series: &[Series]) -> Scale {
+    let best = |series: &Series| series.points.iter().map(|point| point.y).fold(0.0, f64::max);
+    let (low, high) =
+        series.iter().map(best).fold((f64::INFINITY, 0.0_f64), |(low, high), y| (low.min(y), high.max(y)));
+    if high > 20.0 * low { Scale::Decades } else { Scale::Linear }
 }
 
 fn with_ceilings(rows: &[&link::Row]) -> Vec<Series> {
@@ -248,5 +258,20 @@ fn processor(report: &proxy::Report, id: &str) -> Markup {
             (timeline::draw(&format!("{id}-added"), "Added latency at one connection",
                 "Its p50 above that of a client that does both legs itself.", &added, true))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bandwidths_of_one_order_start_at_0_and_others_go_by_decades() {
+        let line = |best: f64| {
+            let points = [0.1, best].map(|y| Point { x: y, y, middle: None });
+            Series { name: String::new(), colour: 0, dashed: false, points: points.to_vec() }
+        };
+        assert_eq!(bandwidths(&[line(40.0), line(6.0)]), Scale::Linear);
+        assert_eq!(bandwidths(&[line(1800.0), line(6.0)]), Scale::Decades);
     }
 }
