@@ -102,7 +102,7 @@ fn every_file_in_configs_loads_without_a_warning() {
             let path = entry.expect("reads").path();
             if path.is_dir() {
                 folders.push(path);
-            } else {
+            } else if path.extension().is_some_and(|extension| extension == "toml") {
                 files.push(path);
             }
         }
