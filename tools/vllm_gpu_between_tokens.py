@@ -21,7 +21,8 @@ import tempfile
 import threading
 import time
 
-from vllm_gpu_compare import Server, free_ports
+from vllm_gpu_compare import Server
+from vllm_processes import free_ports
 
 STREAM_TOKENS = 4000
 WARM_TOKENS = 30
@@ -126,7 +127,7 @@ def main():
         for role, gpu, port, kv_port in zip(("prefill", "decode"), (args.gpus[0], args.gpus[-1]), ports[:2], ports[2:]):
             servers.append(Server("pdlink", role, gpu, port, kv_port, args))
         for server in servers:
-            server.wait_until_healthy()
+            server.wait_until_healthy(server.url)
         prefill, decode = servers
         # Round 0 warms up.
         for turn in range(args.rounds + 1):
@@ -144,4 +145,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(str(error))

@@ -19,33 +19,20 @@ import argparse
 import json
 import os
 import random
-import signal
 import secrets
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+from vllm_processes import Process, free_ports
+
 ANSWER_TOKENS = 16
-START_SECONDS_MAX = 300
 REQUEST_SECONDS_MAX = 300
 SHARED_GPU_CACHE_BYTES = 20 << 30
 CASES = ("vllm-nixl", "pdlink", "pdlink-concurrent")
-
-
-def free_ports(count):
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
 
 
 def kv_config(case, role, port, kv):
@@ -58,8 +45,8 @@ def kv_config(case, role, port, kv):
             "kv_connector_extra_config": extra}
 
 
-class Server:
-    """One `vllm serve`, ended with everything that it started."""
+class Server(Process):
+    """One `vllm serve`."""
 
     def __init__(self, case, role, gpu, port, kv_port, args):
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
@@ -75,21 +62,8 @@ class Server:
             # Two servers that start at once on one GPU take each other's memory for their own when they look for the rest.
             command += ["--kv-cache-memory-bytes", str(SHARED_GPU_CACHE_BYTES)]
         self.kv_address = f"127.0.0.1:{kv_port}"
-        self.url, self.log = f"http://127.0.0.1:{port}", os.path.join(args.logs, f"{case}-{role}.log")
-        with open(self.log, "w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-
-    def wait_until_healthy(self):
-        deadline = time.monotonic() + START_SECONDS_MAX
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                urllib.request.urlopen(self.url + "/health", timeout=2)
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        with open(self.log, encoding="utf-8", errors="replace") as log:
-            tail = "".join(log.readlines()[-30:])
-        sys.exit(f"the server of {self.log} did not start:\n{tail}")
+        self.url = f"http://127.0.0.1:{port}"
+        super().__init__(command, env, os.path.join(args.logs, f"{case}-{role}.log"))
 
     def post(self, body, request_id):
         request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body).encode(),
@@ -115,17 +89,6 @@ class Server:
                 source = line.split('source="')[1].split('"')[0]
                 found[source] = found.get(source, 0) + float(line.rsplit(" ", 1)[1])
         return found
-
-    def end(self):
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                return
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                continue
 
 
 def in_turn(prefill, decode, body, turn):
@@ -185,7 +148,7 @@ def run_case(case, gpus, args):
             servers.append(Server(case, role, gpu, port, kv_port, args))
         started = time.monotonic()
         for server in servers:
-            server.wait_until_healthy()
+            server.wait_until_healthy(server.url)
         print(f"{case}: up in {time.monotonic() - started:.0f} s", flush=True)
         prefill, decode = servers
         before = decode.prompt_tokens_by_source()
@@ -228,4 +191,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(str(error))

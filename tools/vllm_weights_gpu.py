@@ -26,30 +26,19 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 
-START_SECONDS_MAX = 400
-ASK_SECONDS_MAX = 600
+from vllm_processes import Process, free_ports, post
+from vllm_weights_model import SHAPES, write_model
+from vllm_weights_stand_in import STAND_IN
+
 ANSWER_TOKENS = 24
 CACHE_BYTES = 4 << 30
-STAND_IN = "PDLINK_STAND_IN"
-SHAPES = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 512,
-             "num_key_value_heads": 2, "head_dim": 64},
-    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-                   "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128},
-    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
-                 "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128},
-}
 CASES = {
     "device": {"staging": "device", "paths": ["cuda-ipc"]},
     "host": {"staging": "host", "paths": ["cuda-ipc"]},
@@ -60,300 +49,11 @@ CASES = {
 BETWEEN_GPUS = ("nccl", "vllm")
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
-
-
-def write_model(folder, shape):
-    """A model's configuration and a byte-level tokenizer; vLLM makes the weights up."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    os.makedirs(folder, exist_ok=True)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    for name, held in (
-        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-                                   "pad_token": "<|endoftext|>", "model_max_length": 4096}),
-        ("config.json", {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False,
-                         "attention_dropout": 0.0, "bos_token_id": 256, "eos_token_id": 258, "hidden_act": "silu",
-                         "initializer_range": 0.02, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-                         "rope_theta": 1000000, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
-                         **SHAPES[shape]}),
-    ):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(held, file)
-    return folder
-
-
-def checkpoint_shapes(shape):
-    """Names and shapes of the tensors of such a checkpoint."""
-    s = SHAPES[shape]
-    hidden, inner, head = s["hidden_size"], s["intermediate_size"], s["head_dim"]
-    queries, keys = s["num_attention_heads"] * head, s["num_key_value_heads"] * head
-    shapes = {"model.embed_tokens.weight": (s["vocab_size"], hidden), "model.norm.weight": (hidden,),
-              "lm_head.weight": (s["vocab_size"], hidden)}
-    for layer in range(s["num_hidden_layers"]):
-        at = f"model.layers.{layer}."
-        shapes |= {
-            at + "self_attn.q_proj.weight": (queries, hidden), at + "self_attn.k_proj.weight": (keys, hidden),
-            at + "self_attn.v_proj.weight": (keys, hidden), at + "self_attn.o_proj.weight": (hidden, queries),
-            at + "self_attn.q_norm.weight": (head,), at + "self_attn.k_norm.weight": (head,),
-            at + "mlp.gate_proj.weight": (inner, hidden), at + "mlp.up_proj.weight": (inner, hidden),
-            at + "mlp.down_proj.weight": (hidden, inner),
-            at + "input_layernorm.weight": (hidden,), at + "post_attention_layernorm.weight": (hidden,),
-        }
-    return shapes
-
-
-# ------------------------------------------------------------------------------------------------- without a GPU: a stand-in
-
-
-def stand_in():
-    """The library that stands in for the driver, loaded: whoever asks for libcuda.so.1 then gets it. None: a real one is used."""
-    path = os.environ.get(STAND_IN)
-    return ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) if path else None
-
-
-def __getattr__(name):
-    """For a vLLM worker with a stand-in: its memory is the host's, and PyTorch is to see it as that."""
-    if name != "StandInExtension":
-        raise AttributeError(name)
-    stand_in()
-    import torch
-    from pdlink.vllm.weights import WeightsExtension, load
-
-    def bytes_of(memory):
-        held = (ctypes.c_uint8 * memory.bytes).from_address(memory.address)
-        held.memory = memory
-        return torch.frombuffer(held, dtype=torch.uint8)
-
-    load.bytes_of = bytes_of
-    return type(name, (WeightsExtension,), {})
-
-
-# ---------------------------------------------------------------------------------------------------------- the trainer
-
-
-class Trainer:
-    """In its own process: told what to do line by line, in JSON."""
-
-    def __init__(self, shape):
-        import torch
-
-        self.torch, self.library = torch, stand_in()
-        self.dtype = torch.float32 if self.library else torch.bfloat16
-        self.tensors = {name: self._empty(size) for name, size in checkpoint_shapes(shape).items()} if shape else {}
-        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-        if self.library:
-            from pdlink.trainer import publisher
-
-            described = publisher.described
-            # What the stand-in gave is on GPU 0.
-            publisher.described = lambda name, tensor: (*described(name, tensor)[:3], (*described(name, tensor)[3][:3], 0))
-            publisher.settle = lambda tensors: None
-
-    def _empty(self, size):
-        torch = self.torch
-        if not self.library:
-            return torch.empty(size, dtype=self.dtype, device="cuda")
-        count, place, context = 4, ctypes.c_uint64(), ctypes.c_void_p()
-        for one in size:
-            count *= one
-        self.library.cuCtxPushCurrent_v2(ctypes.c_void_p(1))
-        status = self.library.cuMemAlloc_v2(ctypes.byref(place), ctypes.c_size_t(count))
-        self.library.cuCtxPopCurrent_v2(ctypes.byref(context))
-        assert status == 0, f"the stand-in has no memory: {status}"
-        return torch.frombuffer((ctypes.c_uint8 * count).from_address(place.value), dtype=torch.uint8).view(self.dtype).view(size)
-
-    def _settle(self):
-        if not self.library:
-            self.torch.cuda.synchronize()
-
-    def make(self, seed):
-        """New values. Norms are near one, so that the answers hang on the whole prompt."""
-        generator = self.torch.Generator(device="cpu" if self.library else "cuda").manual_seed(seed)
-        for name, tensor in self.tensors.items():
-            tensor.normal_(0, 0.02, generator=generator)
-            if name.endswith("norm.weight"):
-                tensor.add_(1)
-        self._settle()
-        return {"bytes": self.bytes}
-
-    def copy(self, repeat):
-        """Bytes a second of a plain copy on this GPU, of as many bytes."""
-        torch, size = self.torch, min(self.bytes, 2 << 30)
-        source = torch.zeros(size, dtype=torch.uint8, device="cpu" if self.library else "cuda")
-        target, rates = torch.empty_like(source), []
-        for _ in range(repeat + 1):
-            self._settle()
-            started, done = time.perf_counter(), 0
-            while done < self.bytes:
-                target.copy_(source)
-                done += size
-            self._settle()
-            rates.append(done / (time.perf_counter() - started))
-        del source, target
-        if not self.library:
-            torch.cuda.empty_cache()
-        return {"rate": statistics.median(rates[1:])}
-
-    def broadcast(self, rank, world, port, bucket_bytes, total_bytes, repeat):
-        """Bytes a second of `ncclBroadcast` alone, in such buckets."""
-        torch = self.torch
-        import torch.distributed as dist
-
-        dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-        buckets, rates = [torch.zeros(bucket_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)], []
-        for _ in range(repeat + 1):
-            dist.barrier()
-            torch.cuda.synchronize()
-            started, done = time.perf_counter(), 0
-            while done < total_bytes:
-                dist.broadcast(buckets[done // bucket_bytes % 2], 0)
-                done += bucket_bytes
-            torch.cuda.synchronize()
-            rates.append(done / (time.perf_counter() - started))
-        dist.destroy_process_group()
-        del buckets
-        torch.cuda.empty_cache()
-        return {"rate": statistics.median(rates[1:])}
-
-    def publish(self, url, secret, weights):
-        from pdlink.trainer import WeightPublisher
-
-        if not hasattr(self, "publisher"):
-            self.publisher = WeightPublisher(url, secret_file=secret, weights=weights)
-        started = time.perf_counter()
-        done = self.publisher.publish(self.tensors)
-        return {"seconds": time.perf_counter() - started, "staging": done.staging_s, "pause": done.paused_s,
-                "version": done.version, "behind": list(done.behind)}
-
-    def forget_publisher(self):
-        if hasattr(self, "publisher"):
-            close = getattr(self.publisher, "close", None)
-            if close is not None:
-                close()
-            del self.publisher
-        return {}
-
-    def join_vllm(self, urls, port):
-        """vLLM's own engine: this process is rank 0."""
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-
-        world = 1 + len(urls)
-        told = {"master_address": "127.0.0.1", "master_port": port, "world_size": world}
-        with ThreadPoolExecutor(len(urls)) as pool:
-            joined = [pool.submit(post, url + "/init_weight_transfer_engine", {"init_info": {**told, "rank_offset": at}})
-                      for at, url in enumerate(urls, 1)]
-            self.group = NCCLWeightTransferEngine.trainer_init(told)
-            for one in joined:
-                one.result()
-        return {}
-
-    def send_vllm(self, urls):
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerSendWeightsArgs, NCCLWeightTransferEngine
-
-        info = {"names": list(self.tensors), "shapes": [list(tensor.shape) for tensor in self.tensors.values()],
-                "dtype_names": [str(self.dtype).removeprefix("torch.")] * len(self.tensors), "packed": True}
-        started = time.perf_counter()
-        with ThreadPoolExecutor(len(urls)) as pool:
-            list(pool.map(lambda url: post(url + "/pause?mode=keep"), urls))
-            list(pool.map(lambda url: post(url + "/start_weight_update", {"is_checkpoint_format": True}), urls))
-            taking = [pool.submit(post, url + "/update_weights", {"update_info": info}) for url in urls]
-            args = NCCLTrainerSendWeightsArgs(group=self.group, packed=True)
-            NCCLWeightTransferEngine.trainer_send_weights(iter(self.tensors.items()), args)
-            self.torch.cuda.synchronize()
-            for one in taking:
-                one.result()
-            list(pool.map(lambda url: post(url + "/finish_weight_update"), urls))
-            list(pool.map(lambda url: post(url + "/reset_prefix_cache"), urls))
-            list(pool.map(lambda url: post(url + "/resume"), urls))
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "staging": 0.0, "pause": seconds, "version": None, "behind": []}
-
-
-def be_trainer(shape):
-    # Libraries print where they like: only this is read by who started us.
-    said = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    trainer = Trainer(shape if shape != "-" else None)
-    for line in sys.stdin:
-        order = json.loads(line)
-        try:
-            answer = getattr(trainer, order.pop("do"))(**order)
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=said, flush=True)
-
-
-# --------------------------------------------------------------------------------------------------------- processes
-
-
-def post(url, body=None, timeout=ASK_SECONDS_MAX):
-    data = b"" if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"content-type": "application/json"}, method="POST")
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return dict(answer.headers), json.loads(answer.read() or b"{}")
-    except urllib.error.HTTPError as error:
-        raise RuntimeError(f"{url}: {error.code} {error.read()[:500].decode(errors='replace')}") from None
-
-
-def free_ports(count):
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
-
-
-class Process:
-    """Ended with everything that it started."""
-
-    def __init__(self, command, env, log, **pipes):
-        self.log = log
-        with open(log, "a", encoding="utf-8") as file:
-            to = {"stdout": file, "stderr": file, **pipes}
-            self.process = subprocess.Popen(command, env=env, start_new_session=True, **to)
-
-    def tail(self):
-        with open(self.log, encoding="utf-8", errors="replace") as log:
-            return "".join(log.readlines()[-40:])
-
-    def wait_until_healthy(self, url):
-        deadline = time.monotonic() + START_SECONDS_MAX
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                urllib.request.urlopen(url + "/health", timeout=2)
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.3)
-        raise RuntimeError(f"what writes {self.log} did not start:\n{self.tail()}")
-
-    def end(self):
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                return
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                continue
-
-
 class TrainerProcess(Process):
     def __init__(self, args, gpu, shape):
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, os.path.abspath(__file__), "--be-trainer", shape]
+        program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vllm_weights_trainer.py")
+        command = [sys.executable, program, shape]
         super().__init__(command, env, os.path.join(args.logs, f"trainer-{gpu}.log"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, what, **told):
@@ -392,7 +92,7 @@ class Worker(Process):
             paths = ["cuda-ipc"]
             extension = "pdlink.vllm.weights.WeightsExtension"
             if args.stand_in:
-                told["gpus"], paths, extension = [0], ["shm", "tcp"], "vllm_weights_gpu.StandInExtension"
+                told["gpus"], paths, extension = [0], ["shm", "tcp"], "vllm_weights_stand_in.StandInExtension"
                 here = os.path.dirname(os.path.abspath(__file__))
                 env |= {"PYTHONPATH": here, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
                         "TORCHDYNAMO_DISABLE": "1"}
@@ -481,9 +181,6 @@ class Memory:
     def __exit__(self, *_):
         self.stop.set()
         self.thread.join()
-
-
-# --------------------------------------------------------------------------------------------------------------- the cases
 
 
 PROMPTS = [[(7 * at + 13 * number) % 250 for at in range(40 + 30 * number)] for number in range(3)]
@@ -642,7 +339,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--be-trainer"]:
-        be_trainer(sys.argv[2])
-    else:
-        main()
+    main()

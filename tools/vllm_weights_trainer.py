@@ -1,0 +1,172 @@
+"""The trainer of vllm_weights_gpu.py: a process that holds tensors on one GPU and does what it is told line by line, in JSON.
+
+    python tools/vllm_weights_trainer.py SHAPE          a SHAPE of `-` holds none, and only takes part in broadcasts
+"""
+
+import ctypes
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+
+from vllm_processes import post
+from vllm_weights_model import checkpoint_shapes
+from vllm_weights_stand_in import stand_in
+
+
+class Trainer:
+    def __init__(self, shape):
+        import torch
+
+        self.torch, self.library = torch, stand_in()
+        self.dtype = torch.float32 if self.library else torch.bfloat16
+        self.tensors = {name: self._empty(size) for name, size in checkpoint_shapes(shape).items()} if shape else {}
+        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        if self.library:
+            from pdlink.trainer import publisher
+
+            described = publisher.described
+            # What the stand-in gave is on GPU 0.
+            publisher.described = lambda name, tensor: (*described(name, tensor)[:3], (*described(name, tensor)[3][:3], 0))
+            publisher.settle = lambda tensors: None
+
+    def _empty(self, size):
+        torch = self.torch
+        if not self.library:
+            return torch.empty(size, dtype=self.dtype, device="cuda")
+        count, place, context = 4, ctypes.c_uint64(), ctypes.c_void_p()
+        for one in size:
+            count *= one
+        self.library.cuCtxPushCurrent_v2(ctypes.c_void_p(1))
+        status = self.library.cuMemAlloc_v2(ctypes.byref(place), ctypes.c_size_t(count))
+        self.library.cuCtxPopCurrent_v2(ctypes.byref(context))
+        assert status == 0, f"the stand-in has no memory: {status}"
+        return torch.frombuffer((ctypes.c_uint8 * count).from_address(place.value), dtype=torch.uint8).view(self.dtype).view(size)
+
+    def _settle(self):
+        if not self.library:
+            self.torch.cuda.synchronize()
+
+    def make(self, seed):
+        """New values. Norms are near one, so that the answers hang on the whole prompt."""
+        generator = self.torch.Generator(device="cpu" if self.library else "cuda").manual_seed(seed)
+        for name, tensor in self.tensors.items():
+            tensor.normal_(0, 0.02, generator=generator)
+            if name.endswith("norm.weight"):
+                tensor.add_(1)
+        self._settle()
+        return {"bytes": self.bytes}
+
+    def copy(self, repeat):
+        """Bytes a second of a plain copy on this GPU, of as many bytes."""
+        torch, size = self.torch, min(self.bytes, 2 << 30)
+        source = torch.zeros(size, dtype=torch.uint8, device="cpu" if self.library else "cuda")
+        target, rates = torch.empty_like(source), []
+        for _ in range(repeat + 1):
+            self._settle()
+            started, done = time.perf_counter(), 0
+            while done < self.bytes:
+                target.copy_(source)
+                done += size
+            self._settle()
+            rates.append(done / (time.perf_counter() - started))
+        del source, target
+        if not self.library:
+            torch.cuda.empty_cache()
+        return {"rate": statistics.median(rates[1:])}
+
+    def broadcast(self, rank, world, port, bucket_bytes, total_bytes, repeat):
+        """Bytes a second of `ncclBroadcast` alone, in such buckets."""
+        torch = self.torch
+        import torch.distributed as dist
+
+        dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        buckets, rates = [torch.zeros(bucket_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)], []
+        for _ in range(repeat + 1):
+            dist.barrier()
+            torch.cuda.synchronize()
+            started, done = time.perf_counter(), 0
+            while done < total_bytes:
+                dist.broadcast(buckets[done // bucket_bytes % 2], 0)
+                done += bucket_bytes
+            torch.cuda.synchronize()
+            rates.append(done / (time.perf_counter() - started))
+        dist.destroy_process_group()
+        del buckets
+        torch.cuda.empty_cache()
+        return {"rate": statistics.median(rates[1:])}
+
+    def publish(self, url, secret, weights):
+        from pdlink.trainer import WeightPublisher
+
+        if not hasattr(self, "publisher"):
+            self.publisher = WeightPublisher(url, secret_file=secret, weights=weights)
+        started = time.perf_counter()
+        done = self.publisher.publish(self.tensors)
+        return {"seconds": time.perf_counter() - started, "staging": done.staging_s, "pause": done.paused_s,
+                "version": done.version, "behind": list(done.behind)}
+
+    def forget_publisher(self):
+        if hasattr(self, "publisher"):
+            close = getattr(self.publisher, "close", None)
+            if close is not None:
+                close()
+            del self.publisher
+        return {}
+
+    def join_vllm(self, urls, port):
+        """vLLM's own engine: this process is rank 0."""
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+        world = 1 + len(urls)
+        told = {"master_address": "127.0.0.1", "master_port": port, "world_size": world}
+        with ThreadPoolExecutor(len(urls)) as pool:
+            joined = [pool.submit(post, url + "/init_weight_transfer_engine", {"init_info": {**told, "rank_offset": at}})
+                      for at, url in enumerate(urls, 1)]
+            self.group = NCCLWeightTransferEngine.trainer_init(told)
+            for one in joined:
+                one.result()
+        return {}
+
+    def send_vllm(self, urls):
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerSendWeightsArgs, NCCLWeightTransferEngine
+
+        info = {"names": list(self.tensors), "shapes": [list(tensor.shape) for tensor in self.tensors.values()],
+                "dtype_names": [str(self.dtype).removeprefix("torch.")] * len(self.tensors), "packed": True}
+        started = time.perf_counter()
+        with ThreadPoolExecutor(len(urls)) as pool:
+            list(pool.map(lambda url: post(url + "/pause?mode=keep"), urls))
+            list(pool.map(lambda url: post(url + "/start_weight_update", {"is_checkpoint_format": True}), urls))
+            taking = [pool.submit(post, url + "/update_weights", {"update_info": info}) for url in urls]
+            args = NCCLTrainerSendWeightsArgs(group=self.group, packed=True)
+            NCCLWeightTransferEngine.trainer_send_weights(iter(self.tensors.items()), args)
+            self.torch.cuda.synchronize()
+            for one in taking:
+                one.result()
+            list(pool.map(lambda url: post(url + "/finish_weight_update"), urls))
+            list(pool.map(lambda url: post(url + "/reset_prefix_cache"), urls))
+            list(pool.map(lambda url: post(url + "/resume"), urls))
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "staging": 0.0, "pause": seconds, "version": None, "behind": []}
+
+
+def main(shape):
+    # Libraries print where they like: only this is read by who started us.
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    trainer = Trainer(shape if shape != "-" else None)
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            answer = getattr(trainer, order.pop("do"))(**order)
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=said, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
