@@ -6,19 +6,18 @@ mod launch;
 #[path = "support/netns.rs"]
 mod netns;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use launch::{all_end, descendants, wait_for};
+use launch::{Process, Up, all_end, descendants};
 use netns::{Network, address, in_a_network_of_its_own};
 use reqwest::Client;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -42,93 +41,29 @@ fn config(hosts: &str) -> String {
     )
 }
 
-/// One `pdlink` and what it says.
-struct Node {
-    child: Child,
-    lines: Receiver<String>,
-    seen: Vec<String>,
+fn start(command: &mut Command) -> Up {
+    let mut up = Up::start(command.stdin(Stdio::null()));
+    up.patience = PATIENCE;
+    up
 }
 
-impl Node {
-    fn start(command: &mut Command) -> Self {
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let (sender, lines) = channel();
-        let streams: [Box<dyn std::io::Read + Send>; 2] =
-            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
-        for stream in streams {
-            let sender = sender.clone();
-            std::thread::spawn(move || {
-                BufReader::new(stream).lines().map_while(Result::ok).for_each(|line| drop(sender.send(line)));
-            });
-        }
-        Self { child, lines, seen: Vec::new() }
-    }
-
-    fn pid(&self) -> Pid {
-        Pid::from_child(&self.child)
-    }
-
-    fn line_with(&mut self, text: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(line) => {
-                    self.seen.push(line.clone());
-                    if line.contains(text) {
-                        return line;
-                    }
-                }
-                Err(RecvTimeoutError::Timeout) => panic!("no line with {text:?} in time:\n{}", self.seen.join("\n")),
-                Err(RecvTimeoutError::Disconnected) => panic!("ended without {text:?}:\n{}", self.seen.join("\n")),
-            }
-        }
-    }
-
-    fn event(&mut self, name: &str) -> Value {
-        let line = self.line_with(&format!("\"event\":\"{name}\""));
-        serde_json::from_str(&line).unwrap()
-    }
-
-    /// The next event of this name that is about this worker.
-    fn event_of(&mut self, name: &str, worker: &str) {
-        while self.event(name)["worker"] != worker {}
-    }
-
-    fn terminate(&self) {
-        kill_process(self.pid(), Signal::TERM).unwrap();
-    }
-
-    fn ended(&mut self) -> (ExitStatus, String) {
-        let status = wait_for(|| self.child.try_wait().unwrap());
-        let status = status.unwrap_or_else(|| panic!("it did not end:\n{}", self.seen.join("\n")));
-        while let Ok(line) = self.lines.recv_timeout(PATIENCE) {
-            self.seen.push(line);
-        }
-        (status, self.seen.join("\n"))
-    }
-
-    /// Ends everything it started, and itself, as a power cut does.
-    fn kill(&mut self) {
-        let mut all = descendants(self.pid());
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        all.iter().for_each(|process| process.kill());
-        all.retain(|process| process.is_alive());
-        all_end(&all);
-    }
+/// Waits for the next event of this name that is about this worker.
+fn event_of(node: &mut Up, name: &str, worker: &str) {
+    while node.event(name)["worker"] != worker {}
 }
 
-impl Drop for Node {
-    fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
-            self.kill();
-        }
-    }
+/// Ends a node and everything it started, as a power cut does.
+fn cut_power(node: &Up) {
+    let mut all = descendants(node.pid());
+    all.extend(Process::of(node.pid().as_raw_pid()));
+    all.iter().for_each(|process| process.kill());
+    all.retain(|process| process.is_alive());
+    all_end(&all);
 }
 
 /// The run: five hosts, and a launcher on each.
 struct Fleet {
-    nodes: Vec<Node>,
+    nodes: Vec<Up>,
     /// Overrides of every node.
     overrides: &'static [&'static str],
     network: Network,
@@ -176,8 +111,8 @@ impl Fleet {
         command
     }
 
-    fn start(&self, rank: usize) -> Node {
-        Node::start(&mut self.command(rank))
+    fn start(&self, rank: usize) -> Up {
+        start(&mut self.command(rank))
     }
 
     /// What the proxy knows of its workers, by URL.
@@ -210,7 +145,7 @@ struct Load {
     stop: Arc<AtomicBool>,
     right: Arc<AtomicUsize>,
     clients: JoinSet<Vec<String>>,
-    _oracle: Node,
+    _oracle: Up,
 }
 
 const CLIENTS: usize = 6;
@@ -220,7 +155,7 @@ impl Load {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut command = Command::new(env!("CARGO_BIN_EXE_pdlink"));
         command.args(["engine", "--role", "both", "--port", &port.to_string(), "--model", "pdlink-reference"]);
-        let mut oracle = Node::start(command.env_remove("PDLINK_SECRET_FILE"));
+        let mut oracle = start(command.env_remove("PDLINK_SECRET_FILE"));
         oracle.line_with("ready: http");
         let (stop, right) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let mut clients = JoinSet::new();
@@ -311,9 +246,9 @@ fn five_hosts_serve_by_the_network_of_kv_and_end_together() {
             let kv = worker["kv_addr"].as_str().unwrap();
             assert!(kv.starts_with(&format!("10.78.0.{}:", rank + 1)), "{kv}");
         }
-        fleet.nodes[0].terminate();
+        fleet.nodes[0].signal(Signal::TERM);
         for (rank, node) in fleet.nodes.iter_mut().enumerate() {
-            let (status, said) = node.ended();
+            let (status, said) = node.end();
             assert!(status.success(), "node {rank}: {said}");
             assert!(rank == 0 || said.contains("node 0 was asked to end"), "node {rank}: {said}");
         }
@@ -351,20 +286,20 @@ fn kv_8_px_2_a_pulled_cable_and_a_dead_host_cost_no_answer_and_both_come_back() 
             fleet.nodes[rank].event("node0_away");
             load.goes_on(40).await;
             fleet.network.hosts[rank].plug_in();
-            fleet.nodes[0].event_of("worker_ready", worker);
+            event_of(&mut fleet.nodes[0], "worker_ready", worker);
             fleet.nodes[rank].event("node0_back");
             fleet.takes_part(rank).await;
         }
         for (rank, worker) in [(2, "prefill_1"), (4, "decode_1")] {
             // The power fails: its processes go without a word to anybody.
             fleet.network.hosts[rank].unplug();
-            fleet.nodes[rank].kill();
+            cut_power(&fleet.nodes[rank]);
             assert_eq!(fleet.nodes[0].event("node_lost")["node"], rank);
             load.goes_on(40).await;
             fleet.network.hosts[rank].plug_in();
             fleet.nodes[rank] = fleet.start(rank);
             assert_eq!(fleet.nodes[0].event("node_joined")["node"], rank);
-            fleet.nodes[0].event_of("worker_ready", worker);
+            event_of(&mut fleet.nodes[0], "worker_ready", worker);
             fleet.takes_part(rank).await;
         }
         // KV alone has no way to a host that answers everything else.
@@ -374,7 +309,7 @@ fn kv_8_px_2_a_pulled_cable_and_a_dead_host_cost_no_answer_and_both_come_back() 
         fleet.takes_part(2).await;
         for rank in [1, 4] {
             // Its processes are killed, and the kernel says so to everybody.
-            fleet.nodes[rank].kill();
+            cut_power(&fleet.nodes[rank]);
             assert_eq!(fleet.nodes[0].event("node_lost")["node"], rank);
             load.goes_on(20).await;
             fleet.nodes[rank] = fleet.start(rank);
@@ -407,8 +342,8 @@ fn a_node_leaves_in_order_and_what_does_not_belong_is_refused() {
         let load = Load::start().await;
         load.goes_on(20).await;
         // Maintenance: no request is lost by it, and the host comes back.
-        fleet.nodes[3].terminate();
-        let (status, said) = fleet.nodes[3].ended();
+        fleet.nodes[3].signal(Signal::TERM);
+        let (status, said) = fleet.nodes[3].end();
         assert!(status.success() && !said.contains("still in flight"), "{said}");
         fleet.nodes[0].event("node_left");
         load.goes_on(20).await;
@@ -417,7 +352,7 @@ fn a_node_leaves_in_order_and_what_does_not_belong_is_refused() {
         println!("{} right answers", load.end().await);
 
         let refused = |command: &mut Command, want: &str| {
-            let (status, said) = Node::start(command).ended();
+            let (status, said) = start(command).ended();
             assert!(!status.success() && said.contains(want), "{want}: {said}");
         };
         refused(
@@ -443,7 +378,7 @@ fn without_node_0_the_others_keep_their_workers_for_its_return_and_end_when_it_s
     inside("without_node_0_the_others_keep_their_workers_for_its_return_and_end_when_it_stays_away", async || {
         let (mut fleet, _) = Fleet::up("node0_timeout_s = 15\n");
         let before: Vec<_> = (1..5).map(|rank| descendants(fleet.nodes[rank].pid())).collect();
-        fleet.nodes[0].kill();
+        cut_power(&fleet.nodes[0]);
         fleet.nodes[1].event("node0_away");
         fleet.nodes[0] = fleet.start(0);
         fleet.nodes[0].event("ready");
@@ -453,14 +388,14 @@ fn without_node_0_the_others_keep_their_workers_for_its_return_and_end_when_it_s
         load.goes_on(20).await;
         println!("{} right answers", load.end().await);
 
-        fleet.nodes[0].kill();
+        cut_power(&fleet.nodes[0]);
         for rank in 1..5 {
-            let (status, said) = fleet.nodes[rank].ended();
+            let (status, said) = fleet.nodes[rank].end();
             assert!(!status.success() && said.contains("node 0 (10.77.0.1:14570) has been away for 15 s"), "{said}");
         }
         after.iter().for_each(all_end);
         // And one that nobody joins says whom it misses.
-        let mut alone = Node::start(fleet.command(0).args(["--hosts.join_timeout_s", "1"]));
+        let alone = start(fleet.command(0).args(["--hosts.join_timeout_s", "1"]));
         let (status, said) = alone.ended();
         assert!(!status.success() && said.contains("node 1 (10.77.0.2), node 2 (10.77.0.3)"), "{said}");
         assert!(said.contains("from there 10.77.0.1:14570 must be reachable"), "{said}");

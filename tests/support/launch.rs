@@ -171,7 +171,7 @@ pub(crate) struct Up {
 }
 
 impl Up {
-    fn start(command: &mut Command) -> Self {
+    pub(crate) fn start(command: &mut Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("start pdlink");
         let (sender, lines) = channel();
         let streams: [Box<dyn Read + Send>; 2] =
@@ -234,6 +234,11 @@ impl Up {
 
     /// Waits for the end; the status and everything that was said.
     pub(crate) fn ended(mut self) -> (ExitStatus, String) {
+        self.end()
+    }
+
+    /// The same of one that stays where it is.
+    pub(crate) fn end(&mut self) -> (ExitStatus, String) {
         let status = wait_for(|| self.child.try_wait().expect("wait for our own child"));
         let status = status.unwrap_or_else(|| panic!("pdlink did not end:\n{}", self.seen.join("\n")));
         // Guards hold no end of these pipes, so they end with the launcher.
