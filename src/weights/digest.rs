@@ -90,16 +90,15 @@ impl StreamDigests {
                     sums.collect::<Result<Vec<_>, _>>()?
                 }
                 Some(device) => {
-                    if self.gpu.is_none() {
-                        self.gpu = Some(GpuDigests::on(device)?);
-                    }
+                    let gpu = match &mut self.gpu {
+                        Some(gpu) => gpu,
+                        none => none.insert(GpuDigests::on(device)?),
+                    };
                     let mut sums = vec![0; part.len()];
                     let tiles = part.iter().enumerate().flat_map(|(number, piece)| {
                         tiles(piece, offset(piece)).map(move |tile| (number, region, tile))
                     });
-                    if let Some(gpu) = &mut self.gpu {
-                        gpu.add(tiles, &mut sums)?;
-                    }
+                    gpu.add(tiles, &mut sums)?;
                     sums
                 }
             };

@@ -5,8 +5,10 @@ vLLM's engine dies of a report too many and hangs on one too few, so each case h
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -238,10 +240,11 @@ def test_decode_falls_asleep_while_it_loads(pair: Pair):
 # ---------------------------------------------------------------- the scheduler's side, with vLLM's objects made up
 
 
-def scheduler(role: str) -> SchedulerSide:
+def scheduler(role: str, tp_size: int = 1) -> SchedulerSide:
     from fakes import vllm_config
 
-    return SchedulerSide(config.read(vllm_config(role), None, 0), cache().config)
+    settings = config.read(vllm_config(role), None, 0)
+    return SchedulerSide(dataclasses.replace(settings, tp_size=tp_size), cache().config)
 
 
 def request(request_id: str, params: Any, tokens: int = 40, **changes: Any) -> SimpleNamespace:
@@ -320,9 +323,27 @@ def test_a_dropped_load_keeps_the_engine_stepping_until_it_is_carried_out():
     side.step_meta(output({}, {}))
     assert side.finished(asked, ([],)) == (False, None)
     assert side.step_meta(output({}, {})).drops == ["r"] and side.needs_steps
-    done = SimpleNamespace(finished_recving=None, kv_connector_worker_meta=WorkerMeta(dropped={"r"}))
-    side.ends(done)
+    side.ends(told(WorkerMeta(dropped=Counter(["r"]))))
     assert not side.needs_steps
+
+
+def test_a_drop_is_carried_out_when_every_rank_has_said_so():
+    side = scheduler("kv_consumer", tp_size=2)
+    asked = [request(name, {"do_remote_prefill": True}) for name in ("r", "s")]
+    for each in asked:
+        side.meet(each)
+        side.finished(each, ([],))
+    side.step_meta(output({}, {}))
+    side.ends(told(WorkerMeta(dropped=Counter(["r", "s"])).aggregate(WorkerMeta(dropped=Counter(["s"])))))
+    assert side.needs_steps, "rank 1 may still load for r"
+    side.ends(told(None))
+    assert side.needs_steps
+    side.ends(told(WorkerMeta(dropped=Counter(["r"]))))
+    assert not side.needs_steps
+
+
+def told(meta: WorkerMeta | None) -> SimpleNamespace:
+    return SimpleNamespace(finished_recving=None, kv_connector_worker_meta=meta)
 
 
 def test_kv_7_blocks_that_a_lost_peer_may_write_stay_out_of_use():

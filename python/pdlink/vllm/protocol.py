@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,8 +100,8 @@ class WorkerMeta(KVConnectorWorkerMetadata):
 
     unfenced: set[str] = field(default_factory=set)
     """Loads that failed while a lost peer may still write into their blocks (KV-7)."""
-    dropped: set[str] = field(default_factory=set)
-    """Drops that were carried out: nothing of the request is under way any more."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Drops that were carried out, and by how many ranks: nothing of the request is under way there any more."""
 
     def aggregate(self, other: Any) -> WorkerMeta:
-        return WorkerMeta(self.unfenced | other.unfenced, self.dropped | other.dropped)
+        return WorkerMeta(self.unfenced | other.unfenced, self.dropped + other.dropped)

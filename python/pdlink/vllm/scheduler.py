@@ -15,6 +15,7 @@ Nothing is keyed on vLLM's request ids beyond this engine: the transfer id trave
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import dropwhile
 from typing import TYPE_CHECKING, Any
@@ -75,8 +76,8 @@ class SchedulerSide:
         self._prefills: dict[str, _Prefill] = {}
         # Requests whose parameters ask for nothing that is done here.
         self._plain: set[str] = set()
-        # Requests that no worker loads any more, until the workers have said so.
-        self._dropping: set[str] = set()
+        # Requests that no rank loads any more, and how many ranks have yet to say so.
+        self._dropping: Counter[str] = Counter()
         self._meta = StepMeta()
 
     # ---------------------------------------------------------------- what the engine binds
@@ -251,7 +252,7 @@ class SchedulerSide:
                 load.ended = True
         meta = output.kv_connector_worker_meta
         if isinstance(meta, WorkerMeta):
-            self._dropping -= meta.dropped
+            self._dropping -= meta.dropped  # What comes to nothing is gone.
             for request_id in meta.unfenced:
                 self._quarantine(request_id)
         for request_id in output.finished_recving or ():
@@ -310,7 +311,7 @@ class SchedulerSide:
 
     def _drop(self, request_id: str) -> None:
         self._meta.drops.append(request_id)
-        self._dropping.add(request_id)
+        self._dropping[request_id] = self._config.tp_size
 
     def _params(self, prefill: _Prefill) -> dict[str, Any] | None:
         if self._maker is None:

@@ -10,6 +10,7 @@ here, and the entry decides what is reported (KV-1):
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -373,7 +374,7 @@ class WorkerSide:
         return self._map.blocks(blocks, tokens) if self._map is not None else blocks
 
     def worker_meta(self, results: Results) -> WorkerMeta | None:
-        told = WorkerMeta(results.unfenced, results.dropped)
+        told = WorkerMeta(results.unfenced, Counter(results.dropped))
         return told if told.unfenced or told.dropped else None
 
     def take_stats(self) -> PdlinkStats | None:
