@@ -87,6 +87,36 @@ fn a_port_in_use_is_named_with_who_has_it() {
 }
 
 #[test]
+fn a_node_is_asked_for_its_own_share_and_for_the_way_to_the_others() {
+    const SCRIPT: &str = "ip link set lo up && ip addr add 10.9.0.2/32 dev lo || exit 99; exec \"$0\" \"$@\"";
+    let may = Command::new("unshare").args(["-rn", "sh", "-c", SCRIPT, "true"]).output();
+    if !may.is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: this machine does not let us make a network of our own");
+        return;
+    }
+    let of = |addresses: &str, more: &[&str]| {
+        let mut command = command("unshare");
+        command.args(["-rn", "sh", "-c", SCRIPT, env!("CARGO_BIN_EXE_pdlink"), "doctor", "--json"]);
+        command.args(["--only", "machine,configuration", "@", "configs/debug/multi_node.toml"]);
+        read(command.args(["--hosts.addresses", addresses]).args(more))
+    };
+    let both = of(r#"["10.9.0.1", "10.9.0.2"]"#, &[]);
+    both.assert("machine", "host-names", "ok", &["10.9.0.2 is 10.9.0.2", "node 0 is 10.9.0.1"]);
+    both.assert("machine", "cores", "ok", &["2 workers with 2 ranks"]);
+    both.assert("machine", "ports", "ok", &["free on 10.9.0.2"]);
+    both.assert("configuration", "plan", "ok", &["prefill_0, prefill_1, decode_0, decode_1"]);
+    let lost = of(r#"["10.9.0.2", "no-such-host.invalid"]"#, &["--node", "0"]);
+    lost.assert("machine", "host-names", "fail", &["node 1", "no-such-host.invalid", "hosts.nodes[1].address"]);
+    let foreign = of(r#"["10.9.0.1", "10.9.0.2"]"#, &["--node", "0"]);
+    foreign.assert("machine", "host-names", "fail", &["workers cannot listen", "10.9.0.1"]);
+    let nowhere = of(r#"["10.9.0.8", "10.9.0.9"]"#, &[]);
+    nowhere.assert("configuration", "plan", "fail", &["which of the 2 nodes", "--node RANK"]);
+    let unusable = of(r#"["127.0.0.1", "10.9.0.2"]"#, &[]);
+    unusable.assert("configuration", "composes", "fail", &["127.0.0.1", "no other node can reach"]);
+    unusable.assert("configuration", "plan", "skipped", &["see composes"]);
+}
+
+#[test]
 fn a_tiny_dev_shm_is_named() {
     const SCRIPT: &str = "mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 99; exec \"$0\" \"$@\"";
     let may = Command::new("unshare").args(["-rm", "sh", "-c", "mount -t tmpfs tmpfs /dev/shm"]).output();

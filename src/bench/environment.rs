@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::ffi::cuda::survey;
+use crate::telemetry::clock;
 
 /// Variables that change what is measured, by how their names begin.
 const TELLING: [&str; 7] = ["PDLINK_", "UCX_", "NCCL_", "NIXL_", "CUDA_", "VIRTUAL_ENV", "TOKIO_WORKER_THREADS"];
@@ -41,10 +41,9 @@ impl Environment {
         let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
         let (cpu_info, load) = (read("/proc/cpuinfo"), read("/proc/loadavg"));
         let model = cpu_info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Self {
             command: command(std::env::args().skip(1)),
-            at: utc(seconds),
+            at: utc(clock::unix().as_secs()),
             cpu: model.map_or("unknown", |(_, name)| name.trim()).to_owned(),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             memory_bytes: Self::memory_bytes(),

@@ -21,6 +21,9 @@ pub(super) struct Args {
     /// Ask the checks of these groups alone
     #[arg(long, value_enum, value_delimiter = ',', value_name = "GROUP")]
     only: Vec<Group>,
+    /// Which node of [[hosts.nodes]] this is [default: as `pdlink up` finds it]
+    #[arg(long, value_name = "RANK")]
+    node: Option<usize>,
     /// The proxy of a deployment that runs, to look at that too
     #[arg(long, value_name = "URL")]
     url: Option<String>,
@@ -51,7 +54,7 @@ pub(super) fn run(args: &Args, sources: &Sources) -> anyhow::Result<ExitCode> {
     let given = !sources.files.is_empty() || !sources.overrides.is_empty();
     let loaded = given.then(|| load_quietly(sources));
     let target = args.url.as_deref().map(|url| target(url, args, loaded.as_ref())).transpose()?;
-    let setting = Setting::new(loaded, target)?.corrupting(args.corrupt);
+    let setting = Setting::new(loaded, args.node, target)?.corrupting(args.corrupt);
     let bar = bar();
     let groups = if args.only.is_empty() { &Group::ALL } else { args.only.as_slice() };
     let report = doctor::run(setting, groups, &|progress| show(&bar, progress));

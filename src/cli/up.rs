@@ -6,7 +6,6 @@ mod nodes;
 mod pairs;
 mod run;
 mod show;
-mod site;
 mod stage;
 
 use std::path::PathBuf;
@@ -16,6 +15,8 @@ use std::time::Duration;
 use crate::config::{Config, EngineKind, Loaded, Origins};
 use crate::launcher::machine;
 use crate::launcher::nodes::ports::{CountedPorts, Held, NodePorts};
+use crate::launcher::nodes::rank::RankError;
+use crate::launcher::nodes::site::{self, Site, SiteError};
 use crate::launcher::ports::HeldPorts;
 use crate::launcher::run_dir::RunDir;
 use crate::launcher::vllm::program::{self, VllmError};
@@ -53,7 +54,7 @@ pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
     let Loaded { config, origins, .. } = load_config(&sources)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build()?;
     let outcome = runtime.block_on(async {
-        let place = site::look(&config, args.node, args.dry_run).await?;
+        let place = place(&config, args.node, args.dry_run).await?;
         let has_workers = config.roles().iter().any(|role| !config.gpu_ids_on(place.node, *role).is_empty());
         let vllm = match find_vllm(&config, args.json).await {
             Err(error @ VllmError::NotFound) if args.dry_run => assumed_vllm(&config, Some(&error)),
@@ -70,6 +71,27 @@ pub(super) fn run(args: Args, sources: Sources) -> anyhow::Result<ExitCode> {
     });
     runtime.shutdown_timeout(EXIT_TIMEOUT);
     outcome.map(|()| ExitCode::SUCCESS)
+}
+
+/// This host's place in the run. A dry run may be on any: what it cannot tell, it leaves out and says.
+async fn place(config: &Config, flag: Option<usize>, is_dry: bool) -> anyhow::Result<Place> {
+    let Site { place, no_network } = match site::look(config, flag).await {
+        Ok(site) => site,
+        Err(SiteError::Rank(RankError::Unknown { .. })) if is_dry => {
+            stage::warn_on_stderr(
+                "this host is none of [[hosts.nodes]]: what a node finds out for itself is not shown",
+            );
+            Site::any()
+        }
+        Err(error @ SiteError::Interfaces(_)) => return Err(error.into()),
+        Err(error) => return Err(Usage::new(error.to_string()).into()),
+    };
+    match no_network {
+        Some(error) if is_dry => stage::warn_on_stderr(&error.to_string()),
+        Some(error) => return Err(anyhow::anyhow!("node {}: {error}", place.node)),
+        None => {}
+    }
+    Ok(place)
 }
 
 /// What a run finds where it starts.
@@ -137,18 +159,10 @@ fn planned(config: &Config, here: &Here, secret_file: &str) -> anyhow::Result<(P
     Ok((plan, Sockets { run: front, _workers: workers.into(), admin }))
 }
 
-/// The address on which this node's workers listen, and the one of their KV runtimes.
-fn own_hosts<'a>(config: &'a Config, here: &'a Here) -> (&'a str, &'a str) {
-    let node = here.place.node;
-    let host = config.hosts.address(node).unwrap_or_default();
-    let named = config.hosts.nodes.get(node).and_then(|node| node.kv_address.as_deref());
-    (host, named.or(here.place.kv_address.as_deref()).unwrap_or(host))
-}
-
 /// Holds this node's ports; `before` are those it had, by purpose.
 fn node_ports(config: &Config, here: &Here, before: Vec<(String, u16)>) -> anyhow::Result<NodePorts> {
     let node = here.place.node;
-    let (host, kv_host) = own_hosts(config, here);
+    let (host, kv_host) = here.place.own_hosts(config);
     let front = if node == 0 { config.host() } else { host };
     Ok(NodePorts::on(node, front, host, kv_host, before)?)
 }

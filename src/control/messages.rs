@@ -92,6 +92,8 @@ pub struct RecentFailure {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Traffic {
     pub status: RuntimeStatus,
+    /// What the worker's clock said when this was told, in microseconds since 1970.
+    pub told_unix_us: u64,
     /// By peer and path.
     pub links: Vec<LinkTraffic>,
     /// Engine ids of connected prefill workers, and the path to each.

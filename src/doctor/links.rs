@@ -107,14 +107,23 @@ fn ends(setting: &Setting, path: Path) -> Result<Ends, Box<Answer>> {
     Ok(Ends { gpus: Some([ours, theirs]), library })
 }
 
-/// The first GPU of prefill and of decode.
+/// The first GPU of decode and of prefill. Where this host has one role alone, two of its GPUs.
 fn pair(setting: &Setting) -> [i32; 2] {
-    let first = |role: Role| {
-        let ids = setting.config().map(|config| config.gpu_ids(role)).unwrap_or_default();
-        ids.first().and_then(|id| i32::try_from(*id).ok())
+    let ids = |role: Role| {
+        let ids = setting.gpu_ids(role);
+        ids.into_iter().filter_map(|id| i32::try_from(id).ok()).collect::<Vec<_>>()
     };
-    let other = i32::from(setting.gpus() > 1);
-    [first(Role::Decode).unwrap_or(0), first(Role::Prefill).unwrap_or(other)]
+    let (prefill, decode) = (ids(Role::Prefill), ids(Role::Decode));
+    let own = [decode.as_slice(), prefill.as_slice()].concat();
+    let ours = own.first().copied().unwrap_or(0);
+    let theirs = match prefill.first() {
+        Some(first) if !decode.is_empty() => *first,
+        _ => {
+            let any = || i32::from(ours == 0 && setting.gpus() > 1);
+            own.into_iter().find(|id| *id != ours).unwrap_or_else(any)
+        }
+    };
+    [ours, theirs]
 }
 
 fn flown(setting: &Setting, path: Path, ends: &Ends) -> anyhow::Result<Flown> {

@@ -8,9 +8,10 @@ use super::probe::{self, Order};
 use crate::config::{Config, ConnectorImpl, EngineKind, KvConnector, KvMemory, LoadError, Loaded, Path, Role};
 use crate::ffi::cuda::Survey;
 use crate::launcher::machine;
+use crate::launcher::nodes::site;
 use crate::launcher::vllm::program::{self, VllmError};
 use crate::topology::host::Host;
-use crate::topology::ports::{PortError, PortWish, Ports};
+use crate::topology::ports::{Listener, PortError, PortWish, Ports};
 use crate::topology::vllm::{P2P_NCCL_LAST, TESTED, VllmProgram};
 use crate::topology::{Place, Plan, PlanError, Surroundings, needs_p2p_nccl, plan};
 
@@ -24,10 +25,12 @@ pub struct Setting {
     /// The `vllm` that workers would run; `None` where no worker runs one.
     pub(super) vllm: Option<Result<VllmProgram, VllmError>>,
     pub(super) host: Host,
+    /// Which node of `[hosts]` this is, or why that is not known.
+    pub(super) place: Result<Place, String>,
     /// What NVIDIA's driver tells of its GPUs, or why it tells nothing.
     pub(super) survey: Result<Survey, String>,
     pub(super) plan: Option<Result<Plan, PlanError>>,
-    /// Ports that the plan wishes for.
+    /// Ports that the plan wishes for on this host.
     pub(super) ports: Vec<Wish>,
     /// The path whose canary gets a wrong run on its way, to see that it is found.
     pub(super) corrupts: Option<Path>,
@@ -40,6 +43,8 @@ pub struct Setting {
 pub(super) struct Wish {
     pub(super) purpose: String,
     pub(super) key: String,
+    /// Where it is to listen.
+    pub(super) host: String,
     pub(super) base: u16,
     pub(super) count: u16,
     pub(super) search: bool,
@@ -47,23 +52,33 @@ pub(super) struct Wish {
 
 impl Setting {
     /// Looks at what was given, and makes the plan as `pdlink up` would, without taking a port.
-    pub fn new(loaded: Option<Result<Loaded, LoadError>>, target: Option<Target>) -> anyhow::Result<Self> {
+    /// `node`: which node of `[hosts]` this is, as the command line says.
+    pub fn new(
+        loaded: Option<Result<Loaded, LoadError>>,
+        node: Option<usize>,
+        target: Option<Target>,
+    ) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let config = loaded.as_ref().and_then(|loaded| loaded.as_ref().ok()).map(|loaded| &loaded.config);
         let model = config.map_or("", |config| config.model_name());
-        let (host, vllm) = runtime.block_on(async {
+        let (host, vllm, place) = runtime.block_on(async {
             let looking = async {
                 match config {
                     Some(config) if config.inference.engine == EngineKind::Vllm => Some(find_vllm(config).await),
                     _ => None,
                 }
             };
-            tokio::join!(machine::look(model), looking)
+            tokio::join!(machine::look(model), looking, find_place(config, node))
         });
         let survey = probe::ask(&Order::Gpus, &[], LOOK_MAX).map_err(|error| format!("{error:#}"));
-        let mut ports = Listed::default();
-        let plan = config.map(|config| make_plan(config, vllm.as_ref(), &host, &mut ports)).transpose()?;
-        Ok(Self { loaded, vllm, host, survey, plan, ports: ports.0, corrupts: None, target })
+        let (mut ports, anywhere) = (Vec::new(), Place::default());
+        let own = place.as_ref().unwrap_or(&anywhere);
+        let make = |config| {
+            let mut listed = Listed { config, place: place.as_ref().ok(), wishes: &mut ports };
+            make_plan(config, vllm.as_ref(), &host, own, &mut listed)
+        };
+        let plan = config.map(make).transpose()?;
+        Ok(Self { loaded, vllm, host, place, survey, plan, ports, corrupts: None, target })
     }
 
     /// The same, with a wrong run on the way of one path's canary.
@@ -131,14 +146,31 @@ impl Setting {
         self.config().is_some_and(|config| config.inference.engine == EngineKind::Vllm) && !self.on_cpu()
     }
 
-    /// Workers, and ranks of them all.
+    /// The GPUs of this host that a role's workers have, in order; with the reference engine only slots.
+    pub(super) fn gpu_ids(&self, role: Role) -> Vec<u32> {
+        match (self.config(), &self.place) {
+            (Some(config), Ok(place)) => config.gpu_ids_on(place.node, role),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Workers of a role on this host.
+    pub(super) fn workers(&self, role: Role) -> usize {
+        let tp = self.config().map_or(1, |config| config.tp(role).max(1));
+        self.gpu_ids(role).len() / usize::try_from(tp).unwrap_or(1)
+    }
+
+    /// Workers on this host, and ranks of them all.
     pub(super) fn workers_and_ranks(&self) -> (usize, usize) {
-        let Some(config) = self.config() else { return (0, 0) };
-        let of = |role: &Role| {
-            let ranks = config.gpu_ids(*role).len();
-            (ranks / usize::try_from(config.tp(*role).max(1)).unwrap_or(1), ranks)
-        };
-        config.roles().iter().map(of).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+        let roles = self.config().map_or(&[][..], Config::roles);
+        let of = |role: &Role| (self.workers(*role), self.gpu_ids(*role).len());
+        roles.iter().map(of).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+    }
+
+    /// The plan's part that runs on this host.
+    pub(super) fn share(&self) -> Option<Plan> {
+        let (plan, place) = (self.plan.as_ref()?.as_ref().ok()?, self.place.as_ref().ok()?);
+        Some(plan.share(place.node))
     }
 }
 
@@ -159,7 +191,8 @@ fn make_plan(
     config: &Config,
     vllm: Option<&Result<VllmProgram, VllmError>>,
     host: &Host,
-    ports: &mut Listed,
+    place: &Place,
+    ports: &mut Listed<'_>,
 ) -> anyhow::Result<Result<Plan, PlanError>> {
     let version = if needs_p2p_nccl(config) { P2P_NCCL_LAST } else { TESTED.1 };
     let assumed = VllmProgram::new(vec!["vllm".to_owned()], &format!("{version}.0"));
@@ -169,19 +202,40 @@ fn make_plan(
         None => None,
     };
     let pdlink = std::env::current_exe()?.to_string_lossy().into_owned();
-    let around =
-        Surroundings { pdlink: &pdlink, vllm, cores: &host.cores, secret_file: "secret", place: &Place::default() };
+    let around = Surroundings { pdlink: &pdlink, vllm, cores: &host.cores, secret_file: "secret", place };
     Ok(plan(config, &around, ports))
 }
 
-/// Writes down what is wished for, and gives it without looking.
-#[derive(Default)]
-struct Listed(Vec<Wish>);
+/// Why this host has no place among the nodes, if it has none.
+async fn find_place(config: Option<&Config>, node: Option<usize>) -> Result<Place, String> {
+    let Some(config) = config else { return Ok(Place::default()) };
+    let site = site::look(config, node).await.map_err(|error| error.to_string())?;
+    match site.no_network {
+        Some(error) => Err(format!("node {}: {error}", site.place.node)),
+        None => Ok(site.place),
+    }
+}
 
-impl Ports for Listed {
+/// Writes down what is wished for on this host, and gives it without looking.
+struct Listed<'a> {
+    config: &'a Config,
+    place: Option<&'a Place>,
+    wishes: &'a mut Vec<Wish>,
+}
+
+impl Ports for Listed<'_> {
     fn take(&mut self, wish: PortWish<'_>) -> Result<u16, PortError> {
-        let PortWish { purpose, key, base, count, search, .. } = wish;
-        self.0.push(Wish { purpose: purpose.to_owned(), key: key.to_owned(), base, count, search });
+        let PortWish { purpose, key, base, count, search, node, of } = wish;
+        if let Some(place) = self.place.filter(|place| place.node == node) {
+            let (http, kv) = place.own_hosts(self.config);
+            let host = match of {
+                Listener::Front => self.config.host(),
+                Listener::Http => http,
+                Listener::Kv => kv,
+            };
+            let (purpose, key, host) = (purpose.to_owned(), key.to_owned(), host.to_owned());
+            self.wishes.push(Wish { purpose, key, host, base, count, search });
+        }
         Ok(base)
     }
 }

@@ -1,4 +1,4 @@
-//! How GPUs are wired to one another and to the host, as NVIDIA's management library tells. It sees all GPUs of the machine or
+//! How GPUs are wired to one another and to the host, and how much of their memory is free, as NVIDIA's management library tells. It sees all GPUs of the machine or
 //! container, whatever `CUDA_VISIBLE_DEVICES` leaves, in the order of the bus.
 #![forbid(unsafe_code)]
 
@@ -24,10 +24,30 @@ pub struct Wires {
 
 /// Asks the library. An error where there is none.
 pub fn wires() -> Result<Vec<Wires>, String> {
-    let failed = |error: NvmlError| format!("NVIDIA's management library cannot be used: {error}");
     let nvml = Nvml::init().map_err(failed)?;
     let count = nvml.device_count().map_err(failed)?;
     (0..count).map(|number| of(&nvml, number).map_err(failed)).collect()
+}
+
+fn failed(error: NvmlError) -> String {
+    format!("NVIDIA's management library cannot be used: {error}")
+}
+
+/// One GPU's memory, whoever uses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    pub bytes: u64,
+    pub free_bytes: u64,
+}
+
+/// Asks the library. An error where there is none.
+pub fn rooms() -> Result<Vec<Room>, String> {
+    let nvml = Nvml::init().map_err(failed)?;
+    let room = |number| {
+        let memory = nvml.device_by_index(number)?.memory_info()?;
+        Ok(Room { bytes: memory.total, free_bytes: memory.free })
+    };
+    (0..nvml.device_count().map_err(failed)?).map(|number| room(number).map_err(failed)).collect()
 }
 
 fn of(nvml: &Nvml, number: u32) -> Result<Wires, NvmlError> {

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -27,7 +27,7 @@ use crate::control::{
     AbortAnswer, AdminAnswer, AdminClient, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello,
     Identity, Inbound, Liveness, Part, Sink, TransferId, VERSIONS, Welcome, admin_sink, serve, to_body,
 };
-use crate::telemetry::{Side, TransferOutcome, TransferRecord};
+use crate::telemetry::{Side, TransferOutcome, TransferRecord, clock};
 use crate::transport::{Copied, Link, Transport, TransportError, export_all};
 
 /// How long a runtime that shuts down waits for copies to end, and for peers to be told.
@@ -493,7 +493,7 @@ impl Core {
             }
             end => tracing::debug!(%transfer_id, side = side.name(), ?end, bytes = record.bytes, "transfer ended"),
         }
-        record.ended_unix_us = unix_us();
+        record.ended_unix_us = clock::unix_us();
         self.traffic.ended(&record, name);
         self.shared.metrics.ended(&record, name);
         locked(&self.shared.records).push(transfer_id, record);
@@ -568,11 +568,6 @@ impl Core {
 pub(super) fn micros(from: Option<Instant>, to: Option<Instant>) -> u64 {
     let (Some(from), Some(to)) = (from, to) else { return 0 };
     u64::try_from(to.saturating_duration_since(from).as_micros()).unwrap_or(u64::MAX)
-}
-
-fn unix_us() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 async fn sleep_until(at: Option<Instant>) {

@@ -10,7 +10,7 @@ use std::net::TcpListener;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 
@@ -29,7 +29,7 @@ use crate::config::{KvConfig, KvSendType, Role};
 use crate::control::{EarlyParams, RuntimeStatus, TransferId, WeightsDoor};
 use crate::memory::{GpuDigests, Region};
 use crate::security::Secret;
-use crate::telemetry::{Side, TransferRecord};
+use crate::telemetry::{Side, TransferRecord, clock};
 use crate::transport::{Setup, StreamMark, Transport, offers};
 
 /// Everything that a runtime needs to know.
@@ -484,8 +484,7 @@ impl Drop for KvRuntime {
 /// Nanoseconds since 1970: grows from one start of a worker to the next, so that of two incarnations at one address the
 /// later is known (KV-8).
 fn incarnation() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    u64::try_from(clock::unix().as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// `host:port`, with brackets round an IPv6 address.

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use crate::config::Path;
 use crate::control::{LinkTraffic, RecentFailure, RuntimeStatus, Traffic};
-use crate::telemetry::{Side, TransferOutcome, TransferRecord};
+use crate::telemetry::{Side, TransferOutcome, TransferRecord, clock};
 
 /// Links that are told apart. Those of workers that are long gone are the first to be forgotten.
 const LINKS_MAX: usize = 512;
@@ -82,6 +82,7 @@ impl Account {
     pub(super) fn told(&self, status: RuntimeStatus, connected: Vec<(String, Path)>) -> Traffic {
         Traffic {
             status,
+            told_unix_us: clock::unix_us(),
             links: self.links.iter().cloned().collect(),
             connected,
             failures: self.failures.iter().cloned().collect(),

@@ -280,7 +280,12 @@ fn broadcaster_bodies(given: &Map<String, Value>, tp: &[u32]) -> Vec<bytes::Byte
 }
 
 async fn workers(State(lane): State<Arc<Lane>>) -> Response {
-    let workers: Vec<Value> = lane.shared.workers.iter().map(|worker| describe(worker)).collect();
+    let told = |worker: &Arc<Worker>| {
+        let mut told = describe(worker);
+        told["clock"] = json!(lane.shared.watch.seen[worker.number].clock());
+        told
+    };
+    let workers: Vec<Value> = lane.shared.workers.iter().map(told).collect();
     axum::Json(json!({"workers": workers})).into_response()
 }
 

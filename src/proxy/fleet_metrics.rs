@@ -70,6 +70,7 @@ pub(crate) struct FleetMetrics {
     quarantines: Family<WorkerLabels, Gauge>,
     queue: Family<WorkerQueueLabels, Fraction>,
     kv_usage: Family<WorkerLabels, Fraction>,
+    clock_ahead: Family<WorkerLabels, Fraction>,
     weight_version: Family<WorkerLabels, Gauge>,
     weights_phase: Family<WorkerPhaseLabels, Gauge>,
     pool_queue: Family<RoleQueueLabels, Fraction>,
@@ -87,6 +88,7 @@ impl FleetMetrics {
         registry.register(names::PROXY_WORKER_QUARANTINES, "Quarantines", self.quarantines.clone());
         registry.register(names::PROXY_WORKER_QUEUE, "Requests in a worker's own queues", self.queue.clone());
         registry.register(names::PROXY_WORKER_KV_USAGE, "Part of the KV blocks in use", self.kv_usage.clone());
+        registry.register(names::PROXY_WORKER_CLOCK_AHEAD, "How far a clock is ahead", self.clock_ahead.clone());
         registry.register(names::PROXY_WORKER_WEIGHT_VERSION, "Weights a worker serves", self.weight_version.clone());
         registry.register(
             names::PROXY_WORKER_WEIGHTS_PHASE,
@@ -131,6 +133,9 @@ impl FleetMetrics {
             if let Some(usage) = queues.kv_usage {
                 self.kv_usage.get_or_create(&labels).set(usage);
             }
+        }
+        if let Some(clock) = seen.clock() {
+            self.clock_ahead.get_or_create(&labels).set(clock.ahead_s);
         }
         let (version, phase) = seen.weights();
         if let Some(version) = version {

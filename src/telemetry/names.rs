@@ -73,6 +73,8 @@ pub const PROXY_WORKER_QUARANTINES: &str = "pdlink_proxy_worker_quarantines";
 pub const PROXY_WORKER_QUEUE: &str = "pdlink_proxy_worker_queue";
 /// Gauge by `worker` and `role`: the part of its KV blocks in use, 0 to 1.
 pub const PROXY_WORKER_KV_USAGE: &str = "pdlink_proxy_worker_kv_usage";
+/// Gauge by `worker` and `role`: seconds by which the worker's clock is ahead of the proxy's, as well as one question can tell.
+pub const PROXY_WORKER_CLOCK_AHEAD: &str = "pdlink_proxy_worker_clock_ahead_seconds";
 /// Gauge by `worker` and `role`: version of the weights that it serves.
 pub const PROXY_WORKER_WEIGHT_VERSION: &str = "pdlink_proxy_worker_weight_version";
 /// 1 for the phase of an update that a worker is in, by `worker`, `role` and `phase`; `serving` between updates.

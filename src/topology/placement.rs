@@ -57,6 +57,18 @@ pub struct Place {
     pub set_by_user: BTreeSet<String>,
 }
 
+impl Place {
+    /// The addresses on which this node's workers listen, and their KV runtimes.
+    pub fn own_hosts<'a>(&'a self, config: &'a Config) -> (&'a str, &'a str) {
+        if !config.hosts.is_given() {
+            return (config.host(), config.host());
+        }
+        let host = config.hosts.address(self.node).unwrap_or_default();
+        let named = config.hosts.nodes.get(self.node).and_then(|node| node.kv_address.as_deref());
+        (host, named.or(self.kv_address.as_deref()).unwrap_or(host))
+    }
+}
+
 /// The nodes of the run; none where all of it is on one host that the file does not name.
 pub(super) fn nodes(config: &Config, place: &Place) -> Vec<NodePlan> {
     let of = |node: usize| {

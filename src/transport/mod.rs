@@ -50,7 +50,7 @@ pub use faulty::{Fault, FaultPlan, Faulty, When};
 pub use grant::{Fence, Grant, GrantToken};
 pub use loopback::{Loopback, LoopbackHub};
 pub use nccl::{Caster, Ended, Nccl, NcclSetup, Seat, casts_here, group_name};
-pub use nixl::{Nixl, NixlSetup};
+pub use nixl::{GPU_STAGING_MB as NIXL_GPU_STAGING_MB, Nixl, NixlSetup};
 pub use request::{Completion, Copied, Direction, TransferRequest, TransferTicket};
 pub use run_list::{Piece, Run, RunList, Segment, Sums, Totals};
 pub use select::{Selected, Setup, connect_best, copy_threads, export_all, offers};

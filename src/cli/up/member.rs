@@ -67,7 +67,7 @@ pub(super) async fn run(config: &Config, here: &Here, json: bool) -> anyhow::Res
         welcomed = welcome(&mut link, config, rank, &node0) => welcomed?,
         _ = asked.next() => return Ok(()),
     };
-    let (host, kv_host) = super::own_hosts(config, here);
+    let (host, kv_host) = here.place.own_hosts(config);
     NodePorts::until_free(&before, [host, kv_host], duration(config.launcher.grace_s) + ENDING_MARGIN).await;
     let prepared = || {
         let mut ports = node_ports(config, here, before)?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::super::check::Answer;
 use super::super::setting::Setting;
-use super::NONE_GIVEN;
+use super::why_none;
 use crate::config::{Config, ConnectorImpl, EngineKind, Role};
 
 /// Importing vLLM imports PyTorch: some seconds, from a cold disk more.
@@ -47,7 +47,7 @@ print("pdlink-connector", found.__module__ + "." + found.__name__)
 const MARK: &str = "pdlink-connector ";
 
 pub(super) fn check(setting: &Setting) -> Answer {
-    let Some(config) = setting.config() else { return Answer::skipped(NONE_GIVEN) };
+    let Some(config) = setting.config() else { return Answer::skipped(why_none(setting)) };
     let pd = &config.pd_disagg;
     if config.inference.engine != EngineKind::Vllm || !pd.enabled || pd.connector_impl != ConnectorImpl::Native {
         return Answer::skipped("no worker runs pdlink's connector inside vLLM");

@@ -1,13 +1,11 @@
 //! Whether KV of the prefill role can be used by the decode role, from the model's own configuration and the arguments of both:
 //! what two workers find when they meet, minutes later.
 
-use std::path::{Path, PathBuf};
-
 use serde_json::Value;
 
 use super::super::check::Answer;
 use super::super::setting::Setting;
-use super::NONE_GIVEN;
+use super::{model_files, why_none};
 use crate::config::{Config, EngineKind, Role};
 use crate::kv::{Geometry, GroupGeometry, GroupKind};
 
@@ -16,7 +14,7 @@ const BLOCK_SIZE: u32 = 16;
 const BLOCK_SIZE_ON_CPU: u32 = 128;
 
 pub(super) fn check(setting: &Setting) -> Answer {
-    let Some(config) = setting.config() else { return Answer::skipped(NONE_GIVEN) };
+    let Some(config) = setting.config() else { return Answer::skipped(why_none(setting)) };
     if !setting.has_link() {
         return Answer::skipped("no worker moves KV by a path of ours");
     }
@@ -76,31 +74,13 @@ fn of_reference(config: &Config, role: Role) -> Geometry {
 
 fn of_model(setting: &Setting, config: &Config) -> Result<(Geometry, Geometry), String> {
     let name = config.model_name();
-    let hub = hub(|variable| std::env::var_os(variable).map(PathBuf::from));
-    let file = config_file(name, hub.as_deref())
+    let file = model_files::config_file(name)
         .ok_or_else(|| format!("the config.json of {name} is not on this machine yet; vLLM will fetch it"))?;
     let text = std::fs::read_to_string(&file).map_err(|error| format!("{}: {error}", file.display()))?;
     let model: Value = serde_json::from_str(&text).map_err(|error| format!("{}: {error}", file.display()))?;
     let of = |role| of_role(config, role, &model, setting.on_cpu());
     let both = of(Role::Prefill).zip(of(Role::Decode));
     both.ok_or_else(|| format!("{} has KV of a kind that only vLLM can tell", file.display()))
-}
-
-/// Where the hub's files are kept.
-fn hub(variable: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
-    let home = || variable("HF_HOME").or_else(|| Some(variable("HOME")?.join(".cache/huggingface")));
-    variable("HF_HUB_CACHE").or_else(|| Some(home()?.join("hub")))
-}
-
-/// `config.json` of a folder, or of the newest copy of a model of the hub.
-fn config_file(model: &str, hub: Option<&Path>) -> Option<PathBuf> {
-    let own = Path::new(model).join("config.json");
-    if own.is_file() {
-        return Some(own);
-    }
-    let snapshots = hub?.join(format!("models--{}", model.replace('/', "--"))).join("snapshots");
-    let copies = std::fs::read_dir(snapshots).ok()?.flatten().map(|copy| copy.path().join("config.json"));
-    copies.filter(|file| file.is_file()).max_by_key(|file| file.metadata().and_then(|data| data.modified()).ok())
 }
 
 /// As vLLM would make it. `None`: not every layer has the same kind of attention.
@@ -202,16 +182,5 @@ mod tests {
         let packed = judged(16, 32, true);
         assert_eq!(packed.result, Verdict::Fail);
         assert!(packed.seen.contains("packed planes cannot be split"), "{}", packed.seen);
-    }
-
-    #[test]
-    fn models_are_found_in_folders_and_in_the_hubs_cache() {
-        let hub = tempfile::tempdir().unwrap();
-        let copy = hub.path().join("models--Qwen--Qwen3-8B/snapshots/abc");
-        std::fs::create_dir_all(&copy).unwrap();
-        assert_eq!(config_file("Qwen/Qwen3-8B", Some(hub.path())), None);
-        std::fs::write(copy.join("config.json"), "{}").unwrap();
-        assert_eq!(config_file("Qwen/Qwen3-8B", Some(hub.path())), Some(copy.join("config.json")));
-        assert_eq!(config_file(copy.to_str().unwrap(), None), Some(copy.join("config.json")));
     }
 }

@@ -2,6 +2,7 @@
 
 mod connector;
 mod geometry;
+pub(super) mod model_files;
 
 use std::time::Duration;
 
@@ -30,12 +31,17 @@ fn check(name: &str, within: Duration, setting: &Shared, ask: fn(&Setting) -> An
 }
 
 /// Why nothing can be said without a configuration.
-const NONE_GIVEN: &str = "no configuration was given: name one with `@ FILE`";
+fn why_none(setting: &Setting) -> &'static str {
+    match setting.loaded {
+        None => "no configuration was given: name one with `@ FILE`",
+        Some(_) => "the configuration cannot be used; see composes",
+    }
+}
 
 fn composes(setting: &Setting) -> Answer {
     let list = |findings: &[Finding]| findings.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
     match &setting.loaded {
-        None => Answer::skipped(NONE_GIVEN),
+        None => Answer::skipped(why_none(setting)),
         Some(Err(error)) => Answer::fail(list(&error.findings), "mend what is named, and ask `pdlink config check`"),
         Some(Ok(loaded)) if loaded.warnings.is_empty() => Answer::ok("every key is known and none contradicts another"),
         Some(Ok(loaded)) => Answer::warn(list(&loaded.warnings), "mend what is named, if it was not meant so"),
@@ -46,7 +52,7 @@ fn plan(setting: &Setting) -> Answer {
     let (plan, config) = match (&setting.plan, setting.config()) {
         (Some(Err(error)), _) => return Answer::fail(error.to_string(), "mend what is named"),
         (Some(Ok(plan)), Some(config)) => (plan, config),
-        _ => return Answer::skipped(NONE_GIVEN),
+        _ => return Answer::skipped(why_none(setting)),
     };
     let vllm = setting.vllm.as_ref().and_then(|vllm| vllm.as_ref().ok());
     let names: Vec<String> = plan.workers.iter().map(|worker| worker.name()).collect();
@@ -57,8 +63,15 @@ fn plan(setting: &Setting) -> Answer {
     });
     let seen = format!("{}{}", names.join(", "), link.unwrap_or_default());
     let mut doubts = plan.warnings.clone();
-    doubts.extend(host::doubts(config, plan, &setting.host, vllm));
-    let faults: Vec<String> = host::faults(config, plan, &setting.host, vllm).iter().map(ToString::to_string).collect();
+    let mut faults = Vec::new();
+    match (setting.share(), &setting.place) {
+        (Some(share), _) if share.workers.is_empty() => {}
+        (Some(share), _) => {
+            doubts.extend(host::doubts(config, &share, &setting.host, vllm));
+            faults.extend(host::faults(config, &share, &setting.host, vllm).iter().map(ToString::to_string));
+        }
+        (None, place) => faults.extend(place.as_ref().err().cloned()),
+    }
     if !faults.is_empty() {
         Answer::fail(faults.join("; "), "mend what is named: `pdlink up` refuses to start")
     } else if !doubts.is_empty() {
@@ -74,7 +87,7 @@ fn vllm(setting: &Setting) -> Answer {
         None if setting.config().is_some_and(|config| config.inference.engine == EngineKind::Reference) => {
             Answer::skipped("workers run the reference engine")
         }
-        None => Answer::skipped(NONE_GIVEN),
+        None => Answer::skipped(why_none(setting)),
         Some(Err(error)) => Answer::fail(error.to_string(), "workers cannot start without it"),
         Some(Ok(vllm)) => {
             let kind = if vllm.on_cpu { "for the CPU" } else { "for GPUs" };
@@ -86,7 +99,9 @@ fn vllm(setting: &Setting) -> Answer {
 
 /// Allowed paths that cannot move this KV are left out by the launcher, and the next is taken: slower, and without a word.
 fn paths(setting: &Setting) -> Answer {
-    let (Some(config), Some(memory)) = (setting.config(), setting.memory()) else { return Answer::skipped(NONE_GIVEN) };
+    let (Some(config), Some(memory)) = (setting.config(), setting.memory()) else {
+        return Answer::skipped(why_none(setting));
+    };
     if !setting.has_link() {
         return Answer::skipped("no worker moves KV by a path of ours");
     }

@@ -53,6 +53,15 @@ pub(super) struct Worker {
     pub(super) url: String,
     pub(super) role: String,
     pub(super) state: String,
+    /// Against the proxy's; of workers that have a runtime of ours.
+    pub(super) clock: Option<Clock>,
+}
+
+/// How far a worker's clock is ahead, and how far off that may be.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+pub(super) struct Clock {
+    pub(super) ahead_s: f64,
+    pub(super) within_s: f64,
 }
 
 impl Worker {

@@ -3,6 +3,7 @@
 //! The answers hold the rest together: fresh prompts go through the proxy and, one by one, to a single worker whole. What the
 //! workers count before and after, and the records of each transfer, say who computed the prompts.
 
+mod clocks;
 mod exam;
 mod pages;
 
@@ -44,6 +45,7 @@ pub(super) fn checks(setting: &Shared) -> Vec<Check> {
         check("kv-moved", kv_moved),
         check("path", path),
         check("blocks-free", blocks_free),
+        check("clocks", clocks::check),
     ]
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::super::check::Answer;
 use super::super::setting::Setting;
 use super::memory::gib;
-use crate::config::{Path, Role};
+use crate::config::{Config, Path, Role};
 use crate::ffi::cuda::{Pair, Survey};
 
 pub(super) fn check(setting: &Setting) -> Answer {
@@ -18,10 +18,8 @@ pub(super) fn check(setting: &Setting) -> Answer {
         }
     };
     let count = survey.gpus.len();
-    let ids = setting
-        .config()
-        .filter(|_| needed)
-        .map_or_else(BTreeSet::new, |config| config.roles().iter().flat_map(|role| config.gpu_ids(*role)).collect());
+    let roles = setting.config().filter(|_| needed).map_or(&[][..], Config::roles);
+    let ids: BTreeSet<u32> = roles.iter().flat_map(|role| setting.gpu_ids(*role)).collect();
     let missing: Vec<String> =
         ids.iter().filter(|id| usize::try_from(**id).map_or(true, |id| id >= count)).map(u32::to_string).collect();
     let seen = in_words(survey);
@@ -54,9 +52,8 @@ pub(super) fn peers(setting: &Setting) -> Answer {
 /// Prefill's GPUs and decode's, both ways; without a configuration all.
 fn wanted(setting: &Setting) -> impl Fn(&Pair) -> bool + use<> {
     let ids = |role: Role| {
-        let config = setting.config().filter(|config| config.pd_disagg.enabled);
-        config
-            .map(|config| config.gpu_ids(role).into_iter().filter_map(|id| i32::try_from(id).ok()).collect::<Vec<_>>())
+        let has_pairs = setting.config().is_some_and(|config| config.pd_disagg.enabled);
+        has_pairs.then(|| setting.gpu_ids(role).into_iter().filter_map(|id| i32::try_from(id).ok()).collect::<Vec<_>>())
     };
     let (prefill, decode) = (ids(Role::Prefill), ids(Role::Decode));
     move |pair| match (&prefill, &decode) {

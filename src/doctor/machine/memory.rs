@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::super::check::Answer;
 use super::super::setting::Setting;
-use crate::config::{Config, EngineKind};
+use crate::config::EngineKind;
 
 /// What a proxy, a launcher and the workers' own code take beside KV.
 const BESIDE_BYTES: u64 = 512 << 20;
@@ -13,7 +13,7 @@ pub(super) fn check(setting: &Setting) -> Answer {
     let Some(free) = available(Path::new("/")) else {
         return Answer::skipped("the kernel does not tell: /proc/meminfo has no MemAvailable");
     };
-    let wanted = setting.config().map_or(0, kv_bytes).saturating_add(BESIDE_BYTES);
+    let wanted = kv_bytes(setting).saturating_add(BESIDE_BYTES);
     let seen = format!("{} free", gib(free));
     let answer = if free < wanted {
         Answer::fault(
@@ -28,18 +28,14 @@ pub(super) fn check(setting: &Setting) -> Answer {
 }
 
 /// KV of all workers in host memory, where its size is known before they start.
-fn kv_bytes(config: &Config) -> u64 {
-    if config.inference.engine != EngineKind::Reference {
+fn kv_bytes(setting: &Setting) -> u64 {
+    let Some(config) = setting.config().filter(|config| config.inference.engine == EngineKind::Reference) else {
         return 0;
-    }
+    };
     let reference = &config.inference.reference;
     let tokens = u64::try_from(reference.block_size.saturating_mul(reference.num_blocks)).unwrap_or(u64::MAX);
-    let workers: u64 = config.roles().iter().map(|role| workers(config.gpu_ids(*role).len(), config.tp(*role))).sum();
-    reference.bytes_per_token().saturating_mul(tokens).saturating_mul(workers)
-}
-
-fn workers(ranks: usize, tp: u32) -> u64 {
-    u64::try_from(ranks).unwrap_or(u64::MAX) / u64::from(tp.max(1))
+    let (workers, _) = setting.workers_and_ranks();
+    reference.bytes_per_token().saturating_mul(tokens).saturating_mul(u64::try_from(workers).unwrap_or(u64::MAX))
 }
 
 /// What may still be taken: by the machine, and by the container that we are in.

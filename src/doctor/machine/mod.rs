@@ -1,5 +1,6 @@
 //! Checks of the machine, and of the container that we may be in.
 
+mod gpu_memory;
 mod gpu_wires;
 mod gpus;
 mod limits;
@@ -31,6 +32,7 @@ pub(super) fn checks(setting: &Shared) -> Vec<Check> {
         check("host-names", NAMES, setting, names::check),
         check("ports", KERNEL, setting, ports::check),
         check("gpus", KERNEL, setting, gpus::check),
+        check("gpu-memory", KERNEL, setting, gpu_memory::check),
         check("gpu-peers", KERNEL, setting, gpus::peers),
         check("gpu-wires", KERNEL, setting, gpu_wires::check),
         check("rdma", KERNEL, setting, rdma::check),

@@ -15,15 +15,22 @@ const SLOW: Duration = Duration::from_secs(1);
 pub(super) fn check(setting: &Setting) -> Answer {
     let own = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let mut seen = Vec::new();
-    if let Some(config) = setting.config() {
-        let host = config.host();
+    for (host, key) in own_hosts(setting) {
         match listening_address(host) {
             Ok(address) => seen.push(format!("{host} is {address}, an address of this machine")),
             Err(error) => {
-                return Answer::fail(
-                    format!("workers cannot listen on `{host}`: {error:#}"),
-                    "set `pd_disagg.host` (or `inference.server.host`) to an address of this machine, or mend /etc/hosts",
-                );
+                let mend = format!("set `{key}` to an address of this machine, or mend /etc/hosts");
+                return Answer::fail(format!("workers cannot listen on `{host}`: {error:#}"), mend);
+            }
+        }
+    }
+    for (node, host) in others(setting) {
+        match resolve(host) {
+            Ok(address) => seen.push(format!("node {node} is {host}, {address}")),
+            Err(error) => {
+                let mend =
+                    format!("set `hosts.nodes[{node}].address` (or `hosts.addresses`), or add `{host}` to /etc/hosts");
+                return Answer::fail(format!("node {node}, `{host}`, cannot be found from here: {error}"), mend);
             }
         }
     }
@@ -40,6 +47,31 @@ pub(super) fn check(setting: &Setting) -> Answer {
         }
     }
     .with("name", own)
+}
+
+/// Where something of this host's part listens, and the setting that says so.
+fn own_hosts(setting: &Setting) -> Vec<(&str, &'static str)> {
+    let (Some(config), Ok(place)) = (setting.config(), &setting.place) else { return Vec::new() };
+    let (http, kv) = place.own_hosts(config);
+    let mut hosts = Vec::new();
+    if !config.hosts.is_given() || place.node == 0 {
+        hosts.push((config.host(), "pd_disagg.host` (or `inference.server.host"));
+    }
+    if config.hosts.is_given() {
+        hosts.extend([(http, "hosts.nodes.address"), (kv, "hosts.nodes.kv_address")]);
+    }
+    hosts.dedup_by_key(|(host, _)| *host);
+    hosts
+}
+
+/// The other nodes and their addresses.
+fn others(setting: &Setting) -> Vec<(usize, &str)> {
+    let Some(hosts) = setting.config().map(|config| &config.hosts) else { return Vec::new() };
+    let own = setting.place.as_ref().ok().map(|place| place.node);
+    (0..hosts.nodes.len())
+        .filter(|node| own != Some(*node))
+        .filter_map(|node| Some((node, hosts.address(node)?)))
+        .collect()
 }
 
 fn resolve(host: &str) -> std::io::Result<IpAddr> {

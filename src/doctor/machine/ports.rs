@@ -1,29 +1,38 @@
 //! The ports that the plan wishes for: free, or who has them.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
-use std::net::IpAddr;
 use std::path::Path;
 
 use super::super::check::Answer;
 use super::super::setting::{Setting, Wish};
 use crate::bench::process;
 use crate::launcher::ports::{HeldPort, resolve};
+use crate::topology::ports::PortError;
 
 /// State `LISTEN` in the kernel's table.
 const LISTEN: &str = "0A";
 
 pub(super) fn check(setting: &Setting) -> Answer {
-    let Some(config) = setting.config() else { return Answer::skipped("no configuration names any") };
+    if setting.config().is_none() {
+        return Answer::skipped("no configuration that can be used names any");
+    }
     if setting.target.is_some() {
         return Answer::skipped("a deployment runs and has them");
     }
-    let ip = match resolve(config.host()) {
-        Ok(ip) => ip,
+    if let Err(error) = &setting.place {
+        return Answer::skipped(format!("it is not known which ports are this host's: {error}"));
+    }
+    let wanted: Vec<(&Wish, u16)> = setting.ports.iter().flat_map(each).collect();
+    let hosts: BTreeSet<&str> = wanted.iter().map(|(wish, _)| wish.host.as_str()).collect();
+    let resolved = hosts.iter().map(|host| Ok((*host, resolve(host)?))).collect::<Result<BTreeMap<_, _>, PortError>>();
+    let addresses = match resolved {
+        Ok(addresses) => addresses,
         Err(error) => return Answer::fail(error.to_string(), "see host-names"),
     };
-    let wanted: Vec<(&Wish, u16)> = setting.ports.iter().flat_map(each).collect();
     let mut taken = Vec::new();
     for (wish, port) in &wanted {
+        let ip = addresses[wish.host.as_str()];
         match HeldPort::bind(ip, *port) {
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::AddrInUse => taken.push((*wish, *port)),
@@ -34,8 +43,9 @@ pub(super) fn check(setting: &Setting) -> Answer {
         }
     }
     let numbers = |ports: &[(&Wish, u16)]| ports.iter().map(|(_, port)| *port).collect::<Vec<u16>>();
-    judge(ip, &taken)
-        .unwrap_or_else(|| Answer::ok(format!("{} are free on {ip}", list(&numbers(&wanted)))))
+    let hosts = hosts.into_iter().collect::<Vec<_>>().join(", ");
+    judge(&taken)
+        .unwrap_or_else(|| Answer::ok(format!("{} are free on {hosts}", list(&numbers(&wanted)))))
         .with("taken", numbers(&taken))
 }
 
@@ -45,11 +55,11 @@ fn each(wish: &Wish) -> impl Iterator<Item = (&Wish, u16)> {
     (0..count).map(move |offset| (wish, wish.base.saturating_add(offset)))
 }
 
-fn judge(ip: IpAddr, taken: &[(&Wish, u16)]) -> Option<Answer> {
+fn judge(taken: &[(&Wish, u16)]) -> Option<Answer> {
     let (first, _) = taken.first()?;
-    let holders: Vec<String> =
-        taken.iter().map(|(wish, port)| format!("{port} ({}) is taken{}", wish.purpose, held_by(*port))).collect();
-    let seen = format!("on {ip}: {}", holders.join("; "));
+    let in_words =
+        |(wish, port): &(&Wish, u16)| format!("{port} ({}) is taken on {}{}", wish.purpose, wish.host, held_by(*port));
+    let seen = taken.iter().map(in_words).collect::<Vec<_>>().join("; ");
     let fixed = taken.iter().find(|(wish, _)| !wish.search);
     Some(match fixed {
         Some((wish, _)) => {

@@ -49,15 +49,15 @@ fn wanted(setting: &Setting) -> u64 {
     let (_, ranks) = setting.workers_and_ranks();
     let ranks = u64::try_from(ranks).unwrap_or(u64::MAX);
     let ucx = if setting.needs_nixl() { ranks.saturating_mul(UCX_BYTES_PER_RANK) } else { 0 };
-    ucx.saturating_add(rings(config))
+    ucx.saturating_add(rings(setting, config))
 }
 
-fn rings(config: &Config) -> u64 {
+fn rings(setting: &Setting, config: &Config) -> u64 {
     if config.inference.engine != EngineKind::Vllm {
         return 0;
     }
     let of_role = |role: &crate::config::Role| {
-        let (tp, ranks) = (u64::from(config.tp(*role)), u64::try_from(config.gpu_ids(*role).len()).unwrap_or(0));
+        let (tp, ranks) = (u64::from(config.tp(*role)), u64::try_from(setting.gpu_ids(*role).len()).unwrap_or(0));
         if tp < 2 { 0 } else { ranks / tp * RING_BYTES + ranks * (RING_BYTES_PER_RANK + NCCL_BYTES_PER_RANK) }
     };
     config.roles().iter().map(of_role).sum()

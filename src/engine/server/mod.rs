@@ -18,7 +18,7 @@ mod weights;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
@@ -34,6 +34,7 @@ use super::model::Weights;
 use crate::config::WeightsConfig;
 use crate::kv::Role;
 use crate::openai::{ApiError, headers};
+use crate::telemetry::clock;
 use crate::weights::WeightsHandle;
 
 /// When to ask a worker again that cannot serve now.
@@ -125,5 +126,5 @@ async fn echo_request_id(request: Request, next: Next) -> Response {
 
 /// Seconds since 1970.
 pub(super) fn unix_time_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    clock::unix().as_secs()
 }

@@ -24,3 +24,4 @@ pub mod messages;
 pub mod ports;
 pub mod rank;
 pub mod rdma;
+pub mod site;

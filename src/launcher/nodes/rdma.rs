@@ -1,4 +1,4 @@
-//! Which RDMA ports are next to which GPU, as the kernel knows it.
+//! The RDMA ports of this host, and which of them are next to which GPU, as the kernel knows it.
 //!
 //! Both are PCI devices, and their places in `/sys/devices` are paths: the longer the part that two paths share, the fewer bridges
 //! lie between. Devices that share nothing but the root are told apart by their NUMA node.
@@ -16,12 +16,19 @@ const PCI: &str = "sys/bus/pci/devices";
 /// How long `nvidia-smi` may take: it wakes a driver that sleeps.
 const SMI_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// One active port of one RDMA device.
+/// One port of one RDMA device.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct RdmaPort {
+pub struct RdmaPort {
+    pub device: String,
     /// `mlx5_0:1`, as UCX and NCCL write it.
-    name: String,
-    place: Seat,
+    pub name: String,
+    pub is_active: bool,
+    /// `400 Gb/sec (4X NDR)`
+    pub rate: String,
+    /// `InfiniBand` or `Ethernet`
+    pub link_layer: String,
+    /// `None`: it is no PCI device.
+    place: Option<Seat>,
 }
 
 /// Where a PCI device is.
@@ -44,17 +51,18 @@ impl Seat {
 pub async fn near_gpus() -> BTreeMap<u32, Vec<String>> {
     let root = Path::new("/");
     let ports = ports(root);
-    if ports.is_empty() {
+    if !ports.iter().any(|port| port.is_active) {
         return BTreeMap::new();
     }
     nearest(&gpus(root).await, &ports)
 }
 
 fn nearest(gpus: &BTreeMap<u32, Seat>, ports: &[RdmaPort]) -> BTreeMap<u32, Vec<String>> {
+    let usable = || ports.iter().filter(|port| port.is_active).filter_map(|port| Some((port, port.place.as_ref()?)));
     let of_gpu = |gpu: &Seat| {
-        let best = ports.iter().map(|port| gpu.nearness(&port.place)).max()?;
-        let near = ports.iter().filter(|port| gpu.nearness(&port.place) == best);
-        Some(near.map(|port| port.name.clone()).collect())
+        let best = usable().map(|(_, place)| gpu.nearness(place)).max()?;
+        let near = usable().filter(|(_, place)| gpu.nearness(place) == best);
+        Some(near.map(|(port, _)| port.name.clone()).collect())
     };
     gpus.iter().filter_map(|(id, gpu)| Some((*id, of_gpu(gpu)?))).collect()
 }
@@ -89,17 +97,26 @@ fn in_proc(names: &[String]) -> Vec<(u32, String)> {
     (0..).zip(names.iter().map(|name| name.to_lowercase())).collect()
 }
 
-fn ports(root: &Path) -> Vec<RdmaPort> {
+/// Every port of every device that the kernel under `root` lists.
+pub fn ports(root: &Path) -> Vec<RdmaPort> {
     let class = root.join(CLASS);
     let mut found = Vec::new();
     for device in names(&class) {
         let folder = class.join(&device);
-        let Some(place) = seat(&folder.join("device")) else { continue };
+        let place = seat(&folder.join("device"));
         for port in names(&folder.join("ports")) {
-            let state = std::fs::read_to_string(folder.join("ports").join(&port).join("state")).unwrap_or_default();
-            if state.contains("ACTIVE") {
-                found.push(RdmaPort { name: format!("{device}:{port}"), place: place.clone() });
-            }
+            let read = |file: &str| {
+                let text = std::fs::read_to_string(folder.join("ports").join(&port).join(file)).unwrap_or_default();
+                text.trim().to_owned()
+            };
+            found.push(RdmaPort {
+                device: device.clone(),
+                name: format!("{device}:{port}"),
+                is_active: read("state").contains("ACTIVE"),
+                rate: read("rate"),
+                link_layer: read("link_layer"),
+                place: place.clone(),
+            });
         }
     }
     found

@@ -2,49 +2,58 @@
 
 use std::net::IpAddr;
 
-use super::stage::warn_on_stderr;
-use crate::cli::Usage;
+use super::interfaces::{self, InterfaceAddress, NoAddress};
+use super::rank::{RankError, Signs, rank};
+use super::rdma;
 use crate::config::Config;
-use crate::launcher::nodes::interfaces::{self, InterfaceAddress};
-use crate::launcher::nodes::rank::{RankError, Signs, rank};
-use crate::launcher::nodes::rdma;
 use crate::launcher::ports::resolve;
 use crate::topology::{HINTED, Place};
 
-/// Looks at this host. A dry run may be on any: what it cannot tell, it leaves out and says.
-pub(super) async fn look(config: &Config, flag: Option<usize>, is_dry: bool) -> anyhow::Result<Place> {
+/// Why a host cannot take its place in a run.
+#[derive(Debug, thiserror::Error)]
+pub enum SiteError {
+    #[error("--node needs [[hosts.nodes]] in the configuration")]
+    NoNodes,
+    #[error(transparent)]
+    Rank(#[from] RankError),
+    #[error("this host's interfaces cannot be listed: {0}")]
+    Interfaces(#[from] std::io::Error),
+}
+
+/// What was found: the place, and why its KV network is not known where it is not.
+pub struct Site {
+    pub place: Place,
+    pub no_network: Option<NoAddress>,
+}
+
+impl Site {
+    /// The one host of a run that names none, or that stands for any.
+    pub fn any() -> Self {
+        Self { place: Place::default(), no_network: None }
+    }
+}
+
+/// Looks at this host. `flag` is what the command line says.
+pub async fn look(config: &Config, flag: Option<usize>) -> Result<Site, SiteError> {
     if !config.hosts.is_given() {
-        return match flag {
-            Some(_) => Err(Usage::new("--node needs [[hosts.nodes]] in the configuration").into()),
-            None => Ok(Place::default()),
-        };
+        return if flag.is_some() { Err(SiteError::NoNodes) } else { Ok(Site::any()) };
     }
     let seen = interfaces::addresses()?;
-    let node = match which(config, flag, &seen) {
-        Ok(node) => node,
-        Err(RankError::Unknown { .. }) if is_dry => {
-            warn_on_stderr("this host is none of [[hosts.nodes]]: what a node finds out for itself is not shown");
-            return Ok(Place::default());
-        }
-        Err(error) => return Err(Usage::new(error.to_string()).into()),
-    };
-    let kv = match network(config, node, &seen) {
-        Ok(kv) => kv,
-        Err(error) if is_dry => {
-            warn_on_stderr(&error.to_string());
-            None
-        }
-        Err(error) => return Err(error),
+    let node = which(config, flag, &seen)?;
+    let (kv, no_network) = match network(config, node, &seen) {
+        Ok(kv) => (kv, None),
+        Err(error) => (None, Some(error)),
     };
     let set_by_user = HINTED.iter().filter(|name| std::env::var_os(name).is_some());
-    Ok(Place {
+    let place = Place {
         node,
         kv_interface: kv.as_ref().map(|kv| kv.interface.clone()).filter(|_| config.hosts.rdma_hints),
         // A node's own address stays as it was given, as a name perhaps.
         kv_address: kv.filter(|_| config.hosts.kv_interface.is_some()).map(|kv| kv.address.to_string()),
         rdma: if config.hosts.rdma_hints { rdma::near_gpus().await } else { Default::default() },
         set_by_user: set_by_user.map(|name| (*name).to_owned()).collect(),
-    })
+    };
+    Ok(Site { place, no_network })
 }
 
 fn which(config: &Config, flag: Option<usize>, seen: &[InterfaceAddress]) -> Result<usize, RankError> {
@@ -55,11 +64,10 @@ fn which(config: &Config, flag: Option<usize>, seen: &[InterfaceAddress]) -> Res
 }
 
 /// The address that KV takes on this node, if it is another than the node's own or its interface is known.
-fn network(config: &Config, node: usize, seen: &[InterfaceAddress]) -> anyhow::Result<Option<InterfaceAddress>> {
+fn network(config: &Config, node: usize, seen: &[InterfaceAddress]) -> Result<Option<InterfaceAddress>, NoAddress> {
     let named = config.hosts.nodes.get(node).and_then(|node| node.kv_address.as_deref());
     if let (None, Some(wanted)) = (named, &config.hosts.kv_interface) {
-        let chosen = interfaces::choose(wanted, seen);
-        return Ok(Some(chosen.map_err(|error| anyhow::anyhow!("node {node}: {error}"))?));
+        return interfaces::choose(wanted, seen).map(Some);
     }
     let Some(host) = named.or_else(|| config.hosts.address(node)) else { return Ok(None) };
     // A name that cannot be looked up is told when its port is bound, with the key to change.

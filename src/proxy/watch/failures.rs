@@ -2,9 +2,10 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
+
+use crate::telemetry::clock;
 
 const FAILURES_MAX: usize = 50;
 /// Most of a cause that is kept.
@@ -77,8 +78,7 @@ impl Failures {
 }
 
 pub(crate) fn unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    clock::unix_us() / 1000
 }
 
 #[cfg(test)]

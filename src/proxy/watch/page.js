@@ -20,6 +20,7 @@
     value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
   const rate = value => value > 0 && value < 1 ? value.toLocaleString("en", { maximumSignificantDigits: 2 }) :
     number(value, value >= 100 || value === 0 ? 0 : value >= 10 ? 1 : 2);
+  const clock = value => value ? `${(value.ahead_s * 1e3).toFixed(1)} ± ${(value.within_s * 1e3).toFixed(1)} ms` : "–";
   const percent = value => value === null || value === undefined ? "–" : Math.round(value * 100) + " %";
   const known = value => value !== null && value !== undefined;
 
@@ -104,7 +105,7 @@
       ["In flight", number(worker.inflight)], ["Running", number(worker.running)], ["Waiting", number(worker.waiting)],
       ["KV in use", percent(worker.kv_usage)], ["Blocks held", number(worker.held_blocks)], ["Transfers", number(worker.transfers_active)],
       ["Weights", known(worker.weight_version) ? `${worker.weight_version} ${worker.phase ?? ""}` : "–"],
-      ["Served", number(worker.served)], ["Failed", number(worker.failed)], ["Quarantines", number(worker.quarantines)]];
+      ["Clock", clock(worker.clock)], ["Served", number(worker.served)], ["Failed", number(worker.failed)], ["Quarantines", number(worker.quarantines)]];
     by("chosen").querySelector("dl").replaceChildren(...facts.map(([name, value]) => {
       const pair = make("div");
       pair.append(make("dt", name), make("dd", String(value)));

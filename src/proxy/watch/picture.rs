@@ -15,7 +15,7 @@ use super::super::worker::Worker;
 use super::Frame;
 use super::failures::{Failed, unix_ms};
 use super::hint::{Hint, PoolLoad, Steady, hint};
-use super::seen::Known;
+use super::seen::{Clock, Known};
 use crate::control::{LinkTraffic, Role};
 
 /// Pictures of the past that a viewer is shown: five minutes at one a second.
@@ -64,6 +64,7 @@ struct Drawn<'a> {
     phase: Option<&'static str>,
     held_blocks: Option<u64>,
     transfers_active: Option<u64>,
+    clock: Option<Clock>,
 }
 
 /// The way from one prefill to one decode worker, by their numbers.
@@ -350,6 +351,7 @@ fn draw<'a>(worker: &'a Worker, known: &Known, now: Instant) -> Drawn<'a> {
         phase: known.weights.map(|(_, phase)| phase.name()),
         held_blocks: status.map(|status| status.held_blocks),
         transfers_active: status.map(|status| status.transfers_active),
+        clock: known.clock,
     }
 }
 

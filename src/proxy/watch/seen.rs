@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use http::Method;
+use serde::Serialize;
 use tokio::time::sleep;
 
 use super::super::ask::{Question, ask};
@@ -14,6 +15,7 @@ use super::super::upstream::Deadline;
 use super::failures::What;
 use super::scrape::{self, Queues};
 use crate::control::{ControlError, Traffic, WeightsPhase, WeightsRequest};
+use crate::telemetry::clock;
 
 /// A page of metrics is long (vLLM: some thousand lines) and costs its worker time to make.
 const SCRAPE_EVERY: Duration = Duration::from_secs(5);
@@ -32,10 +34,28 @@ pub(crate) struct Seen(Mutex<Known>);
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Known {
     pub(crate) traffic: Option<(Instant, Traffic)>,
+    pub(crate) clock: Option<Clock>,
     pub(crate) queues: Option<Queues>,
     /// Version and phase, where it takes weights from us.
     pub(crate) weights: Option<(u64, WeightsPhase)>,
     pub(crate) state: Option<State>,
+}
+
+/// How far a worker's clock is before ours.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(crate) struct Clock {
+    pub(crate) ahead_s: f64,
+    /// How far off that may be: half of what the question took.
+    pub(crate) within_s: f64,
+}
+
+impl Clock {
+    /// A worker was asked and has answered at these times of ours, and its own said `theirs` meanwhile; microseconds all.
+    fn read(asked: u64, answered: u64, theirs: u64) -> Self {
+        let half = answered.saturating_sub(asked) as f64 / 2e6;
+        let since_asked = i128::from(theirs) - i128::from(asked);
+        Self { ahead_s: since_asked as f64 / 1e6 - half, within_s: half }
+    }
 }
 
 impl Seen {
@@ -53,6 +73,10 @@ impl Seen {
         let version = known.weights.map(|(version, _)| version);
         let runtime = known.traffic.as_ref().map(|(_, traffic)| traffic.status.weight_version);
         (version.or(runtime), known.weights.map(|(_, phase)| phase))
+    }
+
+    pub(crate) fn clock(&self) -> Option<Clock> {
+        self.lock().clock
     }
 
     pub(crate) fn queues(&self) -> Option<Queues> {
@@ -116,11 +140,15 @@ impl Asking {
 
     async fn ask_runtime(&mut self) {
         let Some(runtime) = self.lane.shared.runtimes[self.number].clone() else { return };
+        let asked = clock::unix_us();
         let traffic = runtime.traffic().await.ok();
+        let answered = clock::unix_us();
         if let Some(traffic) = &traffic {
             self.note_failures(traffic);
         }
-        self.seen().lock().traffic = traffic.map(|traffic| (Instant::now(), traffic));
+        let mut known = self.seen().lock();
+        known.clock = traffic.as_ref().map(|traffic| Clock::read(asked, answered, traffic.told_unix_us));
+        known.traffic = traffic.map(|traffic| (Instant::now(), traffic));
     }
 
     fn note_failures(&mut self, traffic: &Traffic) {
@@ -171,5 +199,17 @@ impl Asking {
         let queues = reply.filter(|reply| reply.status.is_success()).and_then(|reply| scrape::read(&reply.body));
         self.scrape_at = Instant::now() + if queues.is_some() { SCRAPE_EVERY.max(shared.watch.every) } else { SELDOM };
         self.seen().lock().queues = queues;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_is_read_within_half_of_what_the_question_took() {
+        assert_eq!(Clock::read(1_000_000, 1_200_000, 1_100_000), Clock { ahead_s: 0.0, within_s: 0.1 });
+        assert_eq!(Clock::read(10_000_000, 10_500_000, 12_750_000), Clock { ahead_s: 2.5, within_s: 0.25 });
+        assert_eq!(Clock::read(10_000_000, 10_000_000, 9_000_000), Clock { ahead_s: -1.0, within_s: 0.0 });
     }
 }

@@ -43,6 +43,8 @@ use super::{
     TransportError,
 };
 use crate::config::{NixlConfig, Path};
+pub use staging::GPU_STAGING_MB;
+
 use crate::ffi::nixl::MemoryType;
 use crate::memory::{Device, Region};
 

@@ -35,13 +35,16 @@ pub(super) struct Packing {
     pub(super) runs_min: u64,
 }
 
+/// What a process takes of a GPU where nothing is configured, in MiB.
+pub const GPU_STAGING_MB: u64 = 256;
+
 impl Packing {
     /// As configured, else what suits the memory. One request for a run of GPU memory costs as much as copying some hundred KiB;
     /// of host memory as much as copying 16 KiB, and there UCX's threads share them ([`super::spread`]).
     pub(super) fn of(setup: &NixlSetup, memory: MemoryType) -> Self {
         let (staging_mb, run_kb, runs_min) = match memory {
             MemoryType::Host => (0, 32, 16),
-            MemoryType::Gpu => (256, 512, 8),
+            MemoryType::Gpu => (GPU_STAGING_MB, 512, 8),
         };
         Self {
             staging_bytes: setup.staging_mb.unwrap_or(staging_mb).saturating_mul(1 << 20),
