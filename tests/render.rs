@@ -126,12 +126,23 @@ image = "registry/pdlink:1"
 "#;
 
 #[test]
+fn one_node_that_is_named_takes_the_place_that_the_job_gives_it() {
+    let text = "[inference.model]\nname = \"org/model\"\n[pd_disagg]\nenabled = true\n[kubernetes]\nimage = \"i\"\n\
+                [[hosts.nodes]]\naddress = \"any\"\nprefill_gpu_ids = [0]\ndecode_gpu_ids = [1]\n";
+    assert!(rendered("slurm", text, &[]).contains("--hosts.addresses \"$1\""));
+    let yaml = rendered("k8s", text, &[]);
+    assert!(yaml.contains("--node $((0 + POD_INDEX))") && yaml.contains("pdlink-0-0.pdlink-nodes"), "{yaml}");
+}
+
+#[test]
 fn on_several_nodes_each_is_told_its_number_and_everybodys_names() {
     let script = rendered("slurm", NODES, &[]);
     assert!(script.contains("#SBATCH --nodes=3\n") && script.contains("#SBATCH --gres=gpu:4\n"), "{script}");
     assert!(script.contains("scontrol show hostnames \"$SLURM_JOB_NODELIST\""), "{script}");
     assert!(script.contains(r#"--node "$SLURM_NODEID" --hosts.addresses "$1"' "$run" "$addresses""#), "{script}");
     let yaml = rendered("k8s", NODES, &[]);
+    // 600 s to join, 1800 s to load, and to meet; one look in 10 s.
+    assert!(yaml.contains("failureThreshold: 246\n"), "{yaml}");
     let sets: Vec<&str> = yaml.split("---\n").filter(|document| document.contains("kind: \"StatefulSet\"")).collect();
     assert_eq!(sets.len(), 2, "node 0, and the two that are alike");
     assert!(sets[0].contains("replicas: 1\n") && sets[0].contains("--node $((0 + POD_INDEX))"), "{}", sets[0]);

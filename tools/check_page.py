@@ -217,7 +217,7 @@ def check(browser: Browser, fleet: Fleet, pictures: Path | None) -> None:
     for role in ("button", "image", "meter", "region", "table", "heading"):
         names = [name for name in roles.get(role, []) if role != "table"]
         assert (names or role == "table") and all(names), f"a {role} has no name: {names}"
-    assert any("in the last five minutes" in name for name in roles["image"]), roles["image"]
+    assert any("at most in the last" in name for name in roles["image"]), roles["image"]
     assert "status" in roles, "nothing announces changes"
 
     browser.js("document.getElementById('pause').click()")

@@ -79,6 +79,8 @@ pub struct LinkTraffic {
 /// A transfer that failed, or that nobody came for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecentFailure {
+    /// The rank whose runtime it is.
+    pub rank: u32,
     /// Counts up from 1 with each failure of a runtime.
     pub number: u64,
     pub at_unix_ms: u64,
@@ -96,11 +98,12 @@ pub struct Traffic {
     pub told_unix_us: u64,
     /// By peer and path.
     pub links: Vec<LinkTraffic>,
-    /// Engine ids of connected prefill workers, and the path to each.
+    /// Engine ids of prefill workers that every rank is connected with, and the path to each.
     pub connected: Vec<(String, Path)>,
     /// The last of them, oldest first.
     pub failures: Vec<RecentFailure>,
-    pub leases_renewed: u64,
+    /// Ranks that could not be asked, and why: their part is missing.
+    pub unheard: Vec<String>,
 }
 
 /// A question to a runtime.

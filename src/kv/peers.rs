@@ -227,7 +227,6 @@ impl Core {
         for chunk in ids.chunks(RENEW_MAX) {
             self.tell_peer(peer, &ToPrefill::Renew(chunk.to_vec()));
         }
-        self.traffic.renewed(ids.len() as u64);
         self.shared.metrics.leases_renewed(ids.len() as u64);
         self.plan_renewal(peer);
     }

@@ -59,14 +59,15 @@ impl Core {
         });
     }
 
-    /// What went over the links of this rank and of every other, added up. A rank that cannot be asked is left out.
+    /// What went over the links of this rank and of every other, added up.
     pub(super) fn traffic_everywhere(&mut self, reply: AdminReply) {
         let mut traffic = self.traffic_here();
         let asked = self.ask_siblings(|sibling| async move { sibling.traffic_here().await });
         self.tasks.spawn(async move {
-            for (_, answer) in asked.await {
-                if let Ok(theirs) = answer {
-                    traffic::add(&mut traffic, theirs);
+            for (address, answer) in asked.await {
+                match answer {
+                    Ok(theirs) => traffic::add(&mut traffic, theirs),
+                    Err(error) => traffic.unheard.push(format!("the rank at {address}: {error}")),
                 }
             }
             reply.send(&AdminAnswer::Traffic(Box::new(traffic)));

@@ -22,7 +22,6 @@ pub(super) struct Account {
     links: VecDeque<LinkTraffic>,
     failures: VecDeque<RecentFailure>,
     failed: u64,
-    leases_renewed: u64,
 }
 
 impl Account {
@@ -67,16 +66,13 @@ impl Account {
             self.failures.pop_front();
         }
         self.failures.push_back(RecentFailure {
+            rank: record.rank,
             number: self.failed,
             at_unix_ms: record.ended_unix_us / 1000,
             transfer_id: record.transfer_id.clone(),
             kind: kind.to_owned(),
             cause: cause.chars().take(CAUSE_CHARS_MAX).collect(),
         });
-    }
-
-    pub(super) fn renewed(&mut self, leases: u64) {
-        self.leases_renewed += leases;
     }
 
     pub(super) fn told(&self, status: RuntimeStatus, connected: Vec<(String, Path)>) -> Traffic {
@@ -86,7 +82,7 @@ impl Account {
             links: self.links.iter().cloned().collect(),
             connected,
             failures: self.failures.iter().cloned().collect(),
-            leases_renewed: self.leases_renewed,
+            unheard: Vec::new(),
         }
     }
 }
@@ -95,7 +91,8 @@ impl Account {
 pub(super) fn add(ours: &mut Traffic, theirs: Traffic) {
     ours.status.held_blocks = ours.status.held_blocks.max(theirs.status.held_blocks);
     ours.status.transfers_active = ours.status.transfers_active.max(theirs.status.transfers_active);
-    ours.leases_renewed = ours.leases_renewed.max(theirs.leases_renewed);
+    // The version that all of them have.
+    ours.status.weight_version = ours.status.weight_version.min(theirs.status.weight_version);
     for link in theirs.links {
         let is = |known: &&mut LinkTraffic| known.path == link.path && known.peer_engine_id == link.peer_engine_id;
         match ours.links.iter_mut().find(is) {
@@ -110,8 +107,10 @@ pub(super) fn add(ours: &mut Traffic, theirs: Traffic) {
             None => ours.links.push(link),
         }
     }
+    let has = |connected: &[(String, Path)], engine_id: &str| connected.iter().any(|(id, _)| id == engine_id);
+    ours.connected.retain(|(engine_id, _)| has(&theirs.connected, engine_id));
     for connected in theirs.connected {
-        if !ours.connected.contains(&connected) {
+        if has(&ours.connected, &connected.0) && !ours.connected.contains(&connected) {
             ours.connected.push(connected);
         }
     }

@@ -6,6 +6,7 @@
 //! torn read yields is for the layers above to judge (KV-3, KV-4).
 
 mod gpu;
+mod host_free;
 mod mapping;
 mod region;
 mod registered;
@@ -17,6 +18,7 @@ mod words;
 // Named in what regions are made of.
 pub use crate::ffi::cuda::{CudaError, Device, allocated_bytes as gpu_bytes_taken};
 pub use gpu::{GpuCopies, GpuDigests, GpuRun, GpuRuns, Launches, Tile};
+pub use host_free::host_free_bytes;
 pub use region::{AccessError, Backing, MemoryKind, OutOfRange, Region, RegionOptions};
 pub use row_digest::{row, row_key};
 pub use runs::{Run, RunSlice};

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{self, Gauge};
 use prometheus_client::registry::Registry;
 
 use super::health::Standing;
@@ -125,26 +125,22 @@ impl FleetMetrics {
         self.failed.get_or_create(&labels).set(count(&worker.failed));
         self.quarantines.get_or_create(&labels).set(count(&worker.quarantines));
         let seen = &shared.watch.seen[worker.number];
-        if let Some(queues) = seen.queues() {
-            for (queue, value) in [("running", queues.running), ("waiting", queues.waiting)] {
-                let labels = WorkerQueueLabels { worker: name.to_owned(), role, queue };
-                self.queue.get_or_create(&labels).set(value);
-            }
-            if let Some(usage) = queues.kv_usage {
-                self.kv_usage.get_or_create(&labels).set(usage);
-            }
-        }
-        if let Some(clock) = seen.clock() {
-            self.clock_ahead.get_or_create(&labels).set(clock.ahead_s);
+        let queues = seen.queues();
+        for (queue, value) in
+            [("running", queues.map(|queues| queues.running)), ("waiting", queues.map(|queues| queues.waiting))]
+        {
+            let labels = WorkerQueueLabels { worker: name.to_owned(), role, queue };
+            show(&self.queue, &labels, value);
         }
         let (version, phase) = seen.weights();
-        if let Some(version) = version {
-            self.weight_version.get_or_create(&labels).set(signed(version));
-        }
-        for one in phase.map_or(&[][..], |_| &PHASES) {
+        for one in PHASES {
             let labels = WorkerPhaseLabels { worker: name.to_owned(), role, phase: one.name() };
-            self.weights_phase.get_or_create(&labels).set(i64::from(Some(*one) == phase));
+            let is_in = phase.map(|phase| i64::from(one == phase));
+            show(&self.weights_phase, &labels, is_in);
         }
+        show(&self.weight_version, &labels, version.map(signed));
+        show(&self.kv_usage, &labels, queues.and_then(|queues| queues.kv_usage));
+        show(&self.clock_ahead, &labels, seen.clock().map(|clock| clock.ahead_s));
     }
 
     fn look_at_pool(&self, role: &'static str, load: PoolLoad, hint: Hint) {
@@ -152,7 +148,19 @@ impl FleetMetrics {
             self.pool_queue.get_or_create(&RoleQueueLabels { role, queue }).set(value);
         }
         let labels = RoleLabels { role };
-        self.pool_utilisation.get_or_create(&labels).set(load.utilisation.unwrap_or_default());
+        show(&self.pool_utilisation, &labels, load.utilisation);
         self.pool_shortfall.get_or_create(&labels).set(i64::from(hint.short_of(role)));
+    }
+}
+
+/// Shows what is known, and nothing where nothing is: the last word of a worker that is gone is not how it is.
+fn show<L, N, A>(family: &Family<L, Gauge<N, A>>, labels: &L, value: Option<N>)
+where
+    L: Clone + std::hash::Hash + Eq,
+    A: gauge::Atomic<N> + Default,
+{
+    match value {
+        Some(value) => _ = family.get_or_create(labels).set(value),
+        None => _ = family.remove(labels),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use super::ProxyError;
@@ -53,6 +53,8 @@ pub(crate) struct Worker {
     pub(crate) served: AtomicU64,
     pub(crate) failed: AtomicU64,
     pub(crate) quarantines: AtomicU64,
+    /// Whether the last of them came of KV that decode workers could not use.
+    pub(crate) is_blamed_for_kv: AtomicBool,
 }
 
 impl Worker {
@@ -71,6 +73,7 @@ impl Worker {
             served: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             quarantines: AtomicU64::new(0),
+            is_blamed_for_kv: AtomicBool::new(false),
         })
     }
 
@@ -85,6 +88,7 @@ impl Worker {
         if is_new && self.health.distrusted(self.handovers.counted(), now) {
             self.failed.fetch_add(1, Ordering::Relaxed);
             self.quarantines.fetch_add(1, Ordering::Relaxed);
+            self.is_blamed_for_kv.store(true, Ordering::Relaxed);
             tracing::warn!(worker = self.name(), "worker quarantined: decode workers cannot use the KV that it has");
         }
     }
@@ -155,6 +159,7 @@ impl Load {
         self.worker.failed.fetch_add(1, Ordering::Relaxed);
         if self.worker.health.failed(now) {
             self.worker.quarantines.fetch_add(1, Ordering::Relaxed);
+            self.worker.is_blamed_for_kv.store(false, Ordering::Relaxed);
             tracing::warn!(worker = self.worker.name(), "worker quarantined after repeated failures");
         }
     }

@@ -18,6 +18,8 @@ const SECRET_FOLDER: &str = "/run/secrets/pdlink";
 const MEND: &str = "put it into a Secret, and name that in kubernetes.env_from";
 /// How often a probe asks, in seconds, and how long it waits.
 const PROBE_S: u32 = 10;
+/// What prefill and decode workers may take to meet, and the front to listen, once all have loaded.
+const MEETING_S: f64 = 60.0;
 const PROBE_TIMEOUT_S: u32 = 5;
 
 /// All manifests, as documents of one YAML stream.
@@ -67,8 +69,9 @@ impl<'a> Writer<'a> {
         Ok(Self { config, own, image, nodes: nodes(config) })
     }
 
-    fn is_several(&self) -> bool {
-        self.nodes.len() > 1
+    /// Whether each pod is told which node it is.
+    fn has_nodes(&self) -> bool {
+        self.config.hosts.is_given()
     }
 
     fn object<S: Serialize>(&self, version: &'static str, kind: &'static str, name: String, content: S) -> Object<S> {
@@ -123,7 +126,7 @@ impl<'a> Writer<'a> {
     fn config_map(&self) -> Result<Object<ConfigMap>, RenderError> {
         let toml = configuration(self.config, |config| {
             config["security"]["secret_file"] = json!(format!("{SECRET_FOLDER}/secret"));
-            if self.is_several() {
+            if self.has_nodes() {
                 config["hosts"]["addresses"] = json!(self.addresses());
             } else {
                 // A pod's loopback is its own: clients come from outside.
@@ -254,7 +257,7 @@ impl<'a> Writer<'a> {
     /// A pod knows its own number among those of its StatefulSet; the first of which is some node of the run.
     fn command(&self, group: &Group) -> Vec<String> {
         let config = format!("{CONFIG_FOLDER}/pdlink.toml");
-        if !self.is_several() {
+        if !self.has_nodes() {
             return ["pdlink", "up", "@", &config].map(str::to_owned).to_vec();
         }
         let up = format!("exec pdlink up @ {config} --node $(({} + POD_INDEX))", group.first);
@@ -281,10 +284,12 @@ impl<'a> Writer<'a> {
         variables
     }
 
-    /// How often the front may be asked before it must be there: for as long as workers may take to load.
+    /// How often the front may be asked before it must be there: for as long as nodes may take to be there and workers to load.
     fn start_probes(&self) -> u32 {
+        let joining_s = if self.config.hosts.has_several() { self.config.hosts.join_timeout_s } else { 0.0 };
+        let within_s = joining_s + self.config.launcher.ready_timeout_s + MEETING_S;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bounded before")]
-        let probes = (self.config.launcher.ready_timeout_s / f64::from(PROBE_S)).ceil().clamp(1.0, 1e6) as u32;
+        let probes = (within_s / f64::from(PROBE_S)).ceil().clamp(1.0, 1e6) as u32;
         probes
     }
 

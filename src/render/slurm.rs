@@ -31,7 +31,7 @@ pub fn script(config: &Config) -> Result<String, RenderError> {
     for line in &slurm.setup {
         script.push_str(&format!("{line}\n"));
     }
-    script.push_str(&run(slurm, nodes.len()));
+    script.push_str(&run(slurm, config.hosts.is_given()));
     Ok(script)
 }
 
@@ -82,8 +82,8 @@ fn in_head<'a>(key: &'static str, value: &'a str) -> Result<&'a str, RenderError
     if bad { Err(RenderError::Unwritable { key, value: value.to_owned() }) } else { Ok(value) }
 }
 
-/// The step that runs. On several nodes each is told its number and everybody's names; one node needs neither.
-fn run(slurm: &SlurmConfig, nodes: usize) -> String {
+/// The step that runs. Nodes that are named are told their number and everybody's names; a run without any needs neither.
+fn run(slurm: &SlurmConfig, has_nodes: bool) -> String {
     // A task that fails ends the others: `pdlink up` has decided by then that the run cannot go on.
     let mut srun = vec!["srun".to_owned(), "--kill-on-bad-exit=1".to_owned()];
     if let Some(image) = &slurm.container_image {
@@ -98,9 +98,9 @@ fn run(slurm: &SlurmConfig, nodes: usize) -> String {
         }
     }
     let up = format!("exec {} up @ \"$0/pdlink.toml\" --security.secret_file \"$0/secret\"", quoted(&slurm.pdlink));
-    let (prepare, up, words) = match nodes {
-        1 => (String::new(), up, "\"$run\""),
-        _ => (
+    let (prepare, up, words) = match has_nodes {
+        false => (String::new(), up, "\"$run\""),
+        true => (
             "addresses=\"[$(scontrol show hostnames \"$SLURM_JOB_NODELIST\" | sed 's/.*/\"&\"/' | paste -sd,)]\"\n"
                 .to_owned(),
             format!("{up} --node \"$SLURM_NODEID\" --hosts.addresses \"$1\""),

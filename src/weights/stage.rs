@@ -17,7 +17,7 @@ use super::staged::Staged;
 use super::tensors::{Packer, ReadError, TensorBytes, lay};
 use crate::config::Staging;
 use crate::control::{ControlError, WeightSource, WeightsOffer};
-use crate::memory::{AccessError, CudaError, Device, Region, RegionOptions, to_usize};
+use crate::memory::{AccessError, CudaError, Device, Region, RegionOptions, host_free_bytes, to_usize};
 use crate::transport::TransportError;
 
 /// Bytes that are read at once where nothing is kept.
@@ -128,7 +128,7 @@ impl Room {
             }
             _ => {
                 let mend = "free some, set weights.staging = \"none\", or raise weights.staging_bytes_max";
-                fits(bytes, available_bytes().min(most), "host", mend)?;
+                fits(bytes, host_free_bytes(Path::new("/")).unwrap_or(u64::MAX).min(most), "host", mend)?;
                 on_host(bytes, gpu.as_ref())?
             }
         };
@@ -265,13 +265,4 @@ fn on_host(bytes: u64, gpu: Option<&Arc<Device>>) -> Result<Arc<Region>, StageEr
         tracing::warn!(%error, bytes, "staged memory is not fixed in place: it is loaded more slowly");
     }
     Ok(region)
-}
-
-/// What the kernel could give without swapping. Where it does not say, nothing is refused.
-fn available_bytes() -> u64 {
-    let kib = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        line.split_whitespace().next()?.parse::<u64>().ok()
-    });
-    kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024))
 }

@@ -130,8 +130,11 @@ impl<'a> Run<'a> {
             tokio::select! {
                 event = next_event(&mut self.fleet, &self.share) => {
                     let event = event.context("every worker is gone")?;
-                    if matches!(event.happening, Happening::Ready { .. }) {
-                        starting.remove(&event.worker);
+                    match event.happening {
+                        Happening::Ready { .. } => _ = starting.remove(&event.worker),
+                        // It served, and is not there now.
+                        Happening::Restarts { .. } => _ = starting.insert(event.worker),
+                        _ => {}
                     }
                     self.show(&event)?;
                 }

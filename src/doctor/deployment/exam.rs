@@ -119,6 +119,10 @@ pub(super) async fn ask(target: &Target) -> anyhow::Result<Seen> {
     }
     seen.loaded = before.zip(loaded(&seen.workers).await).map(|(before, after)| after.saturating_sub(before));
     rest(&mut seen).await;
+    // By now each was asked, also where all of it has only just come up.
+    for (worker, later) in seen.workers.iter_mut().zip(workers(target).await.unwrap_or_default()) {
+        worker.clock = later.clock;
+    }
     for turn in &mut seen.turns {
         let id = turn.through.as_ref().ok().and_then(|through| through.transfer_id.clone());
         let records = match id {

@@ -84,7 +84,7 @@ pub(crate) async fn keep(lane: Arc<Lane>) {
     for number in 0..shared.workers.len() {
         asking.spawn(seen::ask_again_and_again(Arc::clone(&lane), number));
     }
-    let mut painter = Painter::new(&shared);
+    let mut painter = Painter::default();
     let mut ticks = interval(shared.watch.every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

@@ -177,11 +177,18 @@
     parts.push(draw("text", { x: right, y: 146, "text-anchor": "end" }, "now"));
     series.forEach((values, at) => parts.push(draw("polyline", { class: at ? "second" : "", points: values.map((value, at) => `${x(at).toFixed(1)},${y(value).toFixed(1)}`).join(" ") })));
     const svg = by(id), latest = series[0].at(-1) ?? 0;
-    svg.setAttribute("aria-label", `${words}: ${rate(latest)} now, ${rate(most)} at most in the last five minutes`);
+    svg.setAttribute("aria-label", `${words}: ${rate(latest)} now, ${rate(most)} at most in the last ${span()}`);
     svg.replaceChildren(...parts);
   }
 
+  // Of the plots, in words.
+  function span() {
+    const seconds = Math.round(last.every_s * PAST_MAX);
+    return seconds < 120 ? `${seconds} seconds` : `${Math.round(seconds / 60)} minutes`;
+  }
+
   function plots() {
+    say("rates-title", `The last ${span()}`);
     plot("plot-moved", "KV moved in GB/s", past.map(moment => moment.gb_per_s));
     plot("plot-requests", "Requests in flight", past.map(moment => moment.inflight), past.map(moment => moment.waiting));
   }

@@ -107,7 +107,7 @@ fn fleet() -> Markup {
 fn rates() -> Markup {
     html! {
         section aria-labelledby="rates-title" {
-            h2 #rates-title { "The last five minutes" }
+            h2 #rates-title { "Lately" }
             div.plots {
                 figure { figcaption { "KV moved, GB/s" } svg #plot-moved role="img" viewBox="0 0 480 150" {} }
                 figure { figcaption { "Requests in flight" span.key { " and waiting" } } svg #plot-requests role="img" viewBox="0 0 480 150" {} }

@@ -18,7 +18,7 @@ use super::hint::{Hint, PoolLoad, Steady, hint};
 use super::seen::{Clock, Known};
 use crate::control::{LinkTraffic, Role};
 
-/// Pictures of the past that a viewer is shown: five minutes at one a second.
+/// Pictures of the past that a viewer is shown: five minutes, where `proxy.watch_interval_s` is 1.
 const PAST_MAX: usize = 300;
 /// Pictures that a pool's load is the average of.
 const LOAD_OVER: usize = 30;
@@ -137,12 +137,24 @@ pub(super) struct Picture<'a> {
 /// Names a link's counters: the decode worker, its runtime's life, the prefill worker, the path.
 type LinkKey = (usize, u64, usize, &'static str);
 
+/// When a link's bytes were told, how many they were, and the rate that came of it.
+type Carried = (Instant, u64, f64);
+
+/// What a link carried since it was looked at last.
+fn since(before: Option<Carried>, at: Instant, bytes: u64) -> Carried {
+    let gb_per_s = match before {
+        Some((before, _, rate)) if before == at => rate,
+        Some((before, then, _)) => rate(bytes.saturating_sub(then), at - before) / 1e9,
+        None => 0.0,
+    };
+    (at, bytes, gb_per_s)
+}
+
 /// Remembers what a picture is held against.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Painter {
     past: VecDeque<Moment>,
-    /// Bytes of each link when they were last told, and the rate that came of it.
-    links: HashMap<LinkKey, (Instant, u64, f64)>,
+    links: HashMap<LinkKey, Carried>,
     served: Option<(Instant, u64)>,
     prefill: VecDeque<PoolLoad>,
     decode: VecDeque<PoolLoad>,
@@ -150,17 +162,6 @@ pub(super) struct Painter {
 }
 
 impl Painter {
-    pub(super) fn new(_shared: &Shared) -> Self {
-        Self {
-            past: VecDeque::new(),
-            links: HashMap::new(),
-            served: None,
-            prefill: VecDeque::new(),
-            decode: VecDeque::new(),
-            steady: Steady::default(),
-        }
-    }
-
     pub(super) fn picture<'a>(&mut self, shared: &'a Shared) -> Picture<'a> {
         let now = Instant::now();
         let known: Vec<Known> = shared.watch.seen.iter().map(super::Seen::known).collect();
@@ -245,12 +246,13 @@ impl Painter {
                 let Some(prefill) = prefill_of(&link.peer_engine_id) else { continue };
                 let path = link.path.map_or("none", |path| path.name());
                 let key = (worker.number, traffic.status.incarnation, prefill, path);
-                let gb_per_s = match self.links.get(&key) {
-                    Some((before, _, rate)) if before == at => *rate,
-                    Some((before, bytes, _)) => rate(link.bytes.saturating_sub(*bytes), *at - *before) / 1e9,
-                    None => 0.0,
-                };
-                rates.insert(key, (*at, link.bytes, gb_per_s));
+                let before = self.links.get(&key).copied();
+                // Where a rank's bytes are missing nothing is held against them: its return would look like a burst.
+                let held = if traffic.unheard.is_empty() { Some(since(before, *at, link.bytes)) } else { before };
+                if let Some(held) = held {
+                    rates.insert(key, held);
+                }
+                let gb_per_s = held.map_or(0.0, |(_, _, rate)| rate);
                 let connected =
                     traffic.connected.iter().any(|(id, path)| *id == link.peer_engine_id && Some(*path) == link.path);
                 links.push(drawn(prefill, worker.number, path, connected, &link, gb_per_s));

@@ -1,10 +1,12 @@
 //! What each worker says of itself: its runtime over the control connection, its queues on its own metrics page, its weights
 //! at their door. One task for each worker, so that one that hangs holds up nobody's picture.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::Method;
+use http::{Method, StatusCode};
 use serde::Serialize;
 use tokio::time::sleep;
 
@@ -90,14 +92,14 @@ struct Asking {
     number: usize,
     scrape_at: Instant,
     weights_at: Instant,
-    /// The last failure of the runtime that was noted, and of which of its lives.
-    noted: (u64, u64),
+    /// The last failure of each rank's runtime that was noted, and of which life of the worker.
+    noted: (u64, BTreeMap<u32, u64>),
 }
 
 /// Never ends by itself.
 pub(super) async fn ask_again_and_again(lane: Arc<Lane>, number: usize) {
     let now = Instant::now();
-    let mut asking = Asking { lane, number, scrape_at: now, weights_at: now, noted: (0, 0) };
+    let mut asking = Asking { lane, number, scrape_at: now, weights_at: now, noted: (0, BTreeMap::new()) };
     loop {
         asking.look_at_health();
         if asking.lane.shared.workers[number].health.state() != State::Down {
@@ -107,6 +109,7 @@ pub(super) async fn ask_again_and_again(lane: Arc<Lane>, number: usize) {
         } else {
             let known = Known { state: Some(State::Down), ..Known::default() };
             *asking.seen().lock() = known;
+            asking.scrape_at = Instant::now();
         }
         sleep(asking.lane.shared.watch.every).await;
     }
@@ -131,7 +134,10 @@ impl Asking {
             State::Down if shared.watch.failures.has_told_of(self.number, TOLD_WITHIN_MS) => {}
             State::Down => shared.watch.failures.note(What::Worker, Some(self.number), "it is down"),
             State::Quarantined { .. } => {
-                let cause = "quarantined: its requests failed one after the other";
+                let cause = match shared.workers[self.number].is_blamed_for_kv.load(Relaxed) {
+                    true => "quarantined: decode workers cannot use the KV that it has",
+                    false => "quarantined: its requests failed one after the other",
+                };
                 shared.watch.failures.note(What::Worker, Some(self.number), cause);
             }
             State::Starting | State::Up | State::Trial => {}
@@ -153,10 +159,10 @@ impl Asking {
 
     fn note_failures(&mut self, traffic: &Traffic) {
         if self.noted.0 != traffic.status.incarnation {
-            self.noted = (traffic.status.incarnation, 0);
+            self.noted = (traffic.status.incarnation, BTreeMap::new());
         }
         for failure in &traffic.failures {
-            if failure.number > self.noted.1 {
+            if self.noted.1.get(&failure.rank).is_none_or(|last| failure.number > *last) {
                 let id: String = failure.transfer_id.chars().take(ID_CHARS).collect();
                 let cause = match failure.cause.contains(&id) {
                     true => failure.cause.clone(),
@@ -166,8 +172,10 @@ impl Asking {
                 failures.note_at(failure.at_unix_ms, What::Transfer, Some(self.number), &cause);
             }
         }
-        let last = traffic.failures.iter().map(|failure| failure.number).max().unwrap_or_default();
-        self.noted.1 = self.noted.1.max(last);
+        for failure in &traffic.failures {
+            let last = self.noted.1.entry(failure.rank).or_default();
+            *last = failure.number.max(*last);
+        }
     }
 
     async fn ask_weights(&mut self) {
@@ -196,8 +204,12 @@ impl Asking {
         let question = Question { method: &Method::GET, path: "/metrics", headers: b"", body: b"" };
         let deadline = Deadline::after(tokio::time::Instant::now(), shared.limits.health);
         let reply = ask(&self.lane, worker, question, deadline).await.ok();
-        let queues = reply.filter(|reply| reply.status.is_success()).and_then(|reply| scrape::read(&reply.body));
-        self.scrape_at = Instant::now() + if queues.is_some() { SCRAPE_EVERY.max(shared.watch.every) } else { SELDOM };
+        let page = reply.as_ref().filter(|reply| reply.status.is_success());
+        let queues = page.and_then(|page| scrape::read(&page.body));
+        // A page that says nothing of queues, or that is not there, will not soon. One that comes late, from a busy worker, will.
+        let has_none =
+            queues.is_none() && (page.is_some() || reply.is_some_and(|reply| reply.status == StatusCode::NOT_FOUND));
+        self.scrape_at = Instant::now() + if has_none { SELDOM } else { SCRAPE_EVERY.max(shared.watch.every) };
         self.seen().lock().queues = queues;
     }
 }
