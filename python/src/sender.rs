@@ -23,6 +23,8 @@ struct SenderSettings {
     /// None: the well-known secret, for loopback only.
     secret_file: Option<PathBuf>,
     weights: WeightsConfig,
+    /// `[kv]`, for what the paths of weights can be told.
+    kv: KvConfig,
 }
 
 /// The group that this process broadcasts to: it outlives each sender, for to make one takes a second.
@@ -124,14 +126,14 @@ impl WeightSender {
 }
 
 fn start(given: SenderSettings, tensors: Arc<Tensors>) -> PyResult<WeightSender> {
-    let SenderSettings { version, host, port, secret_file, weights } = given;
+    let SenderSettings { version, host, port, secret_file, weights, kv } = given;
     let listener = TcpListener::bind((host.as_str(), port)).map_err(|error| {
         errors::AddressError::new_err(format!("cannot listen for workers on {host}:{port}: {error}"))
     })?;
     let failed = |error: &dyn std::fmt::Display| errors::SendError::new_err(error.to_string());
     let paths = Paths {
         weights,
-        kv: KvConfig::default(),
+        kv,
         secret: settings::secret(secret_file.as_ref())?,
         bind: listener.local_addr().map_err(|error| failed(&error))?.ip(),
         advertise_host: host,

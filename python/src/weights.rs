@@ -27,6 +27,8 @@ use crate::{errors, settings};
 struct ReceiverSettings {
     version: u64,
     weights: WeightsConfig,
+    /// `[kv]`, for what the paths of weights can be told.
+    kv: KvConfig,
     bind_host: String,
     advertise_host: String,
     /// A listener of its own; without one the KV link's has to be given the door.
@@ -244,7 +246,7 @@ fn start(given: ReceiverSettings) -> PyResult<WeightReceiver> {
     secret.allowed_on(bind_ip).map_err(|error| errors::secret(&error))?;
     let paths = Paths {
         weights: given.weights,
-        kv: KvConfig::default(),
+        kv: given.kv,
         secret: secret.clone(),
         bind: bind_ip,
         advertise_host: given.advertise_host,

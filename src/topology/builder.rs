@@ -485,6 +485,7 @@ mod tests {
         if let Some(told) = told(&worker) {
             assert_eq!(told["http"], format!("http://127.0.0.1:{}", worker.port));
             assert_eq!(told["weights"]["in_flight"], "continue");
+            assert_eq!(told["kv"]["transfer_timeout_ms"], config.kv.transfer_timeout_ms);
         }
         assert!(worker.weights_ports.is_empty(), "the KV link's listener is the door");
         let at = worker.command.iter().position(|word| word == "--worker-extension-cls");
@@ -506,6 +507,18 @@ mod tests {
         assert_eq!(class(&config), (Some("mine.Derived".to_owned()), true));
         (config.weights.vllm_workers, config.pd_disagg.host) = (None, None);
         assert_eq!(class(&config), (Some("mine.Derived".to_owned()), false));
+    }
+
+    #[test]
+    fn what_kv_says_of_nccl_holds_for_broadcasts_also_where_kv_goes_another_way() {
+        let mut config = named();
+        config.pd_disagg.enabled = true;
+        (config.pd_disagg.prefill_gpu_ids, config.pd_disagg.decode_gpu_ids) = (vec![0], vec![1]);
+        config.kv.paths = Some(vec![Path::CudaIpc]);
+        config.weights.paths = vec![Path::Nccl, Path::CudaIpc];
+        config.kv.nccl.multiprocessors = 7;
+        let told = told(&planned(&config).workers[0]).expect("settings");
+        assert_eq!((&told["kv"]["nccl"]["multiprocessors"], &told["kv"]["nixl"]), (&json!(7), &Value::Null));
     }
 
     #[test]

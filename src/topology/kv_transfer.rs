@@ -97,8 +97,8 @@ fn native(config: &Config, version: VllmVersion, seat: &Seat<'_>) -> Value {
     settings
 }
 
-/// `[kv]` as the runtime reads it, with the paths that were chosen for this engine.
-fn kv_settings(config: &Config, paths: &[Path]) -> Value {
+/// `[kv]` as the runtime reads it, with the paths that were chosen.
+pub(super) fn kv_settings(config: &Config, paths: &[Path]) -> Value {
     let mut kv = match serde_json::to_value(&config.kv) {
         Ok(Value::Object(kv)) => kv,
         _ => Map::new(),

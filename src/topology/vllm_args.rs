@@ -153,14 +153,16 @@ fn add_pass_through(args: &mut Args, config: &Config, role: Role) {
     }
 }
 
-/// What the worker's part in updates of the weights is told; the rest it has from the KV connector's settings.
+/// What the worker's part in updates of the weights is told; the rest it has from the KV connector's settings. `[kv]` it is told
+/// anew: what the connector has leaves out whatever KV's own paths do not need.
 fn weights(config: &Config, seat: &Seat<'_>) -> Value {
     let mut weights = serde_json::to_value(&config.weights).unwrap_or_default();
     if let Value::Object(weights) = &mut weights {
         weights.retain(|_, value| !value.is_null());
     }
     let host = if seat.reach.contains(':') { format!("[{}]", seat.reach) } else { seat.reach.to_owned() };
-    let mut told = json!({ "http": format!("http://{host}:{}", seat.port), "weights": weights });
+    let kv = kv_transfer::kv_settings(config, &config.weights.paths);
+    let mut told = json!({ "http": format!("http://{host}:{}", seat.port), "weights": weights, "kv": kv });
     if !seat.weights_ports.is_empty() {
         told["host"] = json!(seat.kv_reach);
         told["ports"] = json!(seat.weights_ports);

@@ -73,7 +73,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @pytest.fixture
 def publisher(fleet: Fleet) -> WeightPublisher:
-    return WeightPublisher(fleet.url, secret_file=fleet.secret, weights={"bucket_bytes": 65536})
+    kv = {"transfer_timeout_ms": 60_000, "nccl": {"multiprocessors": 8}}
+    return WeightPublisher(fleet.url, secret_file=fleet.secret, weights={"bucket_bytes": 65536}, kv=kv)
 
 
 def module(seed: int) -> torch.nn.Module:
@@ -128,6 +129,8 @@ def test_what_is_refused_is_an_error_with_its_reason_and_the_old_version_serves(
         publisher.publish({"odd": torch.zeros(2, dtype=torch.complex64)})
     with pytest.raises(pdlink.PdlinkError, match="there are no tensors"):
         publisher.publish({})
+    with pytest.raises(pdlink.PdlinkError, match="unknown field `ncll`"):
+        WeightPublisher(fleet.url, secret_file=fleet.secret, kv={"ncll": {}}).publish(module(3))
     stranger = WeightPublisher(fleet.url)
     with pytest.raises(PublishError, match="while staging, on worker http://.*secret"):
         stranger.publish(module(3))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import vllm_config
 from pdlink import PdlinkError
 from pdlink.vllm.weights import lead as lead_module
 from pdlink.vllm.weights import load, rank, settings
@@ -209,6 +210,7 @@ def of_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     receiver = {
         "version": 0,
         "weights": {},
+        "kv": {},
         "bind_host": "127.0.0.1",
         "advertise_host": "127.0.0.1",
         "port": 0,
@@ -307,7 +309,7 @@ def test_a_worker_is_told_where_it_is_by_a_variable(monkeypatch: pytest.MonkeyPa
     assert given is not None and given.http == "http://127.0.0.1:8100" and not given.has_connector
     receiver = json.loads(given.receiver)
     assert receiver["ranks"] == ["127.0.0.1:7001", "127.0.0.1:7002"] and receiver["port"] == 7002
-    assert receiver["weights"] == {"keep": False} and receiver["base"] is None
+    assert receiver["weights"] == {"keep": False} and receiver["base"] is None and receiver["kv"] == {}
     assert receiver["gpu"] is None
     on_gpu = settings.read(parallel("cuda", tensor_parallel_size=2), 1, 5)
     assert on_gpu is not None and json.loads(on_gpu.receiver)["gpu"] == 5, "the rank's number on its host"
@@ -322,6 +324,25 @@ def test_a_worker_is_told_where_it_is_by_a_variable(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("PDLINK_WEIGHTS", text)
         with pytest.raises(PdlinkError, match=why):
             settings.read(parallel(), 0)
+
+
+def test_paths_of_weights_are_told_what_kv_says_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PDLINK_WEIGHTS", raising=False)
+    linked = vllm_config("kv_consumer", kv={"transfer_timeout_ms": 5000, "nccl": {"multiprocessors": 3}})
+    linked.kv_transfer_config.kv_connector_module_path = "pdlink.vllm"
+    linked.device_config = SimpleNamespace(device_type="cpu")
+
+    def told() -> dict[str, Any]:
+        given = settings.read(linked, 0)
+        assert given is not None
+        return json.loads(given.receiver)["kv"]
+
+    assert told() == {"transfer_timeout_ms": 5000, "nccl": {"multiprocessors": 3}}
+    monkeypatch.setenv("PDLINK_WEIGHTS", json.dumps({"kv": {"nccl": {"multiprocessors": 9}}}))
+    assert told() == {"transfer_timeout_ms": 5000, "nccl": {"multiprocessors": 9}}
+    bad = {**json.loads(settings.read(linked, 0).receiver), "port": 0, "kv": {"ncll": {}}}
+    with pytest.raises(PdlinkError, match="unknown field `ncll`"):
+        rank._native.WeightReceiver(json.dumps(bad))
 
 
 class Model(torch.nn.Module):

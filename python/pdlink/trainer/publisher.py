@@ -67,7 +67,8 @@ class WeightPublisher:
     """Publishes to the fleet behind `url`.
 
     `host` is where workers reach this process; other hosts than loopback need the run's `secret_file`. `weights` are settings of
-    `[weights]`, such as `bucket_bytes` and `paths`. `timeout_s` should exceed the deadlines of the proxy's `[weights]` together.
+    `[weights]`, such as `bucket_bytes` and `paths`; `kv` are settings of `[kv]` that hold for broadcasts and copies too, such as `nccl`
+    and `transfer_timeout_ms`. `timeout_s` should exceed the deadlines of the proxy's `[weights]` together.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class WeightPublisher:
         admin_token: str | None = None,
         timeout_s: float = 700.0,
         weights: Mapping[str, Any] | None = None,
+        kv: Mapping[str, Any] | None = None,
     ) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._host = host
@@ -86,6 +88,7 @@ class WeightPublisher:
         self._admin_token = admin_token
         self._timeout_s = timeout_s
         self._weights = dict(weights or {})
+        self._kv = dict(kv or {})
 
     def version(self) -> int:
         """The version that the fleet serves."""
@@ -101,6 +104,7 @@ class WeightPublisher:
             "port": 0,
             "secret_file": self._secret_file,
             "weights": self._weights,
+            "kv": self._kv,
         }
         tensors = [described(name, tensor) for name, tensor in named(weights)]
         settle(tensors)

@@ -5,8 +5,10 @@ The variable holds JSON. It is no setting of vLLM's, because those are part of t
 - `http`: the worker's own API server; default: `http_port` of the KV connector, else port 8000, on loopback;
 - `host`, `bind_host`, `ports`: where each rank listens for orders, if our own KV connector is not there to listen;
 - `gpus`: CUDA's number of each rank's GPU in its process, where that is not the rank's number on its host;
-- `secret_file`, `log`: as in `kv_connector_extra_config`;
-- `weights`: settings of `[weights]`.
+- `secret_file`, `log`, `log_format`: as in `kv_connector_extra_config`;
+- `weights`: settings of `[weights]`;
+- `kv`: settings of `[kv]` for the paths that weights take, such as `nccl`; those of `kv_connector_extra_config` hold where it is
+  silent.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.pdlink.weights")
 
 VARIABLE = "PDLINK_WEIGHTS"
-KNOWN = {"http", "host", "bind_host", "ports", "gpus", "secret_file", "log", "log_format", "weights"}
+KNOWN = {"http", "host", "bind_host", "ports", "gpus", "secret_file", "log", "log_format", "weights", "kv"}
 # Connectors whose control listener serves for weights too.
 OURS = "pdlink.vllm"
 
@@ -72,6 +74,7 @@ def read(vllm_config: VllmConfig, rank: int, local_rank: int | None = None) -> S
     receiver = {
         "version": 0,
         "weights": given.get("weights") or {},
+        "kv": {**(extra.get("kv") or {}), **(given.get("kv") or {})},
         "bind_host": str(given.get("bind_host") or extra.get("kv_bind_host") or host),
         "advertise_host": host,
         "port": None if has_link else int(ports[rank]),
