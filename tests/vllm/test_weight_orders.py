@@ -326,11 +326,16 @@ def test_a_worker_is_told_where_it_is_by_a_variable(monkeypatch: pytest.MonkeyPa
             settings.read(parallel(), 0)
 
 
-def test_paths_of_weights_are_told_what_kv_says_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PDLINK_WEIGHTS", raising=False)
-    linked = vllm_config("kv_consumer", kv={"transfer_timeout_ms": 5000, "nccl": {"multiprocessors": 3}})
+def with_link(**extra: Any) -> SimpleNamespace:
+    linked = vllm_config("kv_consumer", **extra)
     linked.kv_transfer_config.kv_connector_module_path = "pdlink.vllm"
     linked.device_config = SimpleNamespace(device_type="cpu")
+    return linked
+
+
+def test_paths_of_weights_are_told_what_kv_says_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PDLINK_WEIGHTS", raising=False)
+    linked = with_link(kv={"transfer_timeout_ms": 5000, "nccl": {"multiprocessors": 3}})
 
     def told() -> dict[str, Any]:
         given = settings.read(linked, 0)
@@ -343,6 +348,18 @@ def test_paths_of_weights_are_told_what_kv_says_of_them(monkeypatch: pytest.Monk
     bad = {**json.loads(settings.read(linked, 0).receiver), "port": 0, "kv": {"ncll": {}}}
     with pytest.raises(PdlinkError, match="unknown field `ncll`"):
         rank._native.WeightReceiver(json.dumps(bad))
+
+
+@pytest.mark.parametrize(
+    ("own", "links", "is_json"), [("text", "json", False), ("json", "text", True), (None, "json", True), (None, None, False)]
+)
+def test_the_variables_own_format_of_the_log_wins(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, links: str | None, is_json: bool
+) -> None:
+    linked = with_link(log_format=links)
+    monkeypatch.setenv("PDLINK_WEIGHTS", json.dumps({"log_format": own}))
+    given = settings.read(linked, 0)
+    assert given is not None and given.log_json is is_json
 
 
 class Model(torch.nn.Module):

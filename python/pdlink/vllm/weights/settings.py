@@ -90,7 +90,7 @@ def read(vllm_config: VllmConfig, rank: int, local_rank: int | None = None) -> S
         receiver=json.dumps(receiver),
         has_connector=transfer is not None,
         log_filter=str(given.get("log") or extra.get("log") or os.environ.get(config.LOG_ENV) or "info"),
-        log_json="json" in (given.get("log_format"), extra.get("log_format")),
+        log_json=(given.get("log_format") or extra.get("log_format")) == "json",
     )
 
 
