@@ -25,7 +25,7 @@ use crate::weights::{Checkpoint, Paths, Progress, Sender, TensorBytes};
 
 /// How long a question that is answered at once may take.
 const ASK_MAX: Duration = Duration::from_secs(30);
-/// How much longer than the phases of an update together its answer may take.
+/// How much longer than an update may take its answer is waited for.
 const SLACK: Duration = Duration::from_secs(30);
 
 #[derive(Debug, clap::Args)]
@@ -151,13 +151,8 @@ fn in_words(status: &Value) -> String {
 
 async fn push(args: &PushArgs, config: &Config) -> anyhow::Result<ExitCode> {
     let checkpoint = Arc::new(Checkpoint::open(&args.checkpoint)?);
-    let version = match args.version {
-        Some(version) => version,
-        None => {
-            let status = args.fleet.ask(config, Method::GET, "/admin/weights", &Value::Null, ASK_MAX).await?;
-            status["version"].as_u64().unwrap_or(0) + 1
-        }
-    };
+    let status = args.fleet.ask(config, Method::GET, "/admin/weights", &Value::Null, ASK_MAX).await?;
+    let version = args.version.unwrap_or_else(|| status["version"].as_u64().unwrap_or(0) + 1);
     let listener = listen(&args.host, 0)?;
     let paths = Paths {
         weights: config.weights.clone(),
@@ -177,7 +172,7 @@ async fn push(args: &PushArgs, config: &Config) -> anyhow::Result<ExitCode> {
         tasks.spawn(show(sender.progress()));
     }
     let order = json!({"peer": sender.address(), "version": version});
-    let patience = patience(config);
+    let patience = patience(&status, config);
     let done = args.fleet.ask(config, Method::POST, "/admin/weights/update", &order, patience).await?;
     if args.fleet.json {
         print(&format!("{done}\n"))?;
@@ -187,11 +182,10 @@ async fn push(args: &PushArgs, config: &Config) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// All phases of an update together.
-fn patience(config: &Config) -> Duration {
-    let weights = &config.weights;
-    let phases = weights.stage_timeout_s + weights.drain_timeout_s + weights.pause_timeout_s + weights.commit_timeout_s;
-    Duration::try_from_secs_f64(phases).unwrap_or(Duration::MAX / 4) + SLACK
+/// As long as an update may take by the proxy's own `[weights]`, which need not be those given here.
+fn patience(status: &Value, config: &Config) -> Duration {
+    let update_max_s = status["update_max_s"].as_f64().unwrap_or_else(|| config.weights.update_max_s());
+    Duration::try_from_secs_f64(update_max_s).unwrap_or(Duration::MAX / 4) + SLACK
 }
 
 fn secret(args: &PushArgs, config: &Config) -> anyhow::Result<Secret> {
@@ -244,6 +238,15 @@ async fn show(mut progress: watch::Receiver<Progress>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_answer_is_waited_for_longer_than_the_proxy_lets_an_update_take() {
+        let (mut config, silent) = (Config::default(), json!({}));
+        assert_eq!(patience(&silent, &config), Duration::from_secs(600 + 5 + 30 + 60 + 120) + SLACK);
+        config.weights.hold_timeout_s = 200.0;
+        assert_eq!(patience(&silent, &config), Duration::from_secs(895) + SLACK);
+        assert_eq!(patience(&json!({"update_max_s": 70.5}), &config), Duration::from_millis(70_500) + SLACK);
+    }
 
     #[test]
     fn the_status_names_each_worker_and_what_went_wrong() {

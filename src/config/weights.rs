@@ -101,6 +101,15 @@ pub struct WeightsConfig {
     pub hold_timeout_s: f64,
 }
 
+impl WeightsConfig {
+    /// The longest that an update of the whole fleet may take: its phases, and a worker that is still loading after the last of them
+    /// is waited for as long as one holds.
+    pub fn update_max_s(&self) -> f64 {
+        let phases = [self.stage_timeout_s, self.drain_timeout_s, self.pause_timeout_s, self.commit_timeout_s];
+        phases.iter().sum::<f64>() + self.hold_timeout_s
+    }
+}
+
 impl Default for WeightsConfig {
     fn default() -> Self {
         Self {

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
+import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from fleet import BIN, write_secret
 from safetensors.torch import save_file
 
 import pdlink
-from pdlink.trainer import PublishError, WeightPublisher
+from pdlink.trainer import PublishError, UnknownOutcomeError, WeightPublisher
 
 CONFIG = """
 [inference]
@@ -135,3 +138,80 @@ def test_what_is_refused_is_an_error_with_its_reason_and_the_old_version_serves(
     with pytest.raises(PublishError, match="while staging, on worker http://.*secret"):
         stranger.publish(module(3))
     assert fleet.answer() == before
+
+
+class Proxy:
+    """Says what the fleet serves, and does with the order what `end` does: it has the connection, after all of the order has come."""
+
+    def __init__(self, end: Callable[[BaseHTTPRequestHandler], None]) -> None:
+        self.orders: list[dict[str, object]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answer(self, 200, {"version": 6, "update_max_s": 60.0})
+
+            def do_POST(self) -> None:
+                outer.orders.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                end(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+def answer(handler: BaseHTTPRequestHandler, status: int, said: object) -> None:
+    text = json.dumps(said).encode()
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(text)))
+    handler.end_headers()
+    handler.wfile.write(text)
+
+
+def ends(handler: BaseHTTPRequestHandler) -> None:
+    answer(handler, 503, {"error": {"message": "the proxy is ending"}})
+
+
+def breaks_off(handler: BaseHTTPRequestHandler) -> None:
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def breaks_off_in_the_middle(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"status"')
+
+
+def says_nothing(handler: BaseHTTPRequestHandler) -> None:
+    handler.rfile.read()
+
+
+@pytest.mark.parametrize("end", [ends, breaks_off, breaks_off_in_the_middle, says_nothing])
+def test_an_order_without_an_answer_says_that_it_may_serve_and_where_to_ask(
+    end: Callable[[BaseHTTPRequestHandler], None],
+) -> None:
+    proxy = Proxy(end)
+    try:
+        patience_s = 0.5 if end is says_nothing else None
+        with pytest.raises(UnknownOutcomeError, match="version 7: .*it may serve.*/admin/weights") as unknown:
+            WeightPublisher(proxy.url, timeout_s=patience_s).publish({"one": torch.ones(3)})
+        assert proxy.orders == [{"peer": unknown.value.peer, "version": 7}] and unknown.value.version == 7
+    finally:
+        proxy.server.shutdown()
+
+
+def test_what_never_reached_the_proxy_or_was_refused_has_changed_nothing() -> None:
+    proxy = Proxy(lambda handler: answer(handler, 502, {"error": {"message": "the update failed while staging"}}))
+    publisher = WeightPublisher(proxy.url)
+    with pytest.raises(PublishError, match="failed while staging") as refused:
+        publisher.publish({"one": torch.ones(3)})
+    proxy.server.shutdown()
+    proxy.server.server_close()
+    with pytest.raises(PublishError, match="cannot ask http") as unreached:
+        publisher.publish({"one": torch.ones(3)})
+    for raised in (refused, unreached):
+        assert not isinstance(raised.value, UnknownOutcomeError)

@@ -1,5 +1,5 @@
 """For trainers: new weights into a fleet that serves, as one transaction."""
 
-from .publisher import Published, PublishError, WeightPublisher
+from .publisher import Published, PublishError, UnknownOutcomeError, WeightPublisher
 
-__all__ = ["PublishError", "Published", "WeightPublisher"]
+__all__ = ["PublishError", "Published", "UnknownOutcomeError", "WeightPublisher"]

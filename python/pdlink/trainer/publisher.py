@@ -1,11 +1,13 @@
 """Sends named tensors to every worker behind a pdlink proxy.
 
 The proxy coordinates; the workers pull the bytes from this process, each bucket once, and check a digest of every tensor. When
-`publish` returns, every worker serves the new version; when it raises, every worker serves the old one.
+`publish` returns, every worker serves the new version; when it raises, every worker serves the old one, unless what it raises is an
+`UnknownOutcomeError`.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -42,8 +44,35 @@ DTYPES = {
 }
 
 
+# How long a question that is answered at once may take.
+ASK_S = 30.0
+# How much longer than an update may take its answer is waited for.
+SLACK_S = 30.0
+
+
 class PublishError(PdlinkError):
     """The weights were not taken; the message names the phase and the worker. The old version serves on."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class UnknownOutcomeError(PublishError):
+    """The proxy had the order, and its answer did not come: the update may have been made, may still be made, or come to nothing.
+
+    `GET /admin/weights` of the proxy says which: `under_way` while it goes on; then `version` is this one's and `source` names `peer`
+    if it serves, and if not, `last_failure` says why.
+    """
+
+    def __init__(self, status: int, message: str, version: int, peer: str) -> None:
+        super().__init__(status, message)
+        self.version = version
+        self.peer = peer
+
+
+class _NoAnswer(Exception):
+    """A question reached the proxy, and no answer came."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -68,7 +97,8 @@ class WeightPublisher:
 
     `host` is where workers reach this process; other hosts than loopback need the run's `secret_file`. `weights` are settings of
     `[weights]`, such as `bucket_bytes` and `paths`; `kv` are settings of `[kv]` that hold for broadcasts and copies too, such as `nccl`
-    and `transfer_timeout_ms`. `timeout_s` should exceed the deadlines of the proxy's `[weights]` together.
+    and `transfer_timeout_ms`. `timeout_s` is how long the proxy's answer is waited for; by default somewhat longer than its `[weights]`
+    let an update take.
     """
 
     def __init__(
@@ -78,7 +108,7 @@ class WeightPublisher:
         host: str = "127.0.0.1",
         secret_file: str | PathLike[str] | None = None,
         admin_token: str | None = None,
-        timeout_s: float = 700.0,
+        timeout_s: float | None = None,
         weights: Mapping[str, Any] | None = None,
         kv: Mapping[str, Any] | None = None,
     ) -> None:
@@ -92,12 +122,14 @@ class WeightPublisher:
 
     def version(self) -> int:
         """The version that the fleet serves."""
-        return int(self._ask("GET", "/admin/weights", None).get("version") or 0)
+        return int(self._status().get("version") or 0)
 
     def publish(self, weights: Weights, version: int | None = None) -> Published:
         """Sends all tensors as one version: the given one, or the next. They are read while this runs: nobody may write to them."""
+        status = self._status()
         if version is None:
-            version = self.version() + 1
+            version = int(status.get("version") or 0) + 1
+        patience_s = float(status["update_max_s"]) + SLACK_S if self._timeout_s is None else self._timeout_s
         settings = {
             "version": version,
             "host": self._host,
@@ -110,8 +142,7 @@ class WeightPublisher:
         settle(tensors)
         sender = WeightSender(json.dumps(settings), tensors)
         try:
-            order = {"peer": sender.address, "version": version}
-            done = self._ask("POST", "/admin/weights/update", order)
+            done = self._order(sender.address, version, patience_s)
         finally:
             sender.close()
         behind = [worker["worker"] for worker in done["behind"]] + done["left_out"]
@@ -124,7 +155,23 @@ class WeightPublisher:
             behind=tuple(behind),
         )
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _status(self) -> dict[str, Any]:
+        try:
+            return self._ask("GET", "/admin/weights", None, ASK_S)
+        except _NoAnswer as error:
+            raise PublishError(error.status, str(error)) from error
+
+    def _order(self, peer: str, version: int, patience_s: float) -> dict[str, Any]:
+        try:
+            return self._ask("POST", "/admin/weights/update", {"peer": peer, "version": version}, patience_s)
+        except _NoAnswer as error:
+            why = (
+                f"it is not known what became of version {version}: {error}; it may serve, or may yet. GET {self._url}/admin/weights says "
+                f"so: once nothing is `under_way`, it serves if `version` is {version} and `source` names {peer}"
+            )
+            raise UnknownOutcomeError(error.status, why, version, peer) from error
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None, patience_s: float) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         if self._admin_token is not None:
             headers["Authorization"] = f"Bearer {self._admin_token}"
@@ -133,18 +180,28 @@ class WeightPublisher:
         # The fleet is on this host or a private network: a proxy of the environment is not for it.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=self._timeout_s) as answer:
-                return json.load(answer)
+            with opener.open(request, timeout=patience_s) as answer:
+                said: dict[str, Any] = json.load(answer)
+                return said
         except urllib.error.HTTPError as error:
-            raise PublishError(error.code, message_of(error.read())) from None
-        except OSError as error:
-            raise PublishError(0, f"cannot ask {self._url}{path}: {error}") from error
+            # A proxy that ends says so without knowing what its workers have been told.
+            raised = _NoAnswer if error.code == 503 else PublishError
+            raise raised(error.code, refusal(error)) from None
+        except urllib.error.URLError as error:
+            # Raised before the whole question was sent.
+            raise PublishError(0, f"cannot ask {self._url}{path}: {error.reason}") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise _NoAnswer(0, f"{self._url}{path} gave no answer: {type(error).__name__}: {error}") from error
 
 
-def message_of(body: bytes) -> str:
+def refusal(error: urllib.error.HTTPError) -> str:
     """What an error answer says."""
+    body = b""
     try:
+        body = error.read()
         return str(json.loads(body)["error"]["message"])
+    except (OSError, http.client.HTTPException):
+        return str(error)
     except (ValueError, KeyError, TypeError):
         return body.decode(errors="replace")
 

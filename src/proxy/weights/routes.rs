@@ -106,6 +106,7 @@ pub(crate) async fn status(State(lane): State<Arc<Lane>>) -> Response {
         "committed_unix_s": since,
         "last_failure": fleet.last_failure,
         "under_way": under_way,
+        "update_max_s": desk.times.all.as_secs_f64(),
         "workers": workers,
     }))
     .into_response()

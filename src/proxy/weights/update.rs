@@ -30,6 +30,8 @@ pub(crate) struct Times {
     pause: Duration,
     commit: Duration,
     hold: Duration,
+    /// An update's, from first to last.
+    pub(super) all: Duration,
     in_flight: InFlight,
 }
 
@@ -42,6 +44,7 @@ impl Times {
             pause: time(config.pause_timeout_s),
             commit: time(config.commit_timeout_s),
             hold: time(config.hold_timeout_s),
+            all: time(config.update_max_s()),
             in_flight: config.in_flight,
         }
     }
