@@ -26,6 +26,17 @@ class Report:
     digest_checked: bool
 
 @final
+class Figures:
+    """What a rank's link has to show beside its reports. Numbers that only grow are of this link, since it was opened."""
+
+    held: int
+    active: int
+    gpu_bytes: int
+    leases_renewed: int
+    peers: dict[str, int]
+    peer_failures: dict[str, int]
+
+@final
 class Link:
     """One rank's runtime. `memory` is a list of (address, bytes, owner, GPU), the GPU `None` for host memory."""
 
@@ -50,8 +61,7 @@ class Link:
     def take_reports(self) -> list[Report]: ...
     def wait_for_pushes(self) -> None: ...
     def set_weight_version(self, version: int) -> None: ...
-    def status(self) -> tuple[int, int]: ...
-    def leases_renewed(self) -> int: ...
+    def figures(self) -> Figures: ...
     def record(self, transfer_id: str) -> str | None: ...
     def shutdown(self) -> None: ...
 

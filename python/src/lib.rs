@@ -20,6 +20,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("PARAMS_VERSION", pdlink::kv::PARAMS_VERSION)?;
     module.add("METRICS", link::metric_names(module.py())?)?;
+    module.add_class::<link::Figures>()?;
     module.add_class::<link::Link>()?;
     module.add_class::<link::Report>()?;
     module.add_class::<maker::ParamsMaker>()?;

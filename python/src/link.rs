@@ -1,13 +1,13 @@
 //! One rank's runtime, as the worker side of the connector holds it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use pdlink::config::KvConfig;
 use pdlink::control::WeightsDoor;
 use pdlink::kv::{
-    Begin, BlockId, End, KvError, KvLink, KvMetrics, KvRequest as Parsed, KvRuntime, Offer, Progress, Prompt,
-    RankMemory, Report as Ended, RuntimeConfig, TransferHandle, TransferId, TransferParams,
+    Begin, BlockId, End, KvError, KvFigures, KvLink, KvMetrics, KvRequest as Parsed, KvRuntime, Offer, Progress,
+    Prompt, RankMemory, Report as Ended, RuntimeConfig, TransferHandle, TransferId, TransferParams,
 };
 use pdlink::memory::Device;
 use pdlink::telemetry::names;
@@ -39,6 +39,20 @@ pub(crate) struct Report {
     copy_us: u64,
     validate_us: u64,
     digest_checked: bool,
+}
+
+/// What a rank's link has to show beside its reports. Numbers that only grow are of this link, since it was opened.
+#[pyclass(frozen, get_all, module = "pdlink")]
+pub(crate) struct Figures {
+    /// Blocks held for decode, and transfers of either side that have not ended.
+    held: u64,
+    active: u64,
+    /// Of this process.
+    gpu_bytes: u64,
+    leases_renewed: u64,
+    /// Connected workers, by this one's own side.
+    peers: BTreeMap<&'static str, u64>,
+    peer_failures: BTreeMap<&'static str, u64>,
 }
 
 /// A running KV link. No call waits for a peer or for bytes, but for `wait_for_pushes`; ends come by `take_reports`, one for each `offer` and each
@@ -228,17 +242,16 @@ impl Link {
         })
     }
 
-    /// Blocks held for decode, and transfers of either side that have not ended.
-    fn status(&self) -> PyResult<(u64, u64)> {
-        self.with(|runtime| {
-            let status = runtime.status();
-            Ok((status.held_blocks, status.transfers_active))
-        })
-    }
-
-    /// Leases that were renewed for requests that waited here.
-    fn leases_renewed(&self) -> u64 {
-        self.metrics.leases_renewed_total()
+    /// As they are now; after `shutdown`, with nothing held and nobody connected.
+    fn figures(&self) -> Figures {
+        let runtime = self.runtime.read().unwrap_or_else(PoisonError::into_inner);
+        let status = runtime.as_ref().map(KvRuntime::status);
+        let KvFigures { leases_renewed, gpu_bytes, mut peers, peer_failures } = self.metrics.figures();
+        if status.is_none() {
+            peers.values_mut().for_each(|count| *count = 0);
+        }
+        let (held, active) = status.map_or((0, 0), |status| (status.held_blocks, status.transfers_active));
+        Figures { held, active, gpu_bytes, leases_renewed, peers, peer_failures }
     }
 
     /// What is known of a recent transfer, as JSON.
@@ -284,6 +297,9 @@ pub(crate) fn metric_names(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         ("seconds", names::KV_TRANSFER_SECONDS),
         ("held", names::KV_BLOCKS_HELD),
         ("active", names::KV_TRANSFERS_ACTIVE),
+        ("gpu_bytes", names::GPU_MEMORY_BYTES),
+        ("peers", names::KV_PEERS),
+        ("peer_failures", names::KV_PEER_FAILURES),
     ]);
     names.into_pyobject(py)
 }

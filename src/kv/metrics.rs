@@ -1,5 +1,8 @@
 //! What `/metrics` shows of the KV link.
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -53,6 +56,19 @@ pub struct KvMetrics {
     gpu_bytes: Gauge,
     peers: Family<SideLabel, Gauge>,
     peer_failures: Family<ReasonLabel, Counter>,
+    /// The same once more: a family does not tell which labels it has.
+    failures: Arc<Mutex<BTreeMap<&'static str, u64>>>,
+}
+
+/// What the reports of transfers do not say, for whoever shows it on a page of its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct KvFigures {
+    pub leases_renewed: u64,
+    pub gpu_bytes: u64,
+    /// Connected workers, by this process's own side.
+    pub peers: BTreeMap<&'static str, u64>,
+    /// Workers lost or not reached so far, by reason.
+    pub peer_failures: BTreeMap<&'static str, u64>,
 }
 
 impl KvMetrics {
@@ -90,6 +106,7 @@ impl KvMetrics {
             gpu_bytes: Gauge::default(),
             peers: Family::default(),
             peer_failures: Family::default(),
+            failures: Arc::default(),
         }
     }
 
@@ -117,9 +134,18 @@ impl KvMetrics {
         self.leases.inc_by(leases);
     }
 
-    /// For whoever shows it on a page of its own.
-    pub fn leases_renewed_total(&self) -> u64 {
-        self.leases.get()
+    /// As they are now.
+    pub fn figures(&self) -> KvFigures {
+        let peers = [Side::Prefill, Side::Decode].into_iter().filter_map(|side| {
+            let count = self.peers.get(&SideLabel { side: side.name() })?.get();
+            Some((side.name(), u64::try_from(count).unwrap_or(0)))
+        });
+        KvFigures {
+            leases_renewed: self.leases.get(),
+            gpu_bytes: gpu_bytes_taken(),
+            peers: peers.collect(),
+            peer_failures: self.failures.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        }
     }
 
     pub(super) fn gauge(&self, held_blocks: u64, active: u64) {
@@ -136,5 +162,6 @@ impl KvMetrics {
 
     pub(super) fn peer_failed(&self, reason: &'static str) {
         self.peer_failures.get_or_create(&ReasonLabel { reason }).inc();
+        *self.failures.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
     }
 }

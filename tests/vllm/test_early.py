@@ -130,7 +130,7 @@ def test_a_second_request_with_the_same_parameters_takes_nobodys_report(pair: Pa
     # It has ended in the runtime, which no step has told of yet: vLLM's own word for a client that left comes just then.
     pair.decode.worker._link.abort(request.id)
     params = _native.early_params(request.id, [request.prefill.worker._link.address])
-    while pair.decode.worker._link.status()[1]:
+    while pair.decode.worker._link.figures().active:
         pass
     pair.decode.step(StepMeta(earlies=[Early("again", request.id, params, 1, 0)], drops=["again"]))
     pair.prefill.step(StepMeta(withdrawals=[request.id]))

@@ -17,12 +17,19 @@ def test_two_ranks_load_what_one_has_computed(run, mono, prefill, nursery: Nurse
     wide.log.unlink(missing_ok=True)
 
     async def test(client: Client) -> None:
+        sent = (await client.metrics(prefill))("pdlink_kv_transfers_total", side="prefill", outcome="done")
         for length in LENGTHS:
             tokens = prompt(length, 700)
             answer = await client.two_legs(prefill, wide, tokens)
             assert answer.tokens == (await client.complete(mono, tokens)).tokens, f"{length} tokens"
         came = (await client.metrics(wide)).prompt_tokens()
         assert came["external_kv_transfer"] == sum(LENGTHS) - 1
+        await client.at_rest(prefill, wide, within_s=LEASE_S + 30)
+        sent = (await client.metrics(prefill))("pdlink_kv_transfers_total", side="prefill", outcome="done") - sent
+        page = await client.metrics(wide)
+        assert page("pdlink_kv_transfers_total", side="decode", outcome="done") == sent > 0, "each counts once, not for each rank"
+        assert page("pdlink_kv_transfer_seconds_count", side="decode", part="copy") == sent
+        assert page("pdlink_kv_peers", side="decode") == 1
         params = await client.prefill(prefill, prompt(40, 701))
         refused = await client.complete(wide, prompt(40, 701), params=edited(params, pdlink__seal="0" * 64))
         assert refused.status == 500

@@ -343,7 +343,7 @@ def test_a_drop_is_carried_out_when_every_rank_has_said_so():
 
 
 def told(meta: WorkerMeta | None) -> SimpleNamespace:
-    return SimpleNamespace(finished_recving=None, kv_connector_worker_meta=meta)
+    return SimpleNamespace(finished_recving=None, kv_connector_worker_meta=meta, kv_connector_stats=None)
 
 
 def test_kv_7_blocks_that_a_lost_peer_may_write_stay_out_of_use():
@@ -354,5 +354,7 @@ def test_kv_7_blocks_that_a_lost_peer_may_write_stay_out_of_use():
     side.allocated(asked, SimpleNamespace(get_block_ids=lambda: ([7, 8, 9],)), 40)
     asked.status.name = "FINISHED_ABORTED"
     assert side.finished(asked, ([],)) == (False, None)
-    side.ends(SimpleNamespace(finished_recving={"r"}, kv_connector_worker_meta=WorkerMeta(unfenced={"r"})))
+    ended = told(WorkerMeta(unfenced={"r"}))
+    ended.finished_recving = {"r"}
+    side.ends(ended)
     assert touched == ["7", "8", "9"] and not side._loads

@@ -27,7 +27,9 @@ from .. import _native
 from . import prompt
 from .config import LinkConfig
 from .geometry import transfer_group_ids
+from .metrics import PdlinkStats
 from .protocol import Begin, Blocks, Card, Early, Fetch, Hold, StepMeta, WorkerMeta
+from .tally import Tally
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -79,6 +81,7 @@ class SchedulerSide:
         # Requests that no rank loads any more, and how many ranks have yet to say so.
         self._dropping: Counter[str] = Counter()
         self._meta = StepMeta()
+        self._tally = Tally(config.tp_size)
 
     # ---------------------------------------------------------------- what the engine binds
 
@@ -259,6 +262,9 @@ class SchedulerSide:
             load = self._loads.get(request_id)
             if load is not None and load.gone:
                 del self._loads[request_id]
+        if isinstance(stats := output.kv_connector_stats, PdlinkStats):
+            # In place: vLLM passes this very object on.
+            self._tally.fold(stats)
 
     def _quarantine(self, request_id: str) -> None:
         """Keeps blocks out of use for good: one more user than vLLM counts never lets go of them (KV-7)."""

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from .. import _native
 from .config import LinkConfig
 from .geometry import CacheMap, describe
-from .metrics import PdlinkStats
+from .metrics import PdlinkStats, RankNumbers
 from .protocol import Blocks, Card, Early, Fetch, Hold, StepMeta, WorkerMeta
 from .weights import rank as weights
 
@@ -77,9 +77,7 @@ class WorkerSide:
         self._early: set[str] = set()
         self._closes: list[tuple[str, bool]] = []
         self._results = Results()
-        self._stats = PdlinkStats()
-        self._gauges = (0, 0)
-        self._leases = 0
+        self._numbers = RankNumbers(config.tp_rank)
 
     # ---------------------------------------------------------------- memory and link
 
@@ -125,6 +123,7 @@ class WorkerSide:
                 receiver.leave(self)
             link.shutdown()
             self._hear(link)
+            self._numbers.closed(link.figures())
         self._map = None
 
     def now_of_weights(self, version: int) -> None:
@@ -332,7 +331,7 @@ class WorkerSide:
 
     def _hear(self, link: _native.Link) -> None:
         for report in link.take_reports():
-            self._stats.count(report)
+            self._numbers.count(report)
             if report.side == "prefill":
                 self._hold_reported(report)
             else:
@@ -380,17 +379,8 @@ class WorkerSide:
     def take_stats(self) -> PdlinkStats | None:
         """What has changed since the last call."""
         if self._link is not None:
-            gauges = self._link.status()
-            if gauges != self._gauges:
-                self._gauges = gauges
-                self._stats.gauges(*gauges)
-            leases = self._link.leases_renewed()
-            self._stats.renewed(leases - self._leases)
-            self._leases = leases
-        if self._stats.is_empty():
-            return None
-        stats, self._stats = self._stats, PdlinkStats()
-        return stats
+            self._numbers.look(self._link.figures())
+        return self._numbers.take()
 
 
 def _words(group: dict[str, Any]) -> str:
