@@ -1,7 +1,9 @@
 """What the tools that run real `vllm serve` processes share: ports, processes that end with all that they started, and requests."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,14 +25,20 @@ def post(url, body=None, timeout=ASK_SECONDS_MAX):
         raise RuntimeError(f"{url}: {error.code} {error.read()[:500].decode(errors='replace')}") from None
 
 
+_given = set()
+
+
 def free_ports(count):
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
+    """Ports below those that the kernel gives to outgoing connections: nobody takes one between now and its use."""
+    found = []
+    while len(found) < count:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as each, contextlib.suppress(OSError):
+            each.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                found.append(port)
+    return found
 
 
 class Process:

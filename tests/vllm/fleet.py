@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +14,8 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from vllm_processes import free_ports
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -58,22 +58,6 @@ def environment(secret: Path) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "PDLINK_SECRET_FILE": str(secret),
     }
-
-
-_given: set[int] = set()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports below those that the kernel gives to outgoing connections: nobody takes one between now and its use."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as each, contextlib.suppress(OSError):
-            each.bind(("127.0.0.1", port))
-            if port not in _given:
-                _given.add(port)
-                found.append(port)
-    return found
 
 
 def write_secret(folder: Path) -> Path:
