@@ -169,7 +169,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--gpus", type=lambda text: text.split(","), default=["0", "1"])
-    parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], default="512,2048,8192,16000")
+    parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], default=[512, 2048, 8192, 16000])
     parser.add_argument("--repeat", type=int, default=4)
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--serve-arg", action="append", default=[])
@@ -177,8 +177,6 @@ def main():
     parser.add_argument("--kv", type=json.loads, default={}, help="more of pdlink's [kv] settings, as JSON")
     parser.add_argument("--logs", default=None)
     args = parser.parse_args()
-    if isinstance(args.lengths, str):
-        args.lengths = [int(part) for part in args.lengths.split(",")]
     args.logs = args.logs or tempfile.mkdtemp(prefix="pdlink-compare-")
     os.makedirs(args.logs, exist_ok=True)
     rows = [row for case in CASES if args.only in (None, case) for row in run_case(case, args.gpus, args)]

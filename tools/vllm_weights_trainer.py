@@ -111,9 +111,6 @@ class Trainer:
 
     def forget_publisher(self):
         if hasattr(self, "publisher"):
-            close = getattr(self.publisher, "close", None)
-            if close is not None:
-                close()
             del self.publisher
         return {}
 
