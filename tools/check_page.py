@@ -174,6 +174,18 @@ class Fleet:
 
 
 def check(browser: Browser, fleet: Fleet, pictures: Path | None) -> None:
+    is_drawn(browser, fleet)
+    with_the_mouse(browser)
+    with_the_keyboard(browser)
+    with_a_screen_reader(browser)
+    pauses(browser)
+    sees_a_death(browser, fleet, pictures)
+    fits(browser, pictures)
+    contrast(browser)
+    asks_nobody_else(browser, fleet)
+
+
+def is_drawn(browser: Browser, fleet: Fleet) -> None:
     browser.look("wide", "light")
     browser.call("Page.navigate", url=f"{fleet.base}/")
     browser.until("the page is live", "document.getElementById('live')?.dataset.state === 'live'")
@@ -184,14 +196,18 @@ def check(browser: Browser, fleet: Fleet, pictures: Path | None) -> None:
     browser.until("wires are drawn", "document.querySelectorAll('#wires path').length === 4")
     browser.until("rates are drawn", "document.querySelector('#plot-moved polyline').getAttribute('points').includes(' ')")
 
-    # With the mouse: one worker chosen, and all again.
+
+def with_the_mouse(browser: Browser) -> None:
+    """One worker chosen, and all again."""
     browser.js("document.querySelector('[data-number=\"0\"]').click()")
     browser.until("only its links are listed", "document.querySelectorAll('#links tbody tr').length === 2")
     assert browser.js("document.getElementById('chosen-title').textContent") == "prefill_0: up"
     browser.js("document.getElementById('all').click()")
     browser.until("all links are listed", "document.querySelectorAll('#links tbody tr').length === 4")
 
-    # With the keyboard alone: everything can be reached, in order, and nothing holds the focus.
+
+def with_the_keyboard(browser: Browser) -> None:
+    """Everything can be reached, in order, and nothing holds the focus."""
     browser.js("document.querySelector('.skip').focus()")
     reached = []
     for _ in range(10):
@@ -207,7 +223,9 @@ def check(browser: Browser, fleet: Fleet, pictures: Path | None) -> None:
     browser.key("Escape")
     browser.until("all is shown again", "document.getElementById('chosen').hidden")
 
-    # For a screen reader: every control has a name, and the plots say in words what they show.
+
+def with_a_screen_reader(browser: Browser) -> None:
+    """Every control and table has a name, and the plots say in words what they show."""
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
     roles: dict[str, list[str]] = {}
     for node in nodes:
@@ -215,17 +233,21 @@ def check(browser: Browser, fleet: Fleet, pictures: Path | None) -> None:
             name = node.get("name", {}).get("value", "")
             roles.setdefault(node.get("role", {}).get("value", ""), []).append(name)
     for role in ("button", "image", "meter", "region", "table", "heading"):
-        names = [name for name in roles.get(role, []) if role != "table"]
-        assert (names or role == "table") and all(names), f"a {role} has no name: {names}"
+        names = roles.get(role, [])
+        assert names and all(names), f"a {role} is missing or has no name: {names}"
     assert any("at most in the last" in name for name in roles["image"]), roles["image"]
     assert "status" in roles, "nothing announces changes"
 
+
+def pauses(browser: Browser) -> None:
     browser.js("document.getElementById('pause').click()")
     browser.until("it pauses", "document.getElementById('live').dataset.state === 'paused'")
     browser.js("document.getElementById('pause').click()")
     browser.until("it goes on", "document.getElementById('live')?.dataset.state === 'live'")
 
-    # A worker that is killed is seen, with its cause, and announced; so is its return.
+
+def sees_a_death(browser: Browser, fleet: Fleet, pictures: Path | None) -> None:
+    """A worker that is killed is seen, with its cause, and announced; so is its return."""
     os.kill(fleet.pids["prefill_1"], signal.SIGKILL)
     browser.until("the death is seen", "document.querySelector('[data-number=\"1\"]').dataset.state === 'down'")
     browser.until("its cause is listed", "document.querySelector('#failures tbody').textContent.includes('prefill_1')")
@@ -234,6 +256,9 @@ def check(browser: Browser, fleet: Fleet, pictures: Path | None) -> None:
         browser.picture(pictures / "down.png")
     browser.until("it comes back", "document.querySelector('[data-number=\"1\"]').dataset.state === 'up'")
 
+
+def fits(browser: Browser, pictures: Path | None) -> None:
+    """Nothing is wider than the window, and no control too small for a finger."""
     for width in WIDTHS:
         for theme in ("light", "dark"):
             browser.look(width, theme)
@@ -244,8 +269,10 @@ def check(browser: Browser, fleet: Fleet, pictures: Path | None) -> None:
             assert small == 0, f"{small} controls are too small for a finger at {width}"
             if pictures:
                 browser.picture(pictures / f"{width}-{theme}.png")
-    contrast(browser)
 
+
+def asks_nobody_else(browser: Browser, fleet: Fleet) -> None:
+    """And no script has failed."""
     for event in browser.events:
         method, params = event.get("method"), event.get("params", {})
         if method == "Network.requestWillBeSent":

@@ -121,7 +121,7 @@ fn links() -> Markup {
         section aria-labelledby="links-title" {
             h2 #links-title { "Links" }
             div.scroll tabindex="0" role="region" aria-label="Links" {
-                table #links {
+                table #links aria-labelledby="links-title" {
                     thead { tr {
                         @for name in ["Prefill", "Decode", "Path"] { th.word scope="col" { (name) } }
                         @for name in ["GB/s", "Transfers", "Failed", "GB", "wait ms", "copy ms", "validate ms"] { th scope="col" { (name) } }
@@ -139,7 +139,7 @@ fn failures() -> Markup {
         section aria-labelledby="failures-title" {
             h2 #failures-title { "Last failures" }
             div.scroll tabindex="0" role="region" aria-label="Last failures" {
-                table #failures {
+                table #failures aria-labelledby="failures-title" {
                     thead { tr { @for name in ["When", "Times", "What", "Worker", "Cause"] { th.word scope="col" { (name) } } } }
                     tbody {}
                 }
