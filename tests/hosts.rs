@@ -122,6 +122,11 @@ impl Fleet {
         answer.json::<Value>().await.unwrap()["workers"].as_array().unwrap().clone()
     }
 
+    async fn metrics(&self) -> String {
+        let url = format!("http://{}:8000/metrics", address(0));
+        Client::new().get(url).timeout(PATIENCE).send().await.unwrap().text().await.unwrap()
+    }
+
     async fn served(&self, rank: usize) -> u64 {
         let workers = self.workers().await;
         let own =
@@ -242,6 +247,13 @@ fn five_hosts_serve_by_the_network_of_kv_and_end_together() {
             fleet.takes_part(rank).await;
         }
         println!("{} right answers", load.end().await);
+        let page = fleet.metrics().await;
+        for worker in ["prefill_0", "prefill_1", "decode_0", "decode_1"] {
+            for line in ["worker_starts_total", "worker_ready"] {
+                let line = format!("pdlink_launcher_{line}{{worker=\"{worker}\"}} 1");
+                assert!(page.contains(&line), "no {line} in {page}");
+            }
+        }
         for (worker, rank) in fleet.workers().await.iter().zip(1..) {
             let kv = worker["kv_addr"].as_str().unwrap();
             assert!(kv.starts_with(&format!("10.78.0.{}:", rank + 1)), "{kv}");

@@ -1,12 +1,14 @@
 //! What the launcher counts: processes that started and ended. Shown on the page of its proxy.
 
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use serde::{Deserialize, Serialize};
 
 use super::fleet::Happening;
 use super::life::Cause;
@@ -21,6 +23,36 @@ struct WorkerLabels {
 struct DeathLabels {
     worker: String,
     cause: &'static str,
+}
+
+/// What is counted of a worker's life, on whatever node it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Life {
+    Started,
+    Ready {
+        took: Duration,
+    },
+    /// By itself; `exited` or `late`.
+    Died {
+        was_late: bool,
+    },
+    /// Because it was asked to, or its node is gone.
+    Ended,
+}
+
+impl Life {
+    /// What counts of something that happened, if anything does.
+    pub fn of(happening: &Happening) -> Option<Self> {
+        match happening {
+            Happening::Started { .. } => Some(Self::Started),
+            Happening::Ready { took, .. } => Some(Self::Ready { took: *took }),
+            Happening::Restarts { failure, .. } | Happening::GivenUp { failure } => {
+                Some(Self::Died { was_late: matches!(failure.cause, Cause::NotReadyInTime { .. }) })
+            }
+            Happening::Ended { .. } => Some(Self::Ended),
+            Happening::Progress(_) => None,
+        }
+    }
 }
 
 /// Counters by the worker's name in the plan, of which there are as many as workers.
@@ -43,42 +75,35 @@ impl LauncherMetrics {
         registry
     }
 
+    /// A worker serves that another launcher has known before this one.
+    pub fn serves(&self, worker: &str) {
+        self.ready.get_or_create(&WorkerLabels { worker: worker.to_owned() }).set(1);
+    }
+
     /// Counts what happened to a worker.
-    pub fn happened(&self, worker: &str, happening: &Happening) {
+    pub fn happened(&self, worker: &str, life: &Life) {
         let labels = WorkerLabels { worker: worker.to_owned() };
-        match happening {
-            Happening::Started { .. } => {
+        let death = |cause| DeathLabels { worker: worker.to_owned(), cause };
+        match life {
+            Life::Started => {
                 self.starts.get_or_create(&labels).inc();
                 // No death is 0 deaths, and not an unknown number.
                 for cause in ["exited", "late"] {
-                    drop(self.deaths.get_or_create(&DeathLabels { worker: labels.worker.clone(), cause }));
+                    drop(self.deaths.get_or_create(&death(cause)));
                 }
-                self.ready.get_or_create(&labels).set(0);
             }
-            Happening::Ready { took, .. } => {
-                self.ready.get_or_create(&labels).set(1);
-                self.ready_seconds.get_or_create(&labels).set(took.as_secs_f64());
+            Life::Ready { took } => _ = self.ready_seconds.get_or_create(&labels).set(took.as_secs_f64()),
+            Life::Died { was_late } => {
+                _ = self.deaths.get_or_create(&death(if *was_late { "late" } else { "exited" })).inc();
             }
-            Happening::Restarts { failure, .. } | Happening::GivenUp { failure } => {
-                let cause = match failure.cause {
-                    Cause::Exited { .. } => "exited",
-                    Cause::NotReadyInTime { .. } => "late",
-                };
-                self.deaths.get_or_create(&DeathLabels { worker: labels.worker.clone(), cause }).inc();
-                self.ready.get_or_create(&labels).set(0);
-            }
-            Happening::Ended { .. } => {
-                self.ready.get_or_create(&labels).set(0);
-            }
-            Happening::Progress(_) => {}
+            Life::Ended => {}
         }
+        self.ready.get_or_create(&labels).set(i64::from(matches!(life, Life::Ready { .. })));
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use prometheus_client::encoding::text::encode;
 
     use super::super::exit::Exit;
@@ -91,11 +116,14 @@ mod tests {
         let registry = metrics.registry();
         let cause = Cause::Exited { exit: Exit::Signal(9), was_ready: true };
         let failure = Failure { cause, diagnosis: None, tail: Vec::new(), log: "log".into() };
-        let started = Happening::Started { pid: 1 };
-        metrics.happened("prefill_0", &started);
-        metrics.happened("prefill_0", &Happening::Ready { took: Duration::from_millis(1500), kv_tokens: None });
-        metrics.happened("prefill_0", &Happening::Restarts { failure, pause: Duration::ZERO });
-        metrics.happened("prefill_0", &started);
+        for happening in [
+            Happening::Started { pid: 1 },
+            Happening::Ready { took: Duration::from_millis(1500), kv_tokens: None },
+            Happening::Restarts { failure, pause: Duration::ZERO },
+            Happening::Started { pid: 1 },
+        ] {
+            metrics.happened("prefill_0", &Life::of(&happening).expect("it counts"));
+        }
         let mut page = String::new();
         encode(&mut page, &registry).expect("a string takes all");
         for line in [

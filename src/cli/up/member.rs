@@ -15,8 +15,9 @@ use crate::control::AdminClient;
 use crate::launcher::fleet::{Fleet, FleetEvent, Happening};
 use crate::launcher::life::seconds as duration;
 use crate::launcher::log_dir::LogDir;
+use crate::launcher::metrics::Life;
 use crate::launcher::nodes::link::{Link, News};
-use crate::launcher::nodes::messages::{Node0Says, NodeCard, NodeSays, seats, shape};
+use crate::launcher::nodes::messages::{BUILD, Node0Says, NodeCard, NodeSays, seats, shape};
 use crate::launcher::nodes::ports::{CountedPorts, Held, NodePorts};
 use crate::security::Secret;
 use crate::topology::{Plan, dial};
@@ -58,7 +59,7 @@ pub(super) async fn run(config: &Config, here: &Here, json: bool) -> anyhow::Res
     // The shape of the run does not depend on ports, which wait for node 0's word on what they were.
     let counted = planned_with(config, here, &secret_file, &mut CountedPorts::default())?;
     refuse_faults(config, here, &counted.share(rank))?;
-    let card = NodeCard { build: env!("CARGO_PKG_VERSION").to_owned(), rank, shape: shape(&counted) };
+    let card = NodeCard { build: BUILD.to_owned(), rank, shape: shape(&counted, config) };
     let node0 = dial(config.hosts.address(0).unwrap_or_default(), config.hosts.port);
     let mut asked = Asked::new()?;
     let mut link = Link::start(node0.clone(), &secret.secret, &card, duration(config.hosts.lost_after_s));
@@ -190,6 +191,9 @@ impl Member<'_> {
     async fn happened(&mut self, event: FleetEvent) -> anyhow::Result<()> {
         self.stage.happening(event.worker, &event.happening);
         let Some(worker) = self.share.workers.get(event.worker).map(|worker| worker.name()) else { return Ok(()) };
+        if let Some(life) = Life::of(&event.happening) {
+            self.link.tell(&NodeSays::Life { worker: worker.clone(), life });
+        }
         match &event.happening {
             Happening::Ready { .. } => {
                 self.serving.insert(worker.clone());

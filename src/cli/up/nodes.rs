@@ -11,7 +11,7 @@ use crate::config::{Config, Restart};
 use crate::launcher::life::seconds as duration;
 use crate::launcher::nodes::hub::Hub;
 use crate::launcher::nodes::membership::{Action, Event, Membership, Said};
-use crate::launcher::nodes::messages::{Node0Says, seat_in, shape};
+use crate::launcher::nodes::messages::{BUILD, Node0Says, seat_in, shape};
 use crate::launcher::ports::resolve;
 use crate::security::Secret;
 use crate::topology::{Plan, WorkerPlan};
@@ -75,7 +75,7 @@ impl Nodes {
         let names = |rank: usize| plan.on_node(rank).map(WorkerPlan::name).collect();
         let workers = plan.nodes.iter().map(|node| (node.rank, names(node.rank))).collect();
         let never_restarts = config.launcher.restart == Restart::Never;
-        let membership = Membership::new(workers, shape(plan), env!("CARGO_PKG_VERSION"), never_restarts);
+        let membership = Membership::new(workers, shape(plan, config), BUILD, never_restarts);
         let join_timeout = duration(config.hosts.join_timeout_s);
         Ok(Some(Self {
             hub,
@@ -182,6 +182,13 @@ impl Run<'_> {
         }
     }
 
+    fn tell_why(&self, name: &str, why: Option<&str>) {
+        let worker = self.plan.workers.iter().find(|worker| worker.name() == name);
+        if let (Some(front), Some(worker), Some(why)) = (&self.front, worker, why) {
+            front.tell_why(worker, why);
+        }
+    }
+
     fn take(&mut self, event: Event) -> anyhow::Result<()> {
         let Some(nodes) = &mut self.nodes else { return Ok(()) };
         for action in nodes.membership.on(event) {
@@ -201,6 +208,7 @@ impl Run<'_> {
             Action::TellDrained { line } => nodes.hub.tell(line, &Node0Says::Drained),
             Action::Seat(seat) => seat_in(&mut self.plan, &seat),
             Action::Up { worker } => {
+                self.metrics.serves(&worker);
                 self.tell_of(&worker, true);
                 if self.front.is_some() {
                     self.meet_again(worker.clone());
@@ -208,7 +216,11 @@ impl Run<'_> {
                 let event = json!({ "event": "worker_ready", "worker": worker });
                 self.stage.announce(&event, &format!("  {worker} serves"));
             }
-            Action::Down { worker } => self.tell_of(&worker, false),
+            Action::Down { worker, why } => {
+                self.tell_of(&worker, false);
+                self.tell_why(&worker, why.as_deref());
+            }
+            Action::Count { worker, life } => self.metrics.happened(&worker, &life),
             Action::Drain { rank } => self.let_leave(rank),
             Action::Say(Said { event, rank, text, warns }) => {
                 let event = json!({ "event": event, "node": rank, "text": text });

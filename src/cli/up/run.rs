@@ -20,7 +20,7 @@ use crate::launcher::guarded::{GuardSetup, Guards};
 use crate::launcher::life::{Limits, seconds as duration};
 use crate::launcher::log_dir::LogDir;
 use crate::launcher::logs::WorkerLog;
-use crate::launcher::metrics::LauncherMetrics;
+use crate::launcher::metrics::{LauncherMetrics, Life};
 use crate::security::Secret;
 use crate::telemetry;
 use crate::topology::{Plan, WorkerPlan};
@@ -50,7 +50,7 @@ pub(super) struct Run<'a> {
     _logs: LogDir,
     fleet: Fleet,
     pub(super) front: Option<Front>,
-    metrics: LauncherMetrics,
+    pub(super) metrics: LauncherMetrics,
     asked: Asked,
     /// Meetings of restarted workers with their peers.
     meetings: JoinSet<Met>,
@@ -183,7 +183,9 @@ impl<'a> Run<'a> {
 
     fn tell_front(&self, event: &FleetEvent) {
         let Some(worker) = self.share.workers.get(event.worker) else { return };
-        self.metrics.happened(&worker.name(), &event.happening);
+        if let Some(life) = Life::of(&event.happening) {
+            self.metrics.happened(&worker.name(), &life);
+        }
         let Some(front) = &self.front else { return };
         match event.happening {
             Happening::Ready { .. } => front.tell(worker, true),

@@ -127,6 +127,11 @@ fn greet(line: Line, hello: Hello, connection: &Connection, lines: &Lines, news:
         }
         (part, _) => return refuse(format!("{part:?} has no business at the nodes' door")),
     };
+    // Whatever else is not heard: that it is gone is.
+    let Ok(place) = news.clone().try_reserve_owned() else {
+        return refuse("node 0 has more to hear than it can; it may be tried again".to_owned());
+    };
+    let mut place = Some(place);
     locked(lines).insert(line, connection.clone());
     let lines = Arc::clone(lines);
     let from = peer.rsplit_once(':').map_or(peer.as_str(), |(host, _)| host).to_owned();
@@ -145,7 +150,9 @@ fn greet(line: Line, hello: Hello, connection: &Connection, lines: &Lines, news:
         Inbound::Request(..) => tracing::warn!(%peer, "a node asked where it should tell"),
         Inbound::Closed(why) => {
             locked(&lines).remove(&line);
-            tell(Event::Gone { line, why: why.to_string() });
+            if let Some(place) = place.take() {
+                place.send(Event::Gone { line, why: why.to_string() });
+            }
         }
     })
 }

@@ -108,9 +108,10 @@ async fn live(
     };
     let (ended, mut end) = mpsc::channel(1);
     let heard = news.clone();
-    let sink = |_: &Connection| -> Sink {
+    let sink = |connection: &Connection| -> Sink {
+        let connection = connection.clone();
         Box::new(move |inbound| match inbound {
-            Inbound::Notice(message) => hear(&message.body, &heard),
+            Inbound::Notice(message) => hear(&message.body, &heard, &connection),
             Inbound::Request(..) => {}
             Inbound::Closed(why) => _ = ended.try_send(why),
         })
@@ -122,9 +123,15 @@ async fn live(
     end.recv().await.unwrap_or_else(unknown)
 }
 
-fn hear(body: &Bytes, news: &mpsc::Sender<News>) {
+fn hear(body: &Bytes, news: &mpsc::Sender<News>, connection: &Connection) {
     match from_body::<Node0Says>(body) {
-        Ok(says) => _ = news.try_send(News::Says(says)),
+        Ok(says) => {
+            if news.try_send(News::Says(says)).is_err() {
+                // Connected anew, it is told what matters again.
+                let why = "it tells more than this node can hear".to_owned();
+                connection.close(ControlError::Refused { peer: connection.peer().to_owned(), why });
+            }
+        }
         Err(error) => tracing::warn!(%error, "node 0 said something that cannot be read"),
     }
 }

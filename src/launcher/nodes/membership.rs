@@ -16,6 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::messages::{NodeCard, NodeSays, Seat};
+use crate::launcher::metrics::Life;
 
 /// A connection's number: what comes over an old one is told from what comes over its successor.
 pub type Line = u64;
@@ -70,9 +71,15 @@ pub enum Action {
     Up {
         worker: String,
     },
-    /// A worker is away.
+    /// A worker is away; why, where its node has told.
     Down {
         worker: String,
+        why: Option<String>,
+    },
+    /// Counts for the metrics page.
+    Count {
+        worker: String,
+        life: Life,
     },
     /// A node asks to leave: wait until its workers carry nothing.
     Drain {
@@ -89,7 +96,7 @@ pub enum Action {
 /// News of a node, for people and machines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Said {
-    /// `node_joined`, `node_lost`, `node_leaves`, `node_failed`, `node_refused`, `worker_away`
+    /// `node_joined`, `node_lost`, `node_leaves`, `node_left`, `node_failed`, `node_refused`, `worker_away`
     pub event: &'static str,
     pub rank: usize,
     pub text: String,
@@ -123,6 +130,8 @@ struct Node {
     workers: BTreeMap<String, bool>,
     /// The ports it took, by purpose.
     ports: Vec<(String, u16)>,
+    /// It has told that it ends, and why.
+    has_failed: bool,
     /// Where its workers were when it was here first: the proxy knows them there.
     seats: Vec<Seat>,
 }
@@ -145,6 +154,7 @@ impl Membership {
             state: State::Away,
             workers: names.into_iter().map(|name| (name, false)).collect(),
             ports: Vec::new(),
+            has_failed: false,
             seats: Vec::new(),
         };
         let nodes = workers.into_iter().filter(|(rank, _)| *rank != 0).map(|(rank, names)| (rank, node(names)));
@@ -211,6 +221,7 @@ impl Membership {
         let Some(node) = self.nodes.get_mut(&rank) else { return Vec::new() };
         let ports = node.ports.clone();
         node.state = State::Greeted { line, incarnation, from };
+        node.has_failed = false;
         vec![Action::Welcome { line, rank, ports }]
     }
 
@@ -244,6 +255,7 @@ impl Membership {
         match says {
             NodeSays::Share { seats, ports } => self.share(rank, line, seats, ports),
             NodeSays::Worker { worker, serves, why } => self.worker(rank, worker, serves, why),
+            NodeSays::Life { worker, life } => vec![Action::Count { worker, life }],
             NodeSays::Failed { why } => self.failed(rank, &why),
             NodeSays::Leaving { by } => self.leaving(rank, &by),
         }
@@ -276,7 +288,7 @@ impl Membership {
             actions.push(Action::Seat(seat));
             match (before, serves) {
                 (_, true) => actions.push(Action::Up { worker }),
-                (Some(true), false) => actions.push(Action::Down { worker }),
+                (Some(true), false) => actions.push(Action::Down { worker, why: None }),
                 (_, false) => {}
             }
         }
@@ -291,7 +303,7 @@ impl Membership {
         if !serves {
             let text = format!("{worker} of node {rank} is away: {why}");
             let said = Said { event: "worker_away", rank, text, warns: true };
-            return vec![Action::Down { worker }, Action::Say(said)];
+            return vec![Action::Down { worker, why: Some(why) }, Action::Say(said)];
         }
         // One that leaves takes nothing new.
         if is_here { vec![Action::Up { worker }] } else { Vec::new() }
@@ -303,6 +315,9 @@ impl Membership {
         }
         let text = format!("node {rank} ends: {why}");
         let mut actions = self.take_out(rank);
+        if let Some(node) = self.nodes.get_mut(&rank) {
+            node.has_failed = true;
+        }
         actions.push(Action::Say(Said { event: "node_failed", rank, text, warns: true }));
         actions
     }
@@ -324,7 +339,7 @@ impl Membership {
     fn gone(&mut self, rank: usize, why: &str) -> Vec<Action> {
         let actions = self.take_out(rank);
         let Some(node) = self.nodes.get_mut(&rank) else { return actions };
-        let left = matches!(node.state, State::Leaving { .. });
+        let left = matches!(node.state, State::Leaving { .. }) || node.has_failed;
         let greeted_only = matches!(node.state, State::Greeted { .. });
         node.state = State::Away;
         let (event, text) = if left {
@@ -342,9 +357,10 @@ impl Membership {
         let Some(node) = self.nodes.get_mut(&rank) else { return Vec::new() };
         let serving = node.workers.iter_mut().filter(|(_, serves)| **serves);
         serving
-            .map(|(name, serves)| {
+            .flat_map(|(name, serves)| {
                 *serves = false;
-                Action::Down { worker: name.clone() }
+                let worker = name.clone();
+                [Action::Count { worker: worker.clone(), life: Life::Ended }, Action::Down { worker, why: None }]
             })
             .collect()
     }

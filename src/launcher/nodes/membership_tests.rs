@@ -37,7 +37,7 @@ fn worker(line: Line, name: &str, serves: bool) -> Event {
 fn ups_and_downs(actions: &[Action]) -> Vec<String> {
     let told = |action: &Action| match action {
         Action::Up { worker } => Some(format!("+{worker}")),
-        Action::Down { worker } => Some(format!("-{worker}")),
+        Action::Down { worker, .. } => Some(format!("-{worker}")),
         _ => None,
     };
     actions.iter().filter_map(told).collect()

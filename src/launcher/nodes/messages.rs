@@ -1,13 +1,19 @@
 //! What nodes say to each other. It travels in notices of the control connection.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use crate::config::Config;
+use crate::launcher::metrics::Life;
 use crate::topology::{Plan, WorkerPlan};
+
+/// Which pdlink this is.
+pub const BUILD: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("PDLINK_COMMIT"), ")");
 
 /// Who a node is, in its hello.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeCard {
-    /// The version of pdlink: all nodes of a run have the same.
+    /// [`BUILD`]: all nodes of a run have the same.
     pub build: String,
     pub rank: usize,
     /// What the run is, line by line, as this node's configuration has it.
@@ -34,6 +40,8 @@ pub enum NodeSays {
     Share { seats: Vec<Seat>, ports: Vec<(String, u16)> },
     /// A worker serves, or is away.
     Worker { worker: String, serves: bool, why: String },
+    /// What node 0 counts of a worker's life.
+    Life { worker: String, life: Life },
     /// A worker was given up, or the node cannot start what it should: the node ends.
     Failed { why: String },
     /// Somebody asked this node to end.
@@ -55,8 +63,8 @@ pub enum Node0Says {
     End { why: String, failed: bool },
 }
 
-/// What a plan is, as far as all nodes must agree.
-pub fn shape(plan: &Plan) -> Vec<String> {
+/// What a plan and its settings are, as far as all nodes must agree.
+pub fn shape(plan: &Plan, config: &Config) -> Vec<String> {
     let mut lines = vec![format!("model {}", plan.model), format!("{} nodes", plan.nodes.len())];
     lines.extend(plan.nodes.iter().map(|node| format!("node {} at {}", node.rank, node.address)));
     if let Some(link) = &plan.link {
@@ -68,7 +76,20 @@ pub fn shape(plan: &Plan) -> Vec<String> {
         format!("{} ({engine}) on node {} with GPUs {gpus:?}", worker.name(), worker.node)
     };
     lines.extend(plan.workers.iter().map(worker));
+    settings("kv", serde_json::to_value(&config.kv).unwrap_or_default(), &mut lines);
+    settings("weights", serde_json::to_value(&config.weights).unwrap_or_default(), &mut lines);
     lines
+}
+
+/// Keys whose values may be others on each host: where its libraries are, and what its devices are called.
+const OF_A_HOST: [&str; 4] = ["library", "environment", "env", "parameters"];
+
+/// One line for each key.
+fn settings(section: &str, value: Value, lines: &mut Vec<String>) {
+    let Value::Object(keys) = value else { return lines.push(format!("{section} = {value}")) };
+    for (key, value) in keys.into_iter().filter(|(key, _)| !OF_A_HOST.contains(&key.as_str())) {
+        settings(&format!("{section}.{key}"), value, lines);
+    }
 }
 
 /// Where the workers of a share listen.
