@@ -61,10 +61,6 @@ impl Collector {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 fn attribute(span: &Span, key: &str) -> Option<Any> {
     span.attributes.iter().find(|one| one.key == key)?.value.clone()?.value
 }
@@ -95,9 +91,9 @@ async fn one_request_is_one_trace_from_the_client_to_the_bytes_of_its_kv() {
     eventually("the whole trace has come", || collector.by_name().len() == 7).await;
 
     let spans = collector.by_name();
-    let below = |name: &str| hex(&spans[name].parent_span_id);
-    let id = |name: &str| hex(&spans[name].span_id);
-    assert!(spans.values().all(|span| hex(&span.trace_id) == TRACE), "one trace, the client's");
+    let below = |name: &str| hex::encode(&spans[name].parent_span_id);
+    let id = |name: &str| hex::encode(&spans[name].span_id);
+    assert!(spans.values().all(|span| hex::encode(&span.trace_id) == TRACE), "one trace, the client's");
     assert_eq!(collector.spans.lock().unwrap().len(), 7, "the other request was not traced");
     assert_eq!(below("request"), PARENT);
     assert_eq!((below("prefill"), below("decode")), (id("request"), id("request")));
@@ -141,7 +137,7 @@ async fn each_worker_gets_its_legs_span_and_without_traces_the_clients_own() {
         if traced {
             eventually("both legs have been told", || collector.by_name().contains_key("request")).await;
             let spans = collector.by_name();
-            let line = |name: &str| Some(format!("00-{TRACE}-{}-01", hex(&spans[name].span_id)));
+            let line = |name: &str| Some(format!("00-{TRACE}-{}-01", hex::encode(&spans[name].span_id)));
             assert_eq!(to_prefill.map(str::to_owned), line("prefill"));
             assert_eq!(to_decode.map(str::to_owned), line("decode"));
         } else {

@@ -27,16 +27,8 @@ impl FromStr for TransferId {
     type Err = BadTransferId;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let digits = text.as_bytes();
-        let bad = || BadTransferId { length: digits.len() };
-        if digits.len() != 32 {
-            return Err(bad());
-        }
         let mut bytes = [0; 16];
-        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-            let digit = |at: usize| char::from(pair[at]).to_digit(16).and_then(|value| u8::try_from(value).ok());
-            *byte = digit(0).ok_or_else(bad)? * 16 + digit(1).ok_or_else(bad)?;
-        }
+        hex::decode_to_slice(text, &mut bytes).map_err(|_| BadTransferId { length: text.len() })?;
         Ok(Self(bytes))
     }
 }

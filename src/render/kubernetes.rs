@@ -139,7 +139,7 @@ impl<'a> Writer<'a> {
     }
 
     fn secret(&self) -> Object<Secret> {
-        let secret: String = rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
+        let secret = hex::encode(rand::random::<[u8; 32]>());
         let mut string_data = Map::from([("secret".to_owned(), secret)]);
         if let Some(token) = &self.config.proxy.admin_token {
             string_data.insert("admin-token".to_owned(), token.clone());

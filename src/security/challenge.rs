@@ -36,7 +36,7 @@ pub fn proves(secret: &Secret, purpose: &str, transcript: &[&[u8]], proof: &[u8]
 
 /// A proof as text, for what travels in JSON: 64 hex digits.
 pub fn seal(secret: &Secret, purpose: &str, transcript: &[&[u8]]) -> String {
-    prove(secret, purpose, transcript).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex::encode(prove(secret, purpose, transcript))
 }
 
 /// Whether `text` is what [`seal`] gives.

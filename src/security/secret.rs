@@ -65,18 +65,16 @@ impl Secret {
         // One byte more than is right, so that a longer file is seen to be longer.
         let limit = u64::try_from(SECRET_BYTES * 2 + 2).unwrap_or(u64::MAX);
         file.take(limit).read_to_string(&mut text).map_err(failed)?;
-        parse_hex(text.trim_end()).map(Self).ok_or_else(|| SecretError::Malformed { path: path.to_owned() })
+        let mut bytes = [0; SECRET_BYTES];
+        let read = hex::decode_to_slice(text.trim_end(), &mut bytes);
+        read.map(|()| Self(bytes)).map_err(|_| SecretError::Malformed { path: path.to_owned() })
     }
 
     /// Writes the secret as hex into a new file of mode 0600. An existing file is an error, never overwritten.
     pub fn write_file(&self, path: &Path) -> Result<(), SecretError> {
         let failed = |source| SecretError::Write { path: path.to_owned(), source };
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
-        let mut text = String::with_capacity(SECRET_BYTES * 2 + 1);
-        for byte in self.0 {
-            text.push_str(&format!("{byte:02x}"));
-        }
-        text.push('\n');
+        let text = format!("{}\n", hex::encode(self.0));
         file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)
     }
 
@@ -108,19 +106,6 @@ impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret(..)")
     }
-}
-
-fn parse_hex(text: &str) -> Option<[u8; SECRET_BYTES]> {
-    let digits = text.as_bytes();
-    if digits.len() != SECRET_BYTES * 2 {
-        return None;
-    }
-    let mut bytes = [0; SECRET_BYTES];
-    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-        let (high, low) = (char::from(pair[0]).to_digit(16)?, char::from(pair[1]).to_digit(16)?);
-        *byte = u8::try_from(high * 16 + low).ok()?;
-    }
-    Some(bytes)
 }
 
 #[cfg(test)]

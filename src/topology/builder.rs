@@ -248,6 +248,8 @@ fn worker(
     let mut env = BTreeMap::new();
     if slot.share.is_none() {
         env.insert("CUDA_VISIBLE_DEVICES".to_owned(), list(&gpus));
+        // So that an id means what `nvidia-smi` calls it, also where GPUs differ.
+        env.insert("CUDA_DEVICE_ORDER".to_owned(), "PCI_BUS_ID".to_owned());
     }
     let has_runtime = engine == EngineKind::Reference || (role != Role::Both && is_native(config));
     if has_runtime || !weights_ports.is_empty() {

@@ -323,15 +323,6 @@ pub fn assert_same(got: &[Vec<u8>], want: &[Vec<u8>], what: &str) {
     }
 }
 
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-pub fn unhex(text: &str) -> Vec<u8> {
-    let digits: Vec<u8> = text.chars().map(|c| u8::try_from(c.to_digit(16).unwrap()).unwrap()).collect();
-    digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect()
-}
-
 const PEER_ENV: &str = "PDLINK_TEST_PEER";
 
 /// Another process with some memory, painted with salt 2, that offers one path and does nothing else.
@@ -358,7 +349,7 @@ impl PeerProcess {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
-        let mut said = lines.filter_map(|line| Some(unhex(line.split_once("peer says ")?.1)));
+        let mut said = lines.filter_map(|line| Some(hex::decode(line.split_once("peer says ")?.1).unwrap()));
         let mut next = || said.next().expect("the peer says what it has");
         let (handles, export) = (next(), next());
         Self { child, export: Export::from_bytes(export), handles: postcard::from_bytes(&handles).unwrap() }
@@ -417,8 +408,8 @@ pub fn be_peer() {
     };
     let shared = |region: &Arc<Region>| Some((region.device()?.share(region.address()).unwrap(), region.len()));
     let handles: Vec<(IpcHandle, u64)> = regions.iter().filter_map(shared).collect();
-    println!("peer says {}", hex(&postcard::to_stdvec(&handles).unwrap()));
-    println!("peer says {}", hex(transport.export().as_bytes()));
+    println!("peer says {}", hex::encode(postcard::to_stdvec(&handles).unwrap()));
+    println!("peer says {}", hex::encode(transport.export().as_bytes()));
     std::io::stdout().flush().unwrap();
     let _ = std::io::stdin().lines().count();
 }

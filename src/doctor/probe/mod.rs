@@ -58,7 +58,7 @@ impl Probe {
     pub(super) fn start(order: &Order, env: &[(String, String)]) -> anyhow::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         // Each worker gets its own; GPU ids of a configuration count among all.
-        command.env_remove("CUDA_VISIBLE_DEVICES");
+        command.env_remove("CUDA_VISIBLE_DEVICES").env("CUDA_DEVICE_ORDER", "PCI_BUS_ID");
         let mut child = command
             .arg(SUBCOMMAND)
             .envs(env.iter().map(|(name, value)| (name, value)))

@@ -69,7 +69,7 @@ fn told(done: &Done) -> Value {
     json!({
         "status": "ok",
         "version": done.version,
-        "digest": done.committed.digest.map(hex),
+        "digest": done.committed.digest.map(hex::encode),
         "bytes": done.committed.bytes,
         "staging_s": done.committed.staging.as_secs_f64(),
         "paused_s": done.committed.paused.as_secs_f64(),
@@ -101,7 +101,7 @@ pub(crate) async fn status(State(lane): State<Arc<Lane>>) -> Response {
     let under_way = desk.under_way().map(|order| json!({"source": order.source.to_string(), "version": order.version}));
     axum::Json(json!({
         "version": fleet.version,
-        "digest": fleet.digest.map(hex),
+        "digest": fleet.digest.map(hex::encode),
         "source": fleet.source.map(|source| source.to_string()),
         "committed_unix_s": since,
         "last_failure": fleet.last_failure,
@@ -133,7 +133,7 @@ fn rank_status(status: Result<WeightsStatus, ControlError>) -> Value {
 fn worker_status(status: &WeightsStatus) -> Value {
     json!({
         "version": status.version,
-        "digest": status.digest.map(hex),
+        "digest": status.digest.map(hex::encode),
         "phase": status.phase.name(),
         "staged_bytes": status.staged_bytes,
         "total_bytes": status.total_bytes,
@@ -143,10 +143,6 @@ fn worker_status(status: &WeightsStatus) -> Value {
         "old_version_is_safe": status.staging.keeps_the_old(),
         "failure": status.failure.as_ref().map(|failure| json!({"phase": failure.phase.name(), "why": failure.why})),
     })
-}
-
-fn hex(digest: [u8; 16]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// PRIME-RL's `{"weight_dir"}` is one transaction over all workers that take weights from us. Anything else, vLLM's own
