@@ -167,6 +167,52 @@ fn ranks_of_either_side_may_differ_and_every_byte_is_compared() {
     assert!(!output.status.success() && said.contains("cannot be spread over 3 ranks"), "{said}");
 }
 
+#[test]
+fn requests_at_once_are_compared_with_as_many_at_once_alone() {
+    let folder = tempfile::tempdir().expect("folder");
+    let measured = |name: &str, at_once: &str, more: &[&str]| {
+        let file = folder.path().join(name);
+        let small = ["--shape", "small", "--tokens", "40", "--seconds", "0.01", "--threads", "1", "--at-once", at_once];
+        let (output, said) = run(&[&["bench", "kv"][..], &small, more, &["--json", path(&file)]].concat());
+        assert!(output.status.success(), "{name}: {said}");
+        let report: Value = serde_json::from_str(&std::fs::read_to_string(&file).expect("a report")).expect("JSON");
+        (file, report)
+    };
+    let page = folder.path().join("page.html");
+    let (several, report) = measured(
+        "several",
+        "1,3",
+        &["--prefill-tp", "2", "--digest", "--path", "shm", "--path", "tcp", "--html", path(&page)],
+    );
+    let rows = report["levels"][0]["rows"].as_array().expect("rows");
+    assert_eq!(rows.len(), 16, "two paths, two send types, two kinds of blocks, alone and three: {report:#}");
+    for row in rows {
+        let (at_once, rounds) = (row["at_once"].as_u64(), row["gigabytes_per_second"]["count"].as_u64());
+        assert!(at_once == Some(1) || at_once == Some(3), "{row:#}");
+        assert!(rounds >= Some(5), "{row:#}");
+        for each in ["fetch_us", "whole_us"] {
+            assert_eq!(row[each]["count"].as_u64(), rounds.zip(at_once).map(|(one, other)| one * other), "{row:#}");
+        }
+    }
+    let text = std::fs::read_to_string(&page).expect("a page");
+    assert!(text.contains("Bandwidth of requests at once") && text.contains("Time of each fetch of requests at once"));
+
+    let (alone, report) = measured("alone", "1", &["--prefill-tp", "2", "--digest"]);
+    let (_, said) = run(&["bench", "compare", path(&several), path(&alone)]);
+    // Of each line the fetch, the whole, and of several their bandwidth: 4 of `shm` alone are in both.
+    assert!(said.contains("8 figures: "), "{said}");
+    assert!(said.contains("not measured any more: 32 figures"), "{said}");
+
+    let mut old = report;
+    for row in old["levels"][0]["rows"].as_array_mut().expect("rows") {
+        row.as_object_mut().expect("a row").remove("at_once");
+    }
+    let before = folder.path().join("before");
+    std::fs::write(&before, old.to_string()).expect("write");
+    let (output, said) = run(&["bench", "compare", path(&before), path(&alone)]);
+    assert!(output.status.success() && said.contains("8 figures: 0 slower, 0 faster, 0 unsure"), "{said}");
+}
+
 /// The other host; ended when dropped.
 struct Listener {
     child: Child,
@@ -220,7 +266,8 @@ fn two_hosts_measure_link_and_kv_and_a_stranger_is_refused() {
     let level = &report["levels"][0];
     assert_eq!((&level["other_host"], &level["rows"][0]["path"]), (&json!(listener.address), &json!("tcp")));
     assert_eq!(level["rows"].as_array().map(Vec::len), Some(2));
-    let (output, said) = connect("kv", &ours, &["--shape", "small", "--tokens", "64", "--prefill-tp", "2"]);
+    let (output, said) =
+        connect("kv", &ours, &["--shape", "small", "--tokens", "64", "--prefill-tp", "2", "--at-once", "4"]);
     assert!(output.status.success(), "{said}");
     assert_eq!(read()["levels"][0]["other_host"], json!(listener.address));
     let (output, said) = connect("raw", &ours, &["--bytes", "64K"]);

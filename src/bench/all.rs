@@ -1,30 +1,26 @@
 //! `pdlink bench`: every level in one run, each on what this machine has; what it has not is skipped by name.
 
+mod lines;
+
 use std::ffi::OsString;
 use std::time::Duration;
 
-use super::link::Way;
 use super::partner::Place;
 use super::proxy;
 use super::report::{Level, Report, Skipped};
 use super::running::Running;
 use super::serve::{self, Pace, Target};
-use super::{environment::Environment, kv, link, raw, weights};
+use super::{kv, link, raw, weights};
 use crate::config::{KvSendType, Path};
 use crate::ffi::cuda::survey;
 use crate::ffi::{Search, nixl};
 
-/// Sizes of whole transfers, from a block to a gigabyte.
-const BYTES: [u64; 10] =
-    [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30];
-const BYTES_QUICK: [u64; 4] = [4 << 10, 64 << 10, 1 << 20, 16 << 20];
-/// Runs as engines have them, and one that hides what a run costs.
-const RUN_BYTES: [u64; 3] = [16 << 10, 64 << 10, 1 << 20];
-/// Sizes at which both ways and several at once are measured.
-const BYTES_AT_ONCE: [u64; 2] = [1 << 20, 16 << 20];
-const AT_ONCE: [usize; 2] = [4, 16];
-/// Part of this host's memory that one size may take: both ends and the ceiling hold it twice.
-const MEMORY_SHARE: u64 = 16;
+/// Time of a line of `raw`, `link` and `kv`, where nobody says it, and with little time.
+const LINE_SECONDS: [f64; 2] = [0.5, 0.1];
+/// Time of all lines of these levels, where nobody says that of one.
+const RAW_SECONDS: f64 = 20.0;
+const LINK_SECONDS: f64 = 50.0;
+const KV_SECONDS: f64 = 20.0;
 
 /// One of the levels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -65,7 +61,8 @@ pub struct Options {
     pub prefill_tp: u32,
     pub decode_tp: u32,
     pub threads: usize,
-    pub seconds: f64,
+    /// Time per line of `raw`, `link` and `kv`. None: half a second, or less where a level has many lines.
+    pub seconds: Option<f64>,
     /// Of this process and of the other.
     pub gpus: Option<[i32; 2]>,
     /// Arguments of `pdlink up`, and whether its workers are reference engines.
@@ -171,7 +168,7 @@ impl Options {
             }
             Name::Kv => {
                 let paths = machine.paths(&[Path::Shm, Path::Tcp, Path::CudaIpc, Path::Nixl], level, skipped);
-                self.shapes.iter().map(|shape| self.kv(*shape, paths.clone())).collect()
+                self.kv(&paths)
             }
             Name::Serve => {
                 if !self.is_reference && self.baseline_url.is_none() {
@@ -192,11 +189,10 @@ impl Options {
         }
     }
 
-    /// Sizes that this host's memory holds.
-    fn bytes(&self) -> Vec<u64> {
-        let most = Environment::memory_bytes() / MEMORY_SHARE;
-        let all: &[u64] = if self.quick { &BYTES_QUICK } else { &BYTES };
-        all.iter().copied().filter(|bytes| *bytes <= most).collect()
+    /// Time of each of so many lines of a level whose lines may take so long together.
+    fn seconds(&self, of_level: f64, lines: usize) -> f64 {
+        let most = LINE_SECONDS[usize::from(self.quick)];
+        self.seconds.unwrap_or(most.min(of_level / lines.max(1) as f64))
     }
 
     fn raw<'a>(&self, machine: &Machine, skipped: &mut Vec<Skipped>) -> Part<'a> {
@@ -204,64 +200,68 @@ impl Options {
             [(Path::CudaIpc, raw::Means::GpuCopy), (Path::Nccl, raw::Means::NcclSend), (Path::Nixl, raw::Means::Nixl)];
         let usable = machine.paths(&named.map(|(path, _)| path), Name::Raw, skipped);
         let more = named.into_iter().filter(|(path, _)| usable.contains(path)).map(|(_, means)| means);
-        let options = raw::Options {
+        let mut options = raw::Options {
             means: [raw::Means::Memcpy, raw::Means::Sockets].into_iter().chain(more).collect(),
-            bytes: self.bytes(),
+            bytes: lines::bytes(self.quick),
+            bytes_aside: lines::bytes_aside(self.quick),
             threads: self.threads,
-            seconds: self.seconds,
+            seconds: 0.0,
             gpus: self.gpus.unwrap_or(if machine.gpus > 1 { [0, 1] } else { [0, 0] }),
             place: Place::Here,
         };
+        options.seconds = self.seconds(RAW_SECONDS, options.lines());
         Box::new(move |_| raw::run(&options).map(Level::Raw))
     }
 
     fn link<'a>(&self, paths: Vec<Path>, machine: &Machine) -> Part<'a> {
-        let gpus = self.gpus.or_else(|| (machine.gpus > 1).then_some([0, 1]));
-        let base = link::Options {
-            paths,
-            bytes: self.bytes(),
-            run_bytes: RUN_BYTES.to_vec(),
+        let of_ways = lines::link(self.quick);
+        let count: usize = of_ways.iter().map(|(_, cases)| cases.len()).sum();
+        let options = link::Options {
+            cases: Vec::new(),
             threads: self.threads,
-            seconds: self.seconds,
-            ways: vec![Way::Pull, Way::Push],
-            at_once: vec![1],
+            seconds: self.seconds(LINK_SECONDS, count * paths.len()),
+            ways: Vec::new(),
             place: Place::Here,
-            gpus,
+            gpus: self.gpus.or_else(|| (machine.gpus > 1).then_some([0, 1])),
+            paths,
         };
-        let (bytes, run_bytes) = (BYTES_AT_ONCE.to_vec(), vec![64 << 10]);
-        let both = link::Options { bytes, run_bytes, ways: vec![Way::Both], ..base.clone() };
-        let many = link::Options { ways: vec![Way::Pull], at_once: AT_ONCE.to_vec(), ..both.clone() };
         Box::new(move |_| {
             let mut report = link::Report::default();
-            for options in [base, both, many] {
-                let more = link::run(&options)?;
-                // Latency is that of the first, which has each way alone.
-                if report.latency.is_empty() {
-                    report.latency = more.latency;
-                }
+            for (way, cases) in of_ways {
+                let more = link::run(&link::Options { cases, ways: vec![way], ..options.clone() })?;
+                report.latency.extend(more.latency);
                 report.rows.extend(more.rows);
             }
             Ok(Level::Link(report))
         })
     }
 
-    fn kv<'a>(&self, shape: kv::Shape, paths: Vec<Path>) -> Part<'a> {
-        let options = kv::Options {
-            paths,
-            shape,
-            layout: self.layout,
-            tokens: self.tokens.clone(),
-            block_size: self.block_size,
-            send_types: vec![KvSendType::Get, KvSendType::PutAsync],
-            threads: self.threads,
-            digest: false,
-            gpus: self.gpus,
-            prefill_tp: self.prefill_tp,
-            decode_tp: self.decode_tp,
-            place: Place::Here,
-            seconds: self.seconds,
+    fn kv<'a>(&self, paths: &[Path]) -> Vec<Part<'a>> {
+        let send_types = [KvSendType::Get, KvSendType::PutAsync];
+        let mut all: Vec<kv::Options> = Vec::new();
+        for &shape in &self.shapes {
+            all.push(kv::Options {
+                paths: paths.to_vec(),
+                shape,
+                layout: self.layout,
+                cases: lines::kv(self.quick, &self.tokens, shape.token_bytes()),
+                block_size: self.block_size,
+                send_types: send_types.to_vec(),
+                threads: self.threads,
+                digest: false,
+                gpus: self.gpus,
+                prefill_tp: self.prefill_tp,
+                decode_tp: self.decode_tp,
+                place: Place::Here,
+                seconds: 0.0,
+            });
+        }
+        let count: usize = all.iter().map(|options| options.cases.len()).sum();
+        let seconds = self.seconds(KV_SECONDS, count * paths.len() * send_types.len());
+        let part = |options: kv::Options| -> Part<'a> {
+            Box::new(move |_| kv::run(&kv::Options { seconds, ..options }).map(Level::Kv))
         };
-        Box::new(move |_| kv::run(&options).map(Level::Kv))
+        all.into_iter().map(part).collect()
     }
 
     fn serve(&self, tell: &mut dyn FnMut(&str)) -> anyhow::Result<serve::Report> {

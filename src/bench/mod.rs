@@ -21,4 +21,5 @@ pub mod serve;
 pub mod soak;
 pub mod stats;
 pub mod table;
+mod turns;
 pub mod weights;

@@ -136,6 +136,9 @@ impl PathName {
     }
 }
 
+/// Transfers, or requests, that are under way at once.
+const AT_ONCE_MAX: u32 = 256;
+
 /// One number for both, or one each.
 fn pair(gpus: &[i32]) -> Option<[i32; 2]> {
     gpus.first().map(|first| [*first, gpus.get(1).copied().unwrap_or(*first)])

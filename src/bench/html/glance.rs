@@ -86,7 +86,8 @@ fn of_link(report: &link::Report) -> Vec<Row> {
 }
 
 fn of_kv(report: &kv::Report) -> Vec<Row> {
-    let scattered: Vec<kv::Row> = report.rows.iter().filter(|row| row.blocks == "scattered").cloned().collect();
+    let alone = |row: &&kv::Row| row.blocks == "scattered" && row.at_once == 1;
+    let scattered: Vec<kv::Row> = report.rows.iter().filter(alone).cloned().collect();
     let rows = largest(&scattered, |row| format!("{} {}", row.path, row.send_type), |row| row.bytes);
     rows.into_iter()
         .map(|row| {

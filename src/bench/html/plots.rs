@@ -139,7 +139,7 @@ fn distributions(title: &str, unit: &'static str, series: Vec<Series>) -> Chart 
 }
 
 fn of_kv(report: &kv::Report) -> Vec<Chart> {
-    let scattered = || report.rows.iter().filter(|row| row.blocks == "scattered");
+    let scattered = || report.rows.iter().filter(|row| row.blocks == "scattered" && row.at_once == 1);
     let name = |row: &kv::Row| format!("{} {}", row.path, row.send_type);
     let wanted = names(scattered().map(name));
     let of_name = |wanted: &str| scattered().filter(|row| name(row) == wanted).collect::<Vec<_>>();
@@ -160,7 +160,42 @@ fn of_kv(report: &kv::Report) -> Vec<Chart> {
         let row = *of_name(wanted).iter().find(|row| row.tokens == longest)?;
         Some(distribution(wanted.clone(), colour, false, &row.fetch_curve))
     });
-    vec![times, distributions(&format!("Times of a fetch of {longest} tokens"), "µs", curves.collect())]
+    let curves = distributions(&format!("Times of a fetch of {longest} tokens"), "µs", curves.collect());
+    let [rates, each] = at_once(report);
+    vec![times, curves, rates, each]
+}
+
+/// Lines over the number of requests at once: of what each line measured, alone and together.
+fn at_once(report: &kv::Report) -> [Chart; 2] {
+    let name = |row: &kv::Row| format!("{} {}, {} tokens", row.path, row.send_type, row.tokens);
+    let scattered = || report.rows.iter().filter(|row| row.blocks == "scattered");
+    let wanted = names(scattered().filter(|row| row.at_once > 1).map(name));
+    let lines = |y: fn(&kv::Row) -> Spread| -> Vec<Series> {
+        let line = |(colour, wanted): (usize, &String)| {
+            let mut rows: Vec<&kv::Row> = scattered().filter(|row| name(row) == *wanted).collect();
+            rows.sort_by_key(|row| row.at_once);
+            let points = rows.iter().map(|row| point(f64::from(row.at_once), y(row))).collect();
+            Series { name: wanted.clone(), colour, dashed: false, points }
+        };
+        wanted.iter().enumerate().map(line).collect()
+    };
+    let (rates, x) = (lines(|row| row.gigabytes_per_second), (Scale::Counts, "requests at once"));
+    [
+        Chart {
+            title: "Bandwidth of requests at once".to_owned(),
+            note: "From scattered blocks; all together, through the same two runtimes.".to_owned(),
+            x,
+            y: (bandwidths(&rates), "GB/s"),
+            series: rates,
+        },
+        Chart {
+            title: "Time of each fetch of requests at once".to_owned(),
+            note: "What one of them waits for while the others move.".to_owned(),
+            x,
+            y: (Scale::Decades, "µs"),
+            series: lines(|row| row.fetch_us),
+        },
+    ]
 }
 
 fn of_serve(report: &serve::Report) -> Vec<Chart> {

@@ -1,9 +1,10 @@
 //! The KV of whole requests between two real processes, through the runtime: claim, run list, copy, validation, reports.
 //!
 //! Every round alternates with a parallel memcpy of as many bytes on as many threads, for `tcp` and between hosts with as many
-//! plain sockets, between GPUs with the driver's own copy. Before a line is measured, one request of its kind is compared byte for byte. `fetch` is what a request waits for
-//! once its blocks are there, from the call to the report on another thread; its claim was answered before. `whole` begins
-//! with the claim. Neither holds the time of an engine.
+//! plain sockets, between GPUs with the driver's own copy. Before a line is measured, requests of its kind are compared byte for
+//! byte. `fetch` is what a request waits for once its blocks are there, from the call to the report on another thread; its claim
+//! was answered before. `whole` begins with the claim. Neither holds the time of an engine. Several requests at once go through
+//! the same two runtimes, each into blocks of its own.
 
 mod peer;
 mod python;
@@ -17,10 +18,12 @@ use anyhow::{Context, ensure};
 
 pub use peer::serve as serve_peer;
 pub use report::{Report, Row};
+pub use rig::Case;
 pub use shape::{Layout, Shape};
 
-use self::rig::{Case, PASSES, Rig, Tally};
+use self::rig::{Rig, Tally};
 use super::partner::Place;
+use super::turns::in_turns;
 use crate::config::{KvSendType, Path};
 
 /// Longest wait for one transfer, and for the other process.
@@ -32,7 +35,8 @@ pub struct Options {
     pub paths: Vec<Path>,
     pub shape: Shape,
     pub layout: Layout,
-    pub tokens: Vec<u32>,
+    /// Lines of the table, for each path and send type.
+    pub cases: Vec<Case>,
     pub block_size: u32,
     pub send_types: Vec<KvSendType>,
     /// Threads that copy (`shm`), or sockets (`tcp`), on each side.
@@ -47,7 +51,7 @@ pub struct Options {
     pub decode_tp: u32,
     /// The prefill worker.
     pub place: Place,
-    /// Time per line of the table.
+    /// Time per line of the table; lines that are slower have it from the others.
     pub seconds: f64,
 }
 
@@ -55,8 +59,8 @@ pub struct Options {
 pub fn run(options: &Options) -> anyhow::Result<Report> {
     let Options { shape, layout, block_size, threads, digest, prefill_tp, decode_tp, .. } = *options;
     ensure!(
-        options.tokens.iter().all(|tokens| *tokens > 0) && block_size > 0,
-        "tokens and block size must be at least 1"
+        options.cases.iter().all(|case| case.tokens > 0 && case.at_once > 0) && block_size > 0,
+        "tokens, requests at once and block size must be at least 1"
     );
     shape.check_tp(prefill_tp)?;
     shape.check_tp(decode_tp)?;
@@ -90,16 +94,17 @@ pub fn run(options: &Options) -> anyhow::Result<Report> {
 
 fn rows(options: &Options, path: Path, send_type: KvSendType) -> anyhow::Result<Vec<Row>> {
     let mut rig = Rig::new(options, path, send_type)?;
-    let cases: Vec<Case> =
-        options.tokens.iter().flat_map(|&tokens| [false, true].map(|scattered| Case { tokens, scattered })).collect();
+    let mut cases = options.cases.clone();
+    cases.sort_by_key(Case::tokens_at_once);
     rig.check_all(&cases)?;
     let mut tallies: Vec<Tally> = cases.iter().map(|_| Tally::default()).collect();
-    for _ in 0..PASSES {
-        for (case, tally) in cases.iter().zip(&mut tallies) {
-            rig.measure(*case, options.seconds / PASSES as f64, tally)?;
-        }
-    }
-    let rows = cases.iter().zip(&tallies).map(|(case, tally)| rig.row(*case, tally)).collect();
+    in_turns(cases.len(), options.seconds, |line, counts| rig.measure(cases[line], &mut tallies[line], counts))?;
+    // In the order in which they were asked for.
+    let row = |case: &Case| {
+        let line = cases.iter().position(|sorted| sorted == case).context("a line was not measured")?;
+        rig.row(*case, &tallies[line])
+    };
+    let rows = options.cases.iter().map(row).collect();
     rig.close();
     rows
 }

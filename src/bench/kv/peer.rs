@@ -34,9 +34,10 @@ pub(super) struct Orders {
     pub(super) threads: usize,
 }
 
+/// Requests that are to be offered, one from each of these blocks on.
 #[derive(Debug, Serialize, Deserialize)]
 struct Ask {
-    first_block: u32,
+    first_blocks: Vec<u32>,
     scattered: bool,
     tokens: u32,
 }
@@ -67,9 +68,17 @@ impl Peer {
         self.partner.host()
     }
 
-    /// One request's KV, ready to be fetched.
-    pub(super) fn offer(&mut self, first_block: u32, scattered: bool, tokens: u32) -> anyhow::Result<TransferParams> {
-        self.partner.ask(&Ask { first_block, scattered, tokens })
+    /// The KV of one request from each of these blocks on, ready to be fetched.
+    pub(super) fn offer(
+        &mut self,
+        first_blocks: &[u32],
+        scattered: bool,
+        tokens: u32,
+    ) -> anyhow::Result<Vec<TransferParams>> {
+        let offered: Vec<TransferParams> =
+            self.partner.ask(&Ask { first_blocks: first_blocks.to_vec(), scattered, tokens })?;
+        ensure!(offered.len() == first_blocks.len(), "{} requests for {}", offered.len(), first_blocks.len());
+        Ok(offered)
     }
 }
 
@@ -86,9 +95,10 @@ pub fn serve(mut lines: Lines, secret: Option<&Secret>) -> anyhow::Result<()> {
         Err(error) => return answer::<Ready>(&mut lines, &Err(error)),
     };
     while let Some(ask) = lines.next::<Ask>()? {
-        let offered = prefill.offer(&ask);
+        let offered: anyhow::Result<Vec<_>> =
+            ask.first_blocks.iter().map(|first| prefill.offer(*first, ask.scattered, ask.tokens)).collect();
         answer(&mut lines, &offered)?;
-        if offered.is_ok() {
+        for _ in offered.iter().flatten() {
             prefill.ended()?;
         }
     }
@@ -121,8 +131,7 @@ impl Prefill {
         Ok((prefill, Ready { gpu_memory, plain }))
     }
 
-    fn offer(&self, ask: &Ask) -> anyhow::Result<TransferParams> {
-        let Ask { first_block, scattered, tokens } = *ask;
+    fn offer(&self, first_block: u32, scattered: bool, tokens: u32) -> anyhow::Result<TransferParams> {
         let count = self.geometry.groups[0].blocks_for(tokens);
         let taken: Vec<BlockId> = blocks(first_block, count, self.num_blocks, scattered);
         let transfer_id = TransferId::random();

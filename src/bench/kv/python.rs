@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::bench::link;
+use crate::bench::link::{self, Case};
 use crate::bench::stats::{Samples, Spread};
 use crate::bench::table::{Table, size};
 use crate::config::Path;
@@ -56,13 +56,14 @@ pub(super) fn rows(python: &FilePath, threads: usize, seconds: f64) -> anyhow::R
     for (direction, operation) in [(Direction::Pull, "READ"), (Direction::Push, "WRITE")] {
         for (runs, run_bytes) in CASES {
             let api = by_python(python, operation, runs, run_bytes, seconds)?;
-            let ours = link::timings(Path::Nixl, direction, [runs * run_bytes, run_bytes], threads, seconds)?;
-            let spread = |timings: &[f64]| {
-                let mut samples = Samples::default();
-                timings.iter().for_each(|took| samples.push(took * 1e6));
-                samples.spread().context("no sample")
+            let case = Case::single(runs * run_bytes, run_bytes);
+            let ours = link::timings(Path::Nixl, direction, &[case], threads, seconds)?;
+            let spread = |samples: &Samples| {
+                let micros: Samples = samples.iter().map(|took| took * 1e6).collect();
+                micros.spread().context("no sample")
             };
-            let (api_us, ours_us) = (spread(&api)?, spread(&ours)?);
+            let ours = ours.first().context("no line")?;
+            let (api_us, ours_us) = (spread(&api.into_iter().collect())?, spread(ours)?);
             let times_as_fast = api_us.median / ours_us.median;
             rows.push(Row { operation: operation.to_owned(), runs, run_bytes, api_us, ours_us, times_as_fast });
         }

@@ -14,11 +14,14 @@ pub struct Row {
     pub path: String,
     pub send_type: String,
     pub blocks: String,
+    /// Requests whose KV is handed over at once, through the same two runtimes. What follows is of one of them, but for rates.
+    #[serde(default = "alone")]
+    pub at_once: u32,
     pub tokens: u32,
     pub bytes: u64,
     pub runs: u64,
     pub posts: u64,
-    /// From `fetch` to the report.
+    /// From `fetch` to the report; of several at once each counts.
     pub fetch_us: Spread,
     /// How `fetch` is distributed.
     pub fetch_curve: Curve,
@@ -27,9 +30,16 @@ pub struct Row {
     /// Parts of `fetch`, as the records have them.
     pub copy_us: f64,
     pub validate_us: f64,
+    /// Of all requests at once together, from the first `fetch` to the last report.
     pub gigabytes_per_second: Spread,
+    /// Of as many bytes, moved by the machine's own means.
     pub ceiling_gigabytes_per_second: Spread,
     pub share_of_ceiling: f64,
+}
+
+/// Reports from before several could be measured do not say it.
+fn alone() -> u32 {
+    1
 }
 
 /// All that was measured.
@@ -59,15 +69,22 @@ impl Report {
         let digest = if *digest { ", digested" } else { "" };
         let mut figures = Vec::new();
         for row in &self.rows {
-            let Row { path, send_type, blocks, tokens, .. } = row;
+            let Row { path, send_type, blocks, at_once, tokens, .. } = row;
             let name = format!(
                 "kv {shape} {layout}, blocks of {block_size}, TP {prefill_tp} to {decode_tp}, {threads} threads{digest}, {path} \
-                 {send_type}: {tokens} tokens from {blocks} blocks"
+                 {send_type}: {at_once} x {tokens} tokens from {blocks} blocks"
             );
             // What the ceiling takes for as many bytes.
-            let plain_us = row.bytes as f64 / row.ceiling_gigabytes_per_second.median / 1e3;
+            let ceiling = row.ceiling_gigabytes_per_second.median;
+            let plain_us = (row.bytes * u64::from(*at_once)) as f64 / ceiling / 1e3;
             for (what, took) in [("fetch", row.fetch_us), ("whole", row.whole_us)] {
                 figures.push(Figure::new(format!("{name}, {what}"), Unit::Microseconds, took).beside(Some(plain_us)));
+            }
+            // Of one alone it is what `fetch` says.
+            if *at_once > 1 {
+                let together =
+                    Figure::new(format!("{name}, together"), Unit::GigabytesPerSecond, row.gigabytes_per_second);
+                figures.push(together.beside(Some(ceiling)));
             }
         }
         figures
@@ -88,8 +105,9 @@ impl Report {
             "path",
             "send type",
             "blocks",
+            "at once",
             "tokens",
-            "total",
+            "each",
             "runs",
             "fetch µs",
             "min",
@@ -109,6 +127,7 @@ impl Report {
                 row.path.clone(),
                 row.send_type.clone(),
                 row.blocks.clone(),
+                row.at_once.to_string(),
                 row.tokens.to_string(),
                 size(row.bytes),
                 row.runs.to_string(),
@@ -121,7 +140,7 @@ impl Report {
                 format!("{:.2}", row.gigabytes_per_second.median),
                 format!("{:.2}", row.ceiling_gigabytes_per_second.median),
                 format!("{:.0} %", row.share_of_ceiling * 100.0),
-                row.fetch_us.count.to_string(),
+                row.gigabytes_per_second.count.to_string(),
             ]);
         }
         let mut tables = vec![table.titled(title)];

@@ -56,6 +56,11 @@ impl Shape {
         }
     }
 
+    /// KV of one token.
+    pub fn token_bytes(self) -> u64 {
+        self.geometry(1, 1).token_bytes()
+    }
+
     /// Whether its KV heads can be spread over so many ranks.
     pub(super) fn check_tp(self, tp: u32) -> anyhow::Result<()> {
         let group = &self.geometry(16, 1).groups[0];
@@ -98,13 +103,16 @@ impl Layout {
     }
 }
 
-/// Memory of every rank of a worker.
+/// Memory of every rank of a worker; of this host, as much as may be given to a measurement.
 pub(super) fn ranks(
     geometry: &Geometry,
     layout: Layout,
     num_blocks: u32,
     gpu: Option<i32>,
 ) -> anyhow::Result<Vec<RankMemory>> {
+    if gpu.is_none() {
+        link::fits(geometry.token_bytes() * u64::from(geometry.groups[0].block_size) * u64::from(num_blocks))?;
+    }
     (0..geometry.tp_size).map(|rank| memory(geometry, rank, layout, num_blocks, gpu)).collect()
 }
 
@@ -140,12 +148,13 @@ fn memory(
     Ok(RankMemory { rank, regions, layers: layers.collect::<anyhow::Result<_>>()?, num_blocks })
 }
 
-/// `count` blocks, from block `first` on: in order, or as a pool gives them out that has been in use for a while.
+/// `count` blocks, from the `first` one on: in order, or as a pool gives them out that has been in use for a while. What begins
+/// `count` later has none of them, once around.
 pub(super) fn blocks(first: u32, count: u32, num_blocks: u32, scattered: bool) -> Vec<BlockId> {
     // A step without a divisor in common with the number of blocks meets every block once.
     let coprime = |step: &u32| (2..=*step).all(|d| !(step.is_multiple_of(d) && num_blocks.is_multiple_of(d)));
     let step = if scattered { (num_blocks / 3 + 1..num_blocks.max(2)).find(coprime).unwrap_or(1) } else { 1 };
-    let at = |index: u32| (u64::from(first) + u64::from(index) * u64::from(step)) % u64::from(num_blocks);
+    let at = |index: u32| (u64::from(first) + u64::from(index)) * u64::from(step) % u64::from(num_blocks);
     (0..count).map(|index| BlockId(u32::try_from(at(index)).unwrap_or(0))).collect()
 }
 
@@ -190,9 +199,17 @@ pub(super) fn fill(geometry: &Geometry, ranks: &[RankMemory]) -> anyhow::Result<
     Ok(())
 }
 
-/// Makes the memory unlike what [`fill`] makes of it.
-pub(super) fn clear(ranks: &[RankMemory]) -> anyhow::Result<()> {
-    ranks.iter().flat_map(|rank| &rank.regions).try_for_each(|region| Ok(region.fill(0, region.len(), 0)?))
+/// Makes these blocks unlike what [`fill`] makes of them.
+pub(super) fn clear(ranks: &[RankMemory], blocks: &[BlockId]) -> anyhow::Result<()> {
+    for rank in ranks {
+        for place in &rank.layers {
+            for block in blocks {
+                let at = place.base + u64::from(block.0) * place.block_stride;
+                rank.regions[usize::from(place.region)].fill(at, place.block_stride, 0)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Whether each of these blocks holds, in every layer on every rank, what [`fill`] put there on whatever ranks had it.
@@ -230,5 +247,16 @@ mod tests {
             assert_eq!(taken.len(), num_blocks as usize);
         }
         assert_eq!(blocks(2, 3, 9, false), [BlockId(2), BlockId(3), BlockId(4)]);
+    }
+
+    #[test]
+    fn requests_at_once_have_blocks_of_their_own() {
+        for scattered in [false, true] {
+            let mut taken: Vec<BlockId> =
+                (0..4).flat_map(|request| blocks(request * 6 + 7, 5, 24, scattered)).collect();
+            taken.sort();
+            taken.dedup();
+            assert_eq!(taken.len(), 20);
+        }
     }
 }

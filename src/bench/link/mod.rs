@@ -13,23 +13,27 @@ mod report;
 mod rig;
 mod workload;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 
 pub use peer::{Holding, Orders, Ready, hold, serve as serve_peer};
 
 pub use report::{Latency, Report, Row};
+pub use rig::Case;
 
 pub(super) use self::ceiling::{Ceiling, FILL_BYTES};
 use self::peer::Peer;
 pub(super) use self::peer::{Held, fits, loopback, memory};
 pub(super) use self::plain::Plain;
-use self::rig::{Case, PASSES, Rig, Tally};
+use self::rig::{Rig, Tally};
 use self::workload::Window;
 pub(super) use self::workload::{noise, scattered};
 use super::partner::Place;
+use super::stats::Samples;
+use super::turns::in_turns;
 use crate::config::{NcclConfig, NixlConfig, Path};
+use crate::memory::to_u64;
 use crate::security::Secret;
 use crate::transport::Direction;
 
@@ -37,17 +41,13 @@ use crate::transport::Direction;
 #[derive(Debug, Clone)]
 pub struct Options {
     pub paths: Vec<Path>,
-    /// Sizes of whole transfers.
-    pub bytes: Vec<u64>,
-    /// Sizes of the scattered runs that they consist of; a smaller transfer is one run.
-    pub run_bytes: Vec<u64>,
+    /// Lines of the table, for each path and way.
+    pub cases: Vec<Case>,
     /// Threads that copy (`shm`), or sockets (`tcp`).
     pub threads: usize,
-    /// Time per line of the table.
+    /// Time per line of the table; lines that are slower have it from the others.
     pub seconds: f64,
     pub ways: Vec<Way>,
-    /// Numbers of transfers under way at once.
-    pub at_once: Vec<usize>,
     /// The other end.
     pub place: Place,
     /// GPU of this process and of the other. Without them `cuda-ipc` takes the first for both, `nccl` the first two, and
@@ -94,6 +94,13 @@ impl From<Direction> for Way {
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Memory walked through, so that nothing is met again while a cache still has it.
 const SPAN_BYTES_MIN: u64 = 256 << 20;
+/// No more of it is needed, but by transfers that are larger themselves.
+const SPAN_BYTES_MAX: u64 = 1 << 30;
+
+/// Memory to walk through with transfers of so many bytes.
+pub(super) fn span(largest: u64) -> u64 {
+    (2 * largest).clamp(SPAN_BYTES_MIN, SPAN_BYTES_MAX.max(largest))
+}
 
 /// Measures every path, every way.
 pub fn run(options: &Options) -> anyhow::Result<Report> {
@@ -107,41 +114,23 @@ pub fn run(options: &Options) -> anyhow::Result<Report> {
 }
 
 fn one_way(options: &Options, path: Path, way: Way, report: &mut Report) -> anyhow::Result<()> {
-    let cases = cases(options);
-    let whole = |case: &Case| case.bytes * case.at_once as u64 * way.directions().len() as u64;
-    let largest = cases.iter().map(whole).max().context("no size to measure")?;
-    let rig = rig(options, path, way, SPAN_BYTES_MIN.max(2 * largest))?;
+    let mut cases = options.cases.clone();
+    cases.sort_by_key(Case::bytes_at_once);
+    let largest = cases.last().context("no size to measure")?.bytes_at_once() * to_u64(way.directions().len());
+    let rig = rig(options, path, way, span(largest))?;
     rig.check_all(&cases)?;
     if way != Way::Both {
         report.latency.push(rig.latency(options.seconds)?);
     }
-    let mut tallies: Vec<Tally> = cases.iter().map(|_| Tally::default()).collect();
-    for _ in 0..PASSES {
-        for (case, tally) in cases.iter().zip(&mut tallies) {
-            rig.measure(*case, options.seconds / PASSES as f64, tally)?;
-        }
-    }
-    for (case, tally) in cases.iter().zip(&tallies) {
-        report.rows.push(rig.row(*case, tally)?);
+    let mut tallies: Vec<Tally> = cases.iter().map(|case| rig.tally(*case)).collect();
+    in_turns(cases.len(), options.seconds, |line, counts| rig.round(&mut tallies[line], counts))?;
+    // In the order in which they were asked for.
+    for case in &options.cases {
+        let tally = tallies.iter().find(|tally| tally.case == *case).context("a line was not measured")?;
+        report.rows.push(rig.row(tally)?);
     }
     rig.close();
     Ok(())
-}
-
-/// Every line of the table, each once.
-fn cases(options: &Options) -> Vec<Case> {
-    let mut cases = Vec::new();
-    for &at_once in &options.at_once {
-        for &bytes in &options.bytes {
-            for &run_bytes in &options.run_bytes {
-                let case = Case { bytes, run_bytes: run_bytes.min(bytes), at_once };
-                if !cases.contains(&case) {
-                    cases.push(case);
-                }
-            }
-        }
-    }
-    cases
 }
 
 /// Both ends of a path.
@@ -166,35 +155,33 @@ fn rig(options: &Options, path: Path, way: Way, span: u64) -> anyhow::Result<Rig
     Ok(Rig::joined(&ours, &ready, way, &secret, |ours| ours)?.with(peer))
 }
 
-/// Seconds of each of many transfers over a path between two processes, once one has been compared byte for byte.
+/// Seconds of each of many transfers of each kind over a path between two processes, once one of the kind has been compared byte
+/// for byte. From the shortest to the longest.
 pub(super) fn timings(
     path: Path,
     direction: Direction,
-    [bytes, run_bytes]: [u64; 2],
+    cases: &[Case],
     threads: usize,
     seconds: f64,
-) -> anyhow::Result<Vec<f64>> {
-    let options = Options {
-        paths: vec![path],
-        bytes: vec![bytes],
-        run_bytes: vec![run_bytes],
-        threads,
-        seconds,
-        ways: vec![direction.into()],
-        at_once: vec![1],
-        place: Place::Here,
-        gpus: None,
-    };
-    let rig = rig(&options, path, direction.into(), SPAN_BYTES_MIN.max(2 * bytes))?;
-    rig.check(direction, bytes, run_bytes)?;
-    let (mut window, mut took) = (Window::new(rig.span, bytes), Vec::new());
-    let until = Instant::now() + Duration::from_secs_f64(seconds);
-    while took.len() < 6 || Instant::now() < until {
-        took.push(rig.transfer(direction, scattered(window.next(), bytes, run_bytes))?);
-    }
+) -> anyhow::Result<Vec<Samples>> {
+    let ways = vec![direction.into()];
+    let options =
+        Options { paths: vec![path], cases: cases.to_vec(), threads, seconds, ways, place: Place::Here, gpus: None };
+    let largest = cases.iter().map(|case| case.bytes).max().context("no size to measure")?;
+    let rig = rig(&options, path, direction.into(), span(largest))?;
+    rig.check_all(cases)?;
+    let mut windows: Vec<Window> = cases.iter().map(|case| Window::new(rig.span, case.bytes)).collect();
+    let mut took: Vec<Samples> = cases.iter().map(|_| Samples::default()).collect();
+    in_turns(cases.len(), seconds, |line, counts| {
+        let Case { bytes, run_bytes, .. } = cases[line];
+        let seconds = rig.transfer(direction, scattered(windows[line].next(), bytes, run_bytes))?;
+        if counts {
+            took[line].push(seconds);
+        }
+        Ok(())
+    })?;
     rig.close();
-    // The first only warms up.
-    Ok(took.split_off(1))
+    Ok(took)
 }
 
 /// The GPU of this process and of the other, where the path is to move GPU memory.

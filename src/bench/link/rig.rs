@@ -20,22 +20,48 @@ const LATENCY_BYTES: u64 = 4096;
 const LATENCY_ROUNDS_MAX: usize = 20_000;
 /// What our memory is filled with before a push is checked.
 const OUR_SEED: u64 = 11;
-/// Every line is measured in so many parts, with all other lines between them: what drifts, drifts into its spread.
-pub(super) const PASSES: usize = 3;
-/// Rounds of each part that count, at the least.
-const ROUNDS_MIN: usize = 3;
 
 /// One line: so many transfers at once, each of `bytes` in runs of `run_bytes`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Case {
+pub struct Case {
     pub(super) bytes: u64,
     pub(super) run_bytes: u64,
     pub(super) at_once: usize,
 }
 
+impl Case {
+    /// One transfer alone. It is one run where it is smaller than that.
+    pub fn single(bytes: u64, run_bytes: u64) -> Self {
+        Self { bytes, run_bytes: run_bytes.min(bytes), at_once: 1 }
+    }
+
+    /// All sizes in all runs, so many at once, each line once.
+    pub fn all(bytes: &[u64], run_bytes: &[u64], at_once: &[usize]) -> Vec<Self> {
+        let mut cases = Vec::new();
+        for &at_once in at_once {
+            for &bytes in bytes {
+                for &run_bytes in run_bytes {
+                    let case = Self { at_once, ..Self::single(bytes, run_bytes) };
+                    if !cases.contains(&case) {
+                        cases.push(case);
+                    }
+                }
+            }
+        }
+        cases
+    }
+
+    /// Of all transfers of one direction.
+    pub(super) fn bytes_at_once(&self) -> u64 {
+        self.bytes * to_u64(self.at_once)
+    }
+}
+
 /// What one line has come to so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Tally {
+    pub(super) case: Case,
+    window: Window,
     ours: Samples,
     micros: Samples,
     ceiling: Samples,
@@ -159,36 +185,36 @@ impl Rig {
         Ok(((last - started).as_secs_f64(), each))
     }
 
-    /// One part of a line's measurement. Ours and the ceiling take turns, so that whatever else the machine does meets both
-    /// alike; the first round only warms up.
-    pub(super) fn measure(&self, case: Case, seconds: f64, tally: &mut Tally) -> anyhow::Result<()> {
-        let Case { bytes, run_bytes, at_once } = case;
+    /// A line before its first round.
+    pub(super) fn tally(&self, case: Case) -> Tally {
+        let window = Window::new(self.span, case.bytes_at_once() * to_u64(self.way.directions().len()));
+        let [ours, micros, ceiling] = [(); 3].map(|()| Samples::default());
+        Tally { case, window, ours, micros, ceiling }
+    }
+
+    /// One round of a line. Ours and the ceiling take turns, so that whatever else the machine does meets both alike.
+    pub(super) fn round(&self, tally: &mut Tally, counts: bool) -> anyhow::Result<()> {
+        let (Case { bytes, run_bytes, at_once }, window) = (tally.case, &mut tally.window);
         let directions = self.way.directions();
         let each = at_once * directions.len();
         let whole = bytes * to_u64(each);
-        let (mut window, mut counted) = (Window::new(self.span, whole), 0);
-        let until = Instant::now() + Duration::from_secs_f64(seconds);
-        let mut warm = false;
-        while counted < ROUNDS_MIN || Instant::now() < until {
-            let at = window.next();
-            let transfers = (0..each).map(|index| {
-                let runs = scattered(at + bytes * to_u64(index), bytes, run_bytes);
-                (directions[index % directions.len()], runs)
-            });
-            let (took, of_each) = self.at_once(transfers.collect())?;
-            let ceiling = self.ceiling.run_at([window.next(), window.next()], whole)?;
-            if warm {
-                tally.ours.push(rate(whole, took));
-                tally.ceiling.push(rate(whole, ceiling));
-                of_each.iter().for_each(|took| tally.micros.push(took * 1e6));
-                counted += 1;
-            }
-            warm = true;
+        let at = window.next();
+        let transfers = (0..each).map(|index| {
+            let runs = scattered(at + bytes * to_u64(index), bytes, run_bytes);
+            (directions[index % directions.len()], runs)
+        });
+        let (took, of_each) = self.at_once(transfers.collect())?;
+        let ceiling = self.ceiling.run_at([window.next(), window.next()], whole)?;
+        if counts {
+            tally.ours.push(rate(whole, took));
+            tally.ceiling.push(rate(whole, ceiling));
+            of_each.iter().for_each(|took| tally.micros.push(took * 1e6));
         }
         Ok(())
     }
 
-    pub(super) fn row(&self, case: Case, tally: &Tally) -> anyhow::Result<Row> {
+    pub(super) fn row(&self, tally: &Tally) -> anyhow::Result<Row> {
+        let case = tally.case;
         let ours = tally.ours.spread().context("no sample")?;
         let ceiling = tally.ceiling.spread().context("no sample")?;
         Ok(Row {

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{Means, Options, PASSES, ROUNDS_MIN, Row, row};
+use super::{Options, Row, Variant, row};
 use crate::bench::link::{self, python_environment};
 use crate::bench::partner::{Lines, Part, Partner, Place, answer};
 use crate::bench::stats::Samples;
+use crate::bench::turns::in_turns;
 use crate::config::NcclConfig;
 use crate::ffi::Search;
 use crate::ffi::nccl::{Buffer, Communicator, Half, Library, Origin, Settings, Side, UniqueId};
@@ -81,8 +82,8 @@ pub(in crate::bench) fn absent() -> Option<String> {
 }
 
 /// All sizes.
-pub(super) fn rows(options: &Options, span: u64) -> anyhow::Result<Vec<Row>> {
-    let [ours, theirs] = options.gpus;
+pub(super) fn rows(options: &Options, variant: &Variant<'_>) -> anyhow::Result<Vec<Row>> {
+    let ([ours, theirs], span, all) = (options.gpus, variant.span(), variant.bytes);
     ensure!(ours != theirs, "NCCL needs two GPUs, and both ends are on GPU {ours}");
     let id = library()?.unique_id()?;
     let mut partner = Partner::find(&Place::Here, Part::Nccl)?;
@@ -91,24 +92,19 @@ pub(super) fn rows(options: &Options, span: u64) -> anyhow::Result<Vec<Row>> {
     partner.tell(&Order::Make)?;
     let (made, _origin) = end.make()?;
     let () = partner.hear()?;
-    let mut took: Vec<Samples> = options.bytes.iter().map(|_| Samples::default()).collect();
-    for _ in 0..PASSES {
-        for (&bytes, took) in options.bytes.iter().zip(&mut took) {
-            let times = (ROUND_BYTES_MIN / bytes).clamp(1, SENDS_MAX);
-            let until = Instant::now() + Duration::from_secs_f64(options.seconds / PASSES as f64);
-            let mut counted = 0;
-            while counted <= ROUNDS_MIN || Instant::now() < until {
-                partner.tell(&Order::Send { bytes, times })?;
-                let seconds = end.move_all(&made, Half::Receive, bytes, times)?;
-                let () = partner.hear()?;
-                if counted > 0 {
-                    took.push(seconds / times as f64);
-                }
-                counted += 1;
-            }
+    let mut took: Vec<Samples> = all.iter().map(|_| Samples::default()).collect();
+    in_turns(all.len(), options.seconds, |line, counts| {
+        let bytes = all[line];
+        let times = (ROUND_BYTES_MIN / bytes).clamp(1, SENDS_MAX);
+        partner.tell(&Order::Send { bytes, times })?;
+        let seconds = end.move_all(&made, Half::Receive, bytes, times)?;
+        let () = partner.hear()?;
+        if counts {
+            took[line].push(seconds / times as f64);
         }
-    }
-    options.bytes.iter().zip(&took).map(|(&bytes, took)| row(Means::NcclSend, "one-way", 1, bytes, took)).collect()
+        Ok(())
+    })?;
+    all.iter().zip(&took).map(|(&bytes, took)| row(variant, bytes, took)).collect()
 }
 
 /// The life of the other process: until the one that measures leaves.

@@ -13,7 +13,7 @@ pub(super) struct AllArgs {
     /// Measure these levels alone
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Name>,
-    /// Few sizes and little time: a minute or two, for a look or a gate
+    /// Few sizes and little time: a minute or so, for a look or a gate
     #[arg(long)]
     quick: bool,
     /// Whose KV is moved; several may be given
@@ -37,7 +37,8 @@ pub(super) struct AllArgs {
     /// Threads that copy, or sockets [default: the cores, 1 to 8]
     #[arg(long)]
     threads: Option<usize>,
-    /// Time per line of the tables of raw, link and kv [default: 0.5, with --quick 0.1]
+    /// Time per line of the tables of raw, link and kv, whatever it comes to [default: 0.5, with --quick 0.1, or less where a
+    /// level has so many lines that they would take it more than 20, 50 and 20 seconds]
     #[arg(long)]
     seconds: Option<f64>,
     /// GPU of this process and of the other, or one number for both [default: the first two]
@@ -62,7 +63,7 @@ pub(super) fn run(args: AllArgs, sources: &Sources) -> anyhow::Result<ExitCode> 
         prefill_tp: args.prefill_tp,
         decode_tp: args.decode_tp,
         threads: threads(args.threads),
-        seconds: args.seconds.unwrap_or(if args.quick { 0.1 } else { 0.5 }).clamp(0.0, 3600.0),
+        seconds: args.seconds.map(|seconds| seconds.clamp(0.0, 3600.0)),
         gpus: pair(&args.gpus),
         fleet: fleet.arguments.clone(),
         is_reference: fleet.is_reference(),

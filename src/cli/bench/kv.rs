@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 
 use super::hosts::Hosts;
-use super::{Output, PathName, pair, threads};
-use crate::bench::kv;
+use super::{AT_ONCE_MAX, Output, PathName, pair, threads};
+use crate::bench::kv::{self, Case};
 use crate::bench::report::Level;
 use crate::cli::Sources;
 use crate::config::KvSendType;
@@ -25,6 +25,9 @@ pub(super) struct KvArgs {
     /// Lengths of prompts
     #[arg(long, value_delimiter = ',', default_value = "16,256,2048")]
     tokens: Vec<u32>,
+    /// Requests whose KV is handed over at once, each into blocks of its own: one row each
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    at_once: Vec<u32>,
     /// Tokens in a block
     #[arg(long, default_value_t = 16)]
     block_size: u32,
@@ -41,7 +44,7 @@ pub(super) struct KvArgs {
     /// memory
     #[arg(long, value_delimiter = ',')]
     gpus: Vec<i32>,
-    /// Time per line of the table
+    /// Time per line of the table; lines that are slower have it from the others
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
     /// Tensor-parallel ranks of the prefill worker
@@ -72,11 +75,12 @@ pub(super) fn run(args: KvArgs, sources: &Sources) -> anyhow::Result<ExitCode> {
     let paths = if args.path.is_empty() { vec![default] } else { args.path };
     let send_types =
         if args.send_type.is_empty() { vec![SendTypeName::Get, SendTypeName::PutAsync] } else { args.send_type };
+    let at_once: Vec<u32> = args.at_once.into_iter().map(|count| count.clamp(1, AT_ONCE_MAX)).collect();
     let options = kv::Options {
         paths: paths.into_iter().map(PathName::path).collect(),
         shape: args.shape,
         layout: args.layout,
-        tokens: args.tokens,
+        cases: Case::all(&args.tokens, &at_once),
         block_size: args.block_size,
         send_types: send_types.into_iter().map(SendTypeName::send_type).collect(),
         threads: threads(args.threads),

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 
 use super::hosts::Hosts;
-use super::{Output, PathName, pair, threads};
-use crate::bench::link::{self, Way};
+use super::{AT_ONCE_MAX, Output, PathName, pair, threads};
+use crate::bench::link::{self, Case, Way};
 use crate::bench::report::Level;
 use crate::bench::table::parse_size;
 use crate::cli::Sources;
@@ -25,7 +25,7 @@ pub(super) struct LinkArgs {
     /// Threads that copy (shm), or sockets (tcp) [default: the cores, 1 to 8]
     #[arg(long)]
     threads: Option<usize>,
-    /// Time per line of the table
+    /// Time per line of the table; lines that are slower have it from the others
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
     /// Which way bytes go: pull, push, both at the same time; several may be given
@@ -36,7 +36,7 @@ pub(super) struct LinkArgs {
     push: bool,
     /// Transfers under way at once: one row each
     #[arg(long, value_delimiter = ',', default_value = "1")]
-    at_once: Vec<usize>,
+    at_once: Vec<u32>,
     /// GPU of this process and of the other, or one number for both: cuda-ipc [default: 0], nccl [default:
     /// 0,1], and nixl for GPU memory
     #[arg(long, value_delimiter = ',')]
@@ -60,14 +60,13 @@ pub(super) fn run(args: LinkArgs, sources: &Sources) -> anyhow::Result<ExitCode>
         || if place.other_host().is_some() { vec![PathName::Tcp] } else { vec![PathName::Shm, PathName::Tcp] };
     let named = if args.path.is_empty() { default() } else { args.path };
     let ways = if args.push { vec![WayName::Push] } else { args.way };
+    let at_once: Vec<usize> = args.at_once.into_iter().map(|count| count.clamp(1, AT_ONCE_MAX) as usize).collect();
     let options = link::Options {
         paths: named.into_iter().map(PathName::path).collect(),
-        bytes: args.bytes,
-        run_bytes: args.run_bytes,
+        cases: Case::all(&args.bytes, &args.run_bytes, &at_once),
         threads: threads(args.threads),
         seconds: args.seconds.clamp(0.0, 3600.0),
         ways: ways.into_iter().map(WayName::way).collect(),
-        at_once: args.at_once.into_iter().map(|count| count.clamp(1, 256)).collect(),
         place,
         gpus: pair(&args.gpus),
     };

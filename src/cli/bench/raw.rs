@@ -22,7 +22,7 @@ pub(super) struct RawArgs {
     /// Most threads, or sockets [default: the cores, 1 to 8]
     #[arg(long)]
     threads: Option<usize>,
-    /// Time per line of the table
+    /// Time per line of the table; lines that are slower have it from the others
     #[arg(long, default_value_t = 0.5)]
     seconds: f64,
     /// GPU of this process and of the other
@@ -56,9 +56,12 @@ pub(super) fn run(args: RawArgs, sources: &Sources) -> anyhow::Result<ExitCode> 
         (true, true) => vec![Means::Sockets],
         (true, false) => vec![Means::Memcpy, Means::Sockets],
     };
+    let mut bytes = args.bytes;
+    bytes.sort_unstable();
     let options = raw::Options {
         means,
-        bytes: args.bytes,
+        bytes_aside: bytes.clone(),
+        bytes,
         threads: threads(args.threads),
         seconds: args.seconds.clamp(0.0, 3600.0),
         gpus: pair(&args.gpus).unwrap_or([0, 1]),
