@@ -192,7 +192,7 @@ impl Options {
     /// Time of each of so many lines of a level whose lines may take so long together.
     fn seconds(&self, of_level: f64, lines: usize) -> f64 {
         let most = LINE_SECONDS[usize::from(self.quick)];
-        self.seconds.unwrap_or(most.min(of_level / lines.max(1) as f64))
+        self.seconds.unwrap_or_else(|| most.min(of_level / lines.max(1) as f64))
     }
 
     fn raw<'a>(&self, machine: &Machine, skipped: &mut Vec<Skipped>) -> Part<'a> {

@@ -53,7 +53,7 @@ mod tests {
         .expect("rounds");
         let part = [(1, false), (1, true), (1, true), (0, false), (0, true), (0, true)];
         assert_eq!(calls, part.repeat(PARTS));
-        assert!(PARTS * ROUNDS_MIN >= super::super::compare::SAMPLES_MIN);
+        const { assert!(PARTS * ROUNDS_MIN > super::super::compare::SAMPLES_MIN) };
         assert!(in_turns(0, 1.0, |_, _| anyhow::bail!("no line")).is_ok());
         assert!(in_turns(1, 1.0, |_, _| anyhow::bail!("broken")).is_err(), "it ends with the first that fails");
     }
