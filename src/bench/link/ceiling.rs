@@ -150,10 +150,15 @@ impl Drop for Ceiling {
 
 /// Fills a region with noise, piece by piece.
 pub(in crate::bench) fn fill(region: &Region, seed: u64) -> anyhow::Result<()> {
+    fill_first(region, region.len(), seed)
+}
+
+/// The same of its first bytes alone.
+pub(super) fn fill_first(region: &Region, bytes: u64, seed: u64) -> anyhow::Result<()> {
     let block = noise(to_usize(FILL_BYTES), seed);
     let mut at = 0;
-    while at < region.len() {
-        let len = to_u64(block.len()).min(region.len() - at);
+    while at < bytes {
+        let len = to_u64(block.len()).min(bytes - at);
         region.copy_in(at, &block[..to_usize(len)])?;
         at += len;
     }

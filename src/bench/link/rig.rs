@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 
-use super::ceiling::{Ceiling, FILL_BYTES, fill};
+use super::ceiling::{Ceiling, FILL_BYTES, fill_first};
 use super::peer::{self, Orders, Peer, Ready, SEED, memory};
 use super::report::{Latency, Row};
 use super::workload::{Window, is_noise, noise, scattered};
@@ -136,7 +136,7 @@ impl Rig {
                 SEED
             }
             Direction::Push => {
-                fill(&self.region, OUR_SEED)?;
+                fill_first(&self.region, bytes, OUR_SEED)?;
                 self.transfer(direction, runs.clone())?;
                 self.region.fill(0, bytes, 0)?;
                 self.transfer(Direction::Pull, scattered(0, bytes, bytes))?;
