@@ -38,7 +38,7 @@ pub use launcher::{LauncherConfig, Restart};
 pub use load::{Finding, LoadError, LoadRequest, Loaded, Origin, Origins, Override, load, schema};
 pub use manual::markdown;
 pub use model::ModelConfig;
-pub use network::Network;
+pub use network::{Network, host_port};
 pub use orchestrator::{ClientConfig, OrchestratorConfig};
 pub use pd_disagg::{ConnectorImpl, KvConnector, KvSendType, PdDisaggConfig};
 pub use proxy::{Dispatch, Policy, ProxyConfig};

@@ -1,7 +1,12 @@
-//! A network, as people name it: an interface, the beginning of one's name, or a range of addresses.
+//! A network, as people name it: an interface, the beginning of one's name, or a range of addresses. And a port of a host.
 
 use std::net::IpAddr;
 use std::str::FromStr;
+
+/// `host:port`, with brackets round an IPv6 address.
+pub fn host_port(host: &str, port: u16) -> String {
+    if host.contains(':') && !host.starts_with('[') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
 
 /// Which addresses of a host are meant.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -96,7 +96,8 @@ pub struct WeightsConfig {
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub commit_timeout_s: f64,
     /// How long a worker that hears nothing more waits in each phase before it gives the update up and serves on, in
-    /// seconds. Default 120. Should exceed the two times above, or slow workers make others give up.
+    /// seconds. Default 120. Must exceed the three times above (`drain_timeout_s`, `pause_timeout_s`,
+    /// `commit_timeout_s`), or slow workers would make others give up.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub hold_timeout_s: f64,
 }

@@ -25,7 +25,7 @@ use super::{
     BLOCKS_MAX, Basis, BlockId, Geometry, KvError, KvMetrics, Layout, ParamsError, ParamsMaker, RankCard, RankMemory,
     Report, TransferParams,
 };
-use crate::config::{KvConfig, KvSendType, Role};
+use crate::config::{KvConfig, KvSendType, Role, host_port};
 use crate::control::{EarlyParams, RuntimeStatus, TransferId, WeightsDoor};
 use crate::memory::{GpuDigests, Region};
 use crate::security::Secret;
@@ -218,7 +218,7 @@ impl KvRuntime {
             engine_id: shared.engine_id.clone(),
             rank: shared.layout.held().start,
             tp_size: shared.layout.geometry().tp_size,
-            endpoint: endpoint(&config.advertise_host, address.port()),
+            endpoint: host_port(&config.advertise_host, address.port()),
             incarnation: shared.incarnation,
             geometry_digest: shared.geometry_digest,
             weight_version: config.weight_version,
@@ -485,9 +485,4 @@ impl Drop for KvRuntime {
 /// later is known (KV-8).
 fn incarnation() -> u64 {
     u64::try_from(clock::unix().as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// `host:port`, with brackets round an IPv6 address.
-fn endpoint(host: &str, port: u16) -> String {
-    if host.contains(':') && !host.starts_with('[') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }

@@ -11,12 +11,13 @@ use http::HeaderMap;
 use opentelemetry::KeyValue;
 use opentelemetry::trace::{Span as _, SpanContext};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::metrics::Leg;
 use super::shared::Shared;
 use super::worker::Worker;
 use crate::config::Dispatch;
-use crate::control::TransferId;
+use crate::control::{RankRecords, TransferId};
 use crate::telemetry::traces::{Span, SpanBuilder, SpanKind, Status, Traces, read_parent, write_parent};
 use crate::telemetry::{TransferOutcome, TransferRecord};
 
@@ -28,6 +29,8 @@ pub(crate) const QUEUE_MAX: usize = 1024;
 /// A record is there soon after the answer began.
 const TRIES: u32 = 5;
 const AGAIN: Duration = Duration::from_millis(100);
+/// Records that are asked for at the same time.
+const AT_ONCE: usize = 16;
 
 /// A transfer that belongs to a trace.
 #[derive(Debug)]
@@ -155,31 +158,37 @@ pub(crate) fn end_leg(span: Option<Span>, failure: Option<&str>) {
     span.end();
 }
 
-/// Makes spans of transfers, one after the other, for as long as the proxy lives.
+/// Makes spans of transfers, some at a time so that a worker that hangs holds up its own alone, for as long as the proxy lives.
 pub(crate) async fn tell_transfers(shared: Arc<Shared>, mut queue: mpsc::Receiver<Traced>) {
-    while let Some(traced) = queue.recv().await {
-        let (Some(tracing), Some(Some(runtime))) = (&shared.tracing, shared.runtimes.get(traced.decode)) else {
-            continue;
-        };
-        for _ in 0..TRIES {
-            match runtime.records(traced.transfer_id).await {
-                Ok(found) if !found.records.is_empty() => {
-                    tell(&tracing.traces, &traced, &found.records);
-                    break;
-                }
-                // It may be a moment late: decode answers before its account of the transfer is closed.
-                Ok(_) => tokio::time::sleep(AGAIN).await,
-                Err(error) => {
-                    tracing::debug!(%error, transfer_id = %traced.transfer_id, "a trace goes without its transfer");
-                    break;
-                }
+    let mut asking = JoinSet::new();
+    loop {
+        tokio::select! {
+            traced = queue.recv(), if asking.len() < AT_ONCE => match traced {
+                Some(traced) => _ = asking.spawn(ask_and_tell(Arc::clone(&shared), traced)),
+                None => return,
+            },
+            Some(_) = asking.join_next() => {}
+        }
+    }
+}
+
+async fn ask_and_tell(shared: Arc<Shared>, traced: Traced) {
+    let (Some(tracing), Some(Some(runtime))) = (&shared.tracing, shared.runtimes.get(traced.decode)) else { return };
+    for _ in 0..TRIES {
+        match runtime.records(traced.transfer_id).await {
+            Ok(found) if !found.records.is_empty() => return tell(&tracing.traces, &traced, &found),
+            // It may be a moment late: decode answers before its account of the transfer is closed.
+            Ok(_) => tokio::time::sleep(AGAIN).await,
+            Err(error) => {
+                tracing::debug!(%error, transfer_id = %traced.transfer_id, "a trace goes without its transfer");
+                return;
             }
         }
     }
 }
 
 /// One span for the transfer, with the times of the rank that took longest, and one for each of its parts.
-fn tell(traces: &Traces, traced: &Traced, records: &[TransferRecord]) {
+fn tell(traces: &Traces, traced: &Traced, RankRecords { records, unheard }: &RankRecords) {
     let took = |record: &TransferRecord| record.wait_us + record.copy_us + record.validate_us;
     let Some(slowest) = records.iter().max_by_key(|record| took(record)) else { return };
     let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
@@ -192,6 +201,7 @@ fn tell(traces: &Traces, traced: &Traced, records: &[TransferRecord]) {
         KeyValue::new("pdlink.runs", sum(|record| record.runs)),
         KeyValue::new("pdlink.posts", sum(|record| record.posts)),
         KeyValue::new("pdlink.ranks", number(records.len() as u64)),
+        KeyValue::new("pdlink.ranks_unheard", number(unheard.len() as u64)),
         KeyValue::new("pdlink.blocks", number(slowest.blocks)),
         KeyValue::new("pdlink.tokens", number(slowest.tokens)),
         KeyValue::new("pdlink.exposed_us", number(slowest.exposed_us)),

@@ -9,6 +9,7 @@
 mod kubernetes;
 mod objects;
 mod shape;
+mod shell;
 mod slurm;
 mod yaml;
 
@@ -17,6 +18,7 @@ use serde_json::Value;
 use crate::config::{Config, is_secret_variable};
 
 pub use kubernetes::manifests;
+pub use shell::quoted;
 pub use slurm::script;
 
 /// Why nothing can be rendered.

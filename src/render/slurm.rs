@@ -1,6 +1,7 @@
 //! A batch script for Slurm: `pdlink up` on each node of the job, under one `srun`.
 
 use super::shape::nodes;
+use super::shell::quoted;
 use super::{RenderError, configuration, refuse_role_secrets, refuse_secrets};
 use crate::config::{Config, SlurmConfig};
 
@@ -110,27 +111,12 @@ fn run(slurm: &SlurmConfig, has_nodes: bool) -> String {
     format!("{prepare}{} bash -c {} {words}\n", srun.join(" "), quoted(&up))
 }
 
-/// One word for the shell, whatever is in it.
-fn quoted(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,+%#".contains(c);
-    if !text.is_empty() && text.chars().all(plain) {
-        text.to_owned()
-    } else {
-        format!("'{}'", text.replace('\'', r"'\''"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn words_stay_words() {
-        for (text, want) in
-            [("a-b/c:1", "a-b/c:1"), ("", "''"), ("a b", "'a b'"), ("$(x)", "'$(x)'"), ("it's", r"'it'\''s'")]
-        {
-            assert_eq!(quoted(text), want);
-        }
+    fn an_option_is_one_line() {
         assert!(in_head("slurm.options", "--x\n#SBATCH --y").is_err() && in_head("slurm.options", "").is_err());
     }
 }

@@ -79,7 +79,7 @@ pub const PROXY_WORKER_CLOCK_AHEAD: &str = "pdlink_proxy_worker_clock_ahead_seco
 pub const PROXY_WORKER_WEIGHT_VERSION: &str = "pdlink_proxy_worker_weight_version";
 /// 1 for the phase of an update that a worker's first rank is in, by `worker`, `role` and `phase`; `serving` between updates.
 pub const PROXY_WORKER_WEIGHTS_PHASE: &str = "pdlink_proxy_worker_weights_phase";
-/// Gauge by `role` and `queue` (`running`, `waiting`): requests in a pool's queues, averaged over 30 pictures: half a minute, where `proxy.watch_interval_s` is 1.
+/// Gauge by `role` and `queue` (`running`, `waiting`): requests in a pool's queues, averaged over 30 pictures: half a minute, where `telemetry.watch_interval_s` is 1.
 pub const PROXY_POOL_QUEUE: &str = "pdlink_proxy_pool_queue";
 /// Gauge by `role`: the part of the time in which prefill workers had a prompt; of decode, the part of its KV blocks in use.
 pub const PROXY_POOL_UTILISATION: &str = "pdlink_proxy_pool_utilisation";

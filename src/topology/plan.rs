@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::redact;
-use crate::config::{ConnectorImpl, EngineKind, KvConnector, KvSendType, Path, Role};
+use crate::config::{ConnectorImpl, EngineKind, KvConnector, KvSendType, Path, Role, host_port};
 
 /// Everything that a run starts.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,22 +86,22 @@ impl WorkerPlan {
 
     /// Where its HTTP server is reached.
     pub fn url(&self) -> String {
-        format!("http://{}", address(&self.reach, self.port))
+        format!("http://{}", host_port(&self.reach, self.port))
     }
 
     /// Where its runtime takes control connections.
     pub fn kv_address(&self) -> Option<String> {
-        self.kv_port.map(|port| address(&self.kv_reach, port))
+        self.kv_port.map(|port| host_port(&self.kv_reach, port))
     }
 
     /// Where its first rank takes orders about new weights, if it has a door of its own for them.
     pub fn weights_address(&self) -> Option<String> {
-        self.weights_ports.first().map(|port| address(&self.kv_reach, *port))
+        self.weights_ports.first().map(|port| host_port(&self.kv_reach, *port))
     }
 
     /// Where each of its runtimes takes control connections, by rank.
     pub fn kv_addresses(&self) -> Vec<String> {
-        self.kv_ports.iter().map(|port| address(&self.kv_reach, *port)).collect()
+        self.kv_ports.iter().map(|port| host_port(&self.kv_reach, *port)).collect()
     }
 
     /// The environment as it may be shown: values of secrets are not.
@@ -141,7 +141,7 @@ pub struct ProxyPlan {
 impl ProxyPlan {
     /// What an OpenAI client, or PRIME-RL's orchestrator, is given.
     pub fn base_url(&self) -> String {
-        format!("http://{}/v1", address(&self.reach, self.port))
+        format!("http://{}/v1", host_port(&self.reach, self.port))
     }
 }
 
@@ -194,12 +194,7 @@ pub(super) fn count(number: usize) -> u32 {
 
 /// `host:port` of a listener on `host`, for whoever dials.
 pub fn dial(host: &str, port: u16) -> String {
-    address(&reach(host), port)
-}
-
-/// `host:port`, with brackets round an IPv6 address.
-pub(super) fn address(host: &str, port: u16) -> String {
-    if host.contains(':') && !host.starts_with('[') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    host_port(&reach(host), port)
 }
 
 /// The address under which a listener on `host` is reached from its own host.
@@ -226,7 +221,7 @@ mod tests {
             ("node-7", "node-7:80"),
         ];
         for (host, want) in cases {
-            assert_eq!(address(&reach(host), 80), want, "case: {host}");
+            assert_eq!(host_port(&reach(host), 80), want, "case: {host}");
         }
     }
 }

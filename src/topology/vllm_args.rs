@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::kv_transfer::{self, Seat};
 use super::vllm::{VllmProgram, VllmVersion};
-use crate::config::{Config, ConnectorImpl, KvConnector, Role, SECRET_ARGUMENTS};
+use crate::config::{Config, ConnectorImpl, KvConnector, Role, SECRET_ARGUMENTS, host_port};
 
 /// Arguments by name with underscores, in the order in which they are written.
 struct Args(Vec<(String, Value)>);
@@ -160,9 +160,9 @@ fn weights(config: &Config, seat: &Seat<'_>) -> Value {
     if let Value::Object(weights) = &mut weights {
         weights.retain(|_, value| !value.is_null());
     }
-    let host = if seat.reach.contains(':') { format!("[{}]", seat.reach) } else { seat.reach.to_owned() };
     let kv = kv_transfer::kv_settings(config, &config.weights.paths);
-    let mut told = json!({ "http": format!("http://{host}:{}", seat.port), "weights": weights, "kv": kv });
+    let mut told =
+        json!({ "http": format!("http://{}", host_port(seat.reach, seat.port)), "weights": weights, "kv": kv });
     if !seat.weights_ports.is_empty() {
         told["host"] = json!(seat.kv_reach);
         told["ports"] = json!(seat.weights_ports);

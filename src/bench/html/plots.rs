@@ -95,7 +95,8 @@ fn of_link(report: &link::Report) -> Vec<Chart> {
         let name = format!("{} {}", latency.path, latency.direction);
         distribution(name, colour, false, &latency.curve)
     });
-    charts.push(distributions("Latency of one run of 4 KiB", "µs", curves.collect()));
+    let run = report.latency.first().map_or_else(String::new, |latency| format!(" of {}", size(latency.run_bytes)));
+    charts.push(distributions(&format!("Latency of one run{run}"), "µs", curves.collect()));
     charts
 }
 

@@ -3,6 +3,7 @@
 use comfy_table::{Attribute, Cell, CellAlignment, Table, presets};
 use console::style;
 
+use crate::render::quoted;
 use crate::topology::{Plan, WorkerPlan};
 
 /// Workers and proxy, one line each.
@@ -73,33 +74,4 @@ fn command(worker: &WorkerPlan, title: &str) -> String {
     let words: Vec<String> = worker.command.iter().map(|word| quoted(word)).collect();
     text.push_str(&format!("  {}\n", words.join(" ")));
     text
-}
-
-/// A word as a POSIX shell reads it back.
-fn quoted(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=,@%+".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        word.to_owned()
-    } else {
-        format!("'{}'", word.replace('\'', r"'\''"))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_survive_a_shell() {
-        let cases = [
-            ("--port", "--port"),
-            ("", "''"),
-            ("a b", "'a b'"),
-            (r#"{"a":1}"#, r#"'{"a":1}'"#),
-            ("it's", r"'it'\''s'"),
-        ];
-        for (word, want) in cases {
-            assert_eq!(quoted(word), want);
-        }
-    }
 }

@@ -215,7 +215,6 @@ fn emit(event: &Value) {
     line(&event.to_string());
 }
 
-/// What became of a worker, behind its name.
 /// Why a worker failed, in one line.
 pub(super) fn why(failure: &Failure) -> String {
     let cause = cause_text(&failure.cause);
@@ -225,6 +224,7 @@ pub(super) fn why(failure: &Failure) -> String {
     }
 }
 
+/// What became of a worker, behind its name.
 fn cause_text(cause: &Cause) -> String {
     match cause {
         Cause::Exited { exit, was_ready: true } => exit.to_string(),

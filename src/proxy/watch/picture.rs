@@ -18,7 +18,7 @@ use super::hint::{Hint, PoolLoad, Steady, hint};
 use super::seen::{Clock, Known};
 use crate::control::{LinkTraffic, Role};
 
-/// Pictures of the past that a viewer is shown: five minutes, where `proxy.watch_interval_s` is 1.
+/// Pictures of the past that a viewer is shown: five minutes, where `telemetry.watch_interval_s` is 1.
 const PAST_MAX: usize = 300;
 /// Pictures that a pool's load is the average of.
 const LOAD_OVER: usize = 30;
