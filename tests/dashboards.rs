@@ -1,13 +1,15 @@
 //! The dashboards in `configs/` ask for metrics that a run really has: held against a live fleet of reference engines.
 
+#[path = "support/launch.rs"]
+mod launch;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use launch::{PATIENCE, Up};
 use serde_json::{Value, json};
 
-const PATIENCE: Duration = Duration::from_secs(60);
 /// Words of PromQL in the queries of ours that are no metrics.
 const WORDS: &[&str] = &["sum", "by", "rate", "histogram_quantile", "max", "min", "increase", "clamp_min"];
 
@@ -56,44 +58,22 @@ fn samples(pages: &[String]) -> BTreeMap<String, BTreeSet<String>> {
     found
 }
 
-/// A fleet that ends with the test.
-struct Fleet(Child);
-
-impl Drop for Fleet {
-    fn drop(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.0);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        let _ = self.0.wait();
-    }
-}
-
 /// The fleet, its front, and the addresses of its workers.
-fn up(logs: &std::path::Path) -> (Fleet, String, Vec<String>) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pdlink"))
+fn up(logs: &std::path::Path) -> (Up, String, Vec<String>) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pdlink"));
+    command
         .args(["up", "@", "configs/debug/local.toml", "--json", "--telemetry.watch_interval_s", "0.2"])
         .args(["--launcher.log_dir", logs.to_str().expect("UTF-8")])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .env_remove("PDLINK_SECRET_FILE")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("starts");
-    let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-    let fleet = Fleet(child);
-    let mut workers = Vec::new();
-    for line in lines.map_while(Result::ok) {
-        let Ok(event) = serde_json::from_str::<Value>(&line) else { continue };
-        if event["event"] == "plan" {
-            let plan = event["plan"]["workers"].as_array().expect("workers");
-            workers = plan.iter().map(|worker| worker["url"].as_str().expect("a URL").to_owned()).collect();
-        }
-        if event["event"] == "ready" {
-            let base = event["base_url"].as_str().expect("a URL").trim_end_matches("/v1").to_owned();
-            return (fleet, base, workers);
-        }
-    }
-    panic!("the fleet ended before it was ready");
+        .stdin(Stdio::null());
+    let mut fleet = Up::start(&mut command);
+    let plan = fleet.event("plan");
+    let workers = plan["plan"]["workers"].as_array().expect("workers").iter();
+    let workers = workers.map(|worker| worker["url"].as_str().expect("a URL").to_owned()).collect();
+    let ready = fleet.event("ready");
+    let base = ready["base_url"].as_str().expect("a URL").trim_end_matches("/v1").to_owned();
+    (fleet, base, workers)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,22 +1,22 @@
 //! The whole of it, as a newcomer runs it: one file, prefill and decode workers, the proxy, real processes.
 
+#[path = "support/launch.rs"]
+mod launch;
 #[path = "support/nixl.rs"]
 mod nixl_library;
 
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use launch::{PATIENCE, Up};
 use reqwest::{Client, Response};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A `pdlink` process of ours; it gets SIGTERM at the end of the test, and what it started ends with it.
+/// A `pdlink` process of ours, which does not outlive the test.
 struct Pdlink {
-    child: Child,
-    lines: std::io::Lines<BufReader<ChildStdout>>,
+    process: Up,
     _logs: tempfile::TempDir,
 }
 
@@ -25,15 +25,8 @@ impl Pdlink {
         let logs = tempfile::tempdir().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_pdlink"));
         command.args(args).current_dir(env!("CARGO_MANIFEST_DIR")).env_remove("PDLINK_SECRET_FILE");
-        let mut child = command
-            .args(["--launcher.log_dir", logs.path().to_str().unwrap()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Self { child, lines, _logs: logs }
+        command.args(["--launcher.log_dir", logs.path().to_str().unwrap()]).stdin(Stdio::null());
+        Self { process: Up::start(&mut command), _logs: logs }
     }
 
     /// `pdlink up` with a configuration of ours; the address of its front.
@@ -43,31 +36,15 @@ impl Pdlink {
 
     fn up_with(config: &str, overrides: &[&str]) -> (Self, String) {
         let mut up = Self::start(&[&["up", "@", config, "--json"], overrides].concat());
-        let ready = up.lines.by_ref().map_while(Result::ok).find(|line| line.contains("\"event\":\"ready\""));
-        let ready: Value = serde_json::from_str(&ready.expect("`pdlink up` ended before it was ready")).unwrap();
+        let ready = up.process.event("ready");
         let address = ready["base_url"].as_str().unwrap().trim_end_matches("/v1").to_owned();
         (up, address)
     }
 
-    /// SIGTERM, then the status.
-    fn stop(mut self) -> bool {
-        self.terminate();
-        self.child.wait().unwrap().success()
-    }
-
-    fn terminate(&self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    }
-}
-
-/// Also where a test fails: what it started does not outlive it.
-impl Drop for Pdlink {
-    fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
-            self.terminate();
-            let _ = self.child.wait();
-        }
+    /// SIGTERM, then whether it ended well.
+    fn stop(self) -> bool {
+        self.process.signal(Signal::TERM);
+        self.process.ended().0.success()
     }
 }
 

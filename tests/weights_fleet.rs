@@ -2,27 +2,27 @@
 
 #[path = "support/checkpoints.rs"]
 mod checkpoints;
+#[path = "support/launch.rs"]
+mod launch;
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use launch::{PATIENCE, Up};
 use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-const PATIENCE: Duration = Duration::from_secs(60);
 const PROMPTS: usize = 8;
 const TOKENS: usize = 24;
 
-/// `pdlink up` with the reference engine; it gets SIGTERM at the end of the test, and what it started ends with it.
+/// `pdlink up` with the reference engine; it does not outlive the test.
 struct Fleet {
-    child: Child,
-    _lines: std::io::Lines<BufReader<ChildStdout>>,
+    _up: Up,
     address: String,
     client: Client,
     folder: tempfile::TempDir,
@@ -35,24 +35,19 @@ impl Fleet {
         pdlink::security::Secret::generate().unwrap().write_file(&secret).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_pdlink"));
         let logs = folder.path().join("logs");
-        let mut child = command
+        command
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .args(["up", "@", "configs/debug/local.toml", "--json", "--pd_disagg.prefill_gpu_ids", prefill])
             .args(["--pd_disagg.decode_gpu_ids", "[9]", "--proxy.health_interval_s", "0.2"])
             .args(["--inference.reference.decode_us_per_token", "1500", "--weights.bucket_bytes", "65536"])
             .args(["--security.secret_file", secret.to_str().unwrap(), "--launcher.log_dir", logs.to_str().unwrap()])
             .args(settings)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let ready = lines.by_ref().map_while(Result::ok).find(|line| line.contains("\"event\":\"ready\""));
-        let ready: Value = serde_json::from_str(&ready.expect("`pdlink up` ended before it was ready")).unwrap();
+            .stdin(Stdio::null());
+        let mut up = Up::start(&mut command);
+        let ready = up.event("ready");
         let address = ready["base_url"].as_str().unwrap().trim_end_matches("/v1").to_owned();
         let client = Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
-        Self { child, _lines: lines, address, client, folder }
+        Self { _up: up, address, client, folder }
     }
 
     /// A checkpoint of this seed, on disk.
@@ -107,16 +102,6 @@ impl Fleet {
     async fn versions(&self) -> Vec<u64> {
         let status = self.get("/admin/weights").await;
         status["workers"].as_array().unwrap().iter().map(|worker| worker["version"].as_u64().unwrap_or(999)).collect()
-    }
-}
-
-impl Drop for Fleet {
-    fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
-            let pid = rustix::process::Pid::from_child(&self.child);
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-            let _ = self.child.wait();
-        }
     }
 }
 

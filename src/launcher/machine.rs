@@ -1,38 +1,24 @@
 //! What this machine has: GPUs, cores, the model's folder. Each look may find nothing and says so, without failing.
 
 use std::path::Path;
-use std::process::Stdio;
-use std::time::Duration;
 
-use tokio::process::Command;
-
+use super::nvidia_smi;
 use crate::topology::host::{Gpus, Host, ModelFault};
-
-/// How long `nvidia-smi` may take: it wakes a driver that sleeps.
-const SMI_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Looks at this machine, for a model of this name.
 pub async fn look(model: &str) -> Host {
     Host { gpus: gpus().await, cores: cores(), model_fault: model_fault(model) }
 }
 
-/// `nvidia-smi` counts as the driver does for this process; the device files are what is left where it is not installed.
+/// The device files are what is left where `nvidia-smi` is not installed.
 async fn gpus() -> Gpus {
-    let listed = Command::new("nvidia-smi").arg("-L").stdin(Stdio::null()).kill_on_drop(true).output();
-    if let Ok(Ok(output)) = tokio::time::timeout(SMI_TIMEOUT, listed).await
-        && output.status.success()
-    {
-        return Gpus::Count(count_listed(&String::from_utf8_lossy(&output.stdout)));
+    if let Some(listed) = nvidia_smi::gpus().await {
+        return Gpus::Count(u32::try_from(listed.len()).unwrap_or(u32::MAX));
     }
     match count_device_files(Path::new("/dev")) {
         0 => Gpus::Unknown,
         count => Gpus::Count(count),
     }
-}
-
-/// Lines `GPU 0: NAME (UUID: …)`; those of their parts are indented.
-fn count_listed(text: &str) -> u32 {
-    u32::try_from(text.lines().filter(|line| line.starts_with("GPU ")).count()).unwrap_or(u32::MAX)
 }
 
 /// `/dev/nvidia0` and so on; a container has only those it was given.
@@ -87,8 +73,6 @@ mod tests {
 
     #[test]
     fn gpus_are_counted_from_what_is_there() {
-        let listed = "GPU 0: NVIDIA H200 (UUID: GPU-1)\n  MIG 1g.18gb Device 0: (UUID: MIG-1)\nGPU 1: NVIDIA H200 (UUID: GPU-2)\n";
-        assert_eq!((count_listed(listed), count_listed("No devices found.\n")), (2, 0));
         let folder = tempfile::tempdir().expect("folder");
         for name in ["nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm", "null"] {
             std::fs::write(folder.path().join(name), "").expect("write");

@@ -15,6 +15,7 @@ pub mod logs;
 pub mod machine;
 pub mod metrics;
 pub mod nodes;
+mod nvidia_smi;
 pub mod ports;
 pub mod probe;
 pub mod run_dir;

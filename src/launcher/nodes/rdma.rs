@@ -5,16 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::Duration;
 
-use tokio::process::Command;
+use crate::launcher::nvidia_smi;
 
 const CLASS: &str = "sys/class/infiniband";
 const PCI: &str = "sys/bus/pci/devices";
-
-/// How long `nvidia-smi` may take: it wakes a driver that sleeps.
-const SMI_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// One port of one RDMA device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,29 +62,11 @@ fn nearest(gpus: &BTreeMap<u32, Seat>, ports: &[RdmaPort]) -> BTreeMap<u32, Vec<
     gpus.iter().filter_map(|(id, gpu)| Some((*id, of_gpu(gpu)?))).collect()
 }
 
-/// Places of the GPUs by their numbers, which `nvidia-smi` counts in the order of their PCI addresses.
+/// Places of the GPUs by their numbers.
 async fn gpus(root: &Path) -> BTreeMap<u32, Seat> {
-    let asked = Command::new("nvidia-smi")
-        .args(["--query-gpu=index,pci.bus_id", "--format=csv,noheader"])
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let listed = match tokio::time::timeout(SMI_TIMEOUT, asked).await {
-        Ok(Ok(output)) if output.status.success() => parse(&String::from_utf8_lossy(&output.stdout)),
-        _ => in_proc(&names(&root.join("proc/driver/nvidia/gpus"))),
-    };
+    let in_proc = || in_proc(&names(&root.join("proc/driver/nvidia/gpus")));
+    let listed = nvidia_smi::gpus().await.unwrap_or_else(in_proc);
     listed.into_iter().filter_map(|(id, address)| Some((id, seat(&root.join(PCI).join(address))?))).collect()
-}
-
-/// Lines `0, 00000000:3B:00.0`; sysfs writes the address in small letters, with a domain of four digits.
-fn parse(text: &str) -> Vec<(u32, String)> {
-    let line = |line: &str| {
-        let (id, address) = line.split_once(',')?;
-        let (domain, rest) = address.trim().split_once(':')?;
-        let domain = u32::from_str_radix(domain, 16).ok()?;
-        Some((id.trim().parse().ok()?, format!("{domain:04x}:{}", rest.to_lowercase())))
-    };
-    text.lines().filter_map(line).collect()
 }
 
 /// The driver's folders are named by address.
@@ -178,8 +155,8 @@ mod tests {
         for (device, state) in [("mlx5_0", "4: ACTIVE\n"), ("mlx5_1", "4: ACTIVE\n"), ("mlx5_2", "1: DOWN\n")] {
             port(root, device, state);
         }
-        let listed = "0, 00000000:3B:00.0\n1, 00000000:5E:00.0\n2, 00000000:AF:00.0\nno line\n";
-        let gpus = parse(listed).into_iter().map(|(id, at)| (id, seat(&root.join(PCI).join(at)).expect("a place")));
+        let listed = [(0, "0000:3b:00.0"), (1, "0000:5e:00.0"), (2, "0000:af:00.0")];
+        let gpus = listed.map(|(id, at)| (id, seat(&root.join(PCI).join(at)).expect("a place"))).into_iter();
         let near = nearest(&gpus.collect(), &ports(root));
         assert_eq!(near[&0], ["mlx5_0:1"], "behind one switch; the other port there is down");
         assert_eq!((&near[&1], &near[&2]), (&vec!["mlx5_0:1".to_owned()], &vec!["mlx5_1:1".to_owned()]), "one node");
