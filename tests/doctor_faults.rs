@@ -106,6 +106,7 @@ fn a_node_is_asked_for_its_own_share_and_for_the_way_to_the_others() {
     both.assert("machine", "ports", "ok", &["free on 10.9.0.2"]);
     both.assert("configuration", "plan", "ok", &["prefill_0, prefill_1, decode_0, decode_1"]);
     let lost = of(r#"["10.9.0.2", "no-such-host.invalid"]"#, &["--node", "0"]);
+    lost.assert("machine", "ports", "ok", &["14570"]);
     lost.assert("machine", "host-names", "fail", &["node 1", "no-such-host.invalid", "hosts.nodes[1].address"]);
     let foreign = of(r#"["10.9.0.1", "10.9.0.2"]"#, &["--node", "0"]);
     foreign.assert("machine", "host-names", "fail", &["workers cannot listen", "10.9.0.1"]);

@@ -187,8 +187,7 @@ impl Config {
 
     /// The class that `[inference.vllm]` adds to vLLM's workers.
     pub fn worker_extension(&self, role: Role) -> Option<Value> {
-        let args = self.inference.vllm.args(role);
-        args.into_iter().find(|(name, _)| name.replace('-', "_") == WORKER_EXTENSION).map(|(_, class)| class)
+        self.inference.vllm.arg(role, WORKER_EXTENSION)
     }
 
     /// How weights reach the workers, wherever PRIME-RL's file says so.

@@ -38,4 +38,9 @@ impl VllmConfig {
         args.extend(own.iter().map(|(name, value)| (name.clone(), value.clone())));
         args
     }
+
+    /// One of them, by its name with underscores, however it is written.
+    pub fn arg(&self, role: Role, name: &str) -> Option<Value> {
+        self.args(role).into_iter().find(|(own, _)| own.replace('-', "_") == name).map(|(_, value)| value)
+    }
 }

@@ -109,11 +109,7 @@ fn ends(setting: &Setting, path: Path) -> Result<Ends, Box<Answer>> {
 
 /// The first GPU of decode and of prefill. Where this host has one role alone, two of its GPUs.
 fn pair(setting: &Setting) -> [i32; 2] {
-    let ids = |role: Role| {
-        let ids = setting.gpu_ids(role);
-        ids.into_iter().filter_map(|id| i32::try_from(id).ok()).collect::<Vec<_>>()
-    };
-    let (prefill, decode) = (ids(Role::Prefill), ids(Role::Decode));
+    let (prefill, decode) = (setting.ordinals(Role::Prefill), setting.ordinals(Role::Decode));
     let own = [decode.as_slice(), prefill.as_slice()].concat();
     let ours = own.first().copied().unwrap_or(0);
     let theirs = match prefill.first() {

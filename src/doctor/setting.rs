@@ -78,6 +78,7 @@ impl Setting {
             make_plan(config, vllm.as_ref(), &host, own, &mut listed)
         };
         let plan = config.map(make).transpose()?;
+        ports.extend(config.zip(place.as_ref().ok()).and_then(|(config, place)| of_nodes(config, place)));
         Ok(Self { loaded, vllm, host, place, survey, plan, ports, corrupts: None, target })
     }
 
@@ -154,8 +155,13 @@ impl Setting {
         }
     }
 
+    /// The same, as CUDA counts them.
+    pub(super) fn ordinals(&self, role: Role) -> Vec<i32> {
+        self.gpu_ids(role).into_iter().filter_map(|id| i32::try_from(id).ok()).collect()
+    }
+
     /// Workers of a role on this host.
-    pub(super) fn workers(&self, role: Role) -> usize {
+    fn workers(&self, role: Role) -> usize {
         let tp = self.config().map_or(1, |config| config.tp(role).max(1));
         self.gpu_ids(role).len() / usize::try_from(tp).unwrap_or(1)
     }
@@ -214,6 +220,14 @@ async fn find_place(config: Option<&Config>, node: Option<usize>) -> Result<Plac
         Some(error) => Err(format!("node {}: {error}", site.place.node)),
         None => Ok(site.place),
     }
+}
+
+/// Where node 0 hears the others.
+fn of_nodes(config: &Config, place: &Place) -> Option<Wish> {
+    let hosts = Some(&config.hosts).filter(|hosts| hosts.has_several() && place.node == 0)?;
+    let (purpose, key) = ("control connection of the nodes".to_owned(), "hosts.port".to_owned());
+    let host = hosts.address(0).unwrap_or_default().to_owned();
+    Some(Wish { purpose, key, host, base: hosts.port, count: 1, search: false })
 }
 
 /// Writes down what is wished for on this host, and gives it without looking.

@@ -1,9 +1,9 @@
-//! How GPUs are wired to one another and to the host, and how much of their memory is free, as NVIDIA's management library tells. It sees all GPUs of the machine or
-//! container, whatever `CUDA_VISIBLE_DEVICES` leaves, in the order of the bus.
+//! How GPUs are wired to one another and to the host, and how much of their memory is free, as NVIDIA's management library tells.
+//! It sees all GPUs of the machine or container, whatever `CUDA_VISIBLE_DEVICES` leaves, in the order of the bus.
 #![forbid(unsafe_code)]
 
-use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::{Device as NvmlDevice, Nvml};
 
 /// More than any GPU has.
 const NVLINKS_MAX: u32 = 36;
@@ -24,13 +24,15 @@ pub struct Wires {
 
 /// Asks the library. An error where there is none.
 pub fn wires() -> Result<Vec<Wires>, String> {
-    let nvml = Nvml::init().map_err(failed)?;
-    let count = nvml.device_count().map_err(failed)?;
-    (0..count).map(|number| of(&nvml, number).map_err(failed)).collect()
+    of_each(|gpu| of(&gpu))
 }
 
-fn failed(error: NvmlError) -> String {
-    format!("NVIDIA's management library cannot be used: {error}")
+fn of_each<T>(ask: impl Fn(NvmlDevice<'_>) -> Result<T, NvmlError>) -> Result<Vec<T>, String> {
+    let all = || -> Result<Vec<T>, NvmlError> {
+        let nvml = Nvml::init()?;
+        (0..nvml.device_count()?).map(|number| ask(nvml.device_by_index(number)?)).collect()
+    };
+    all().map_err(|error| format!("NVIDIA's management library cannot be used: {error}"))
 }
 
 /// One GPU's memory, whoever uses it.
@@ -42,16 +44,10 @@ pub struct Room {
 
 /// Asks the library. An error where there is none.
 pub fn rooms() -> Result<Vec<Room>, String> {
-    let nvml = Nvml::init().map_err(failed)?;
-    let room = |number| {
-        let memory = nvml.device_by_index(number)?.memory_info()?;
-        Ok(Room { bytes: memory.total, free_bytes: memory.free })
-    };
-    (0..nvml.device_count().map_err(failed)?).map(|number| room(number).map_err(failed)).collect()
+    of_each(|gpu| gpu.memory_info().map(|memory| Room { bytes: memory.total, free_bytes: memory.free }))
 }
 
-fn of(nvml: &Nvml, number: u32) -> Result<Wires, NvmlError> {
-    let gpu = nvml.device_by_index(number)?;
+fn of(gpu: &NvmlDevice<'_>) -> Result<Wires, NvmlError> {
     let width = gpu.current_pcie_link_width().ok().zip(gpu.max_pcie_link_width().ok());
     // The first that does not exist is answered with an error.
     let nvlinks = (0..NVLINKS_MAX).map_while(|link| gpu.link_wrapper_for(link).is_active().ok()).collect();

@@ -36,7 +36,7 @@ pub enum Life {
     Died {
         was_late: bool,
     },
-    /// Because it was asked to, or its node is gone.
+    /// Because it was asked to.
     Ended,
 }
 
@@ -75,9 +75,9 @@ impl LauncherMetrics {
         registry
     }
 
-    /// A worker serves that another launcher has known before this one.
-    pub fn serves(&self, worker: &str) {
-        self.ready.get_or_create(&WorkerLabels { worker: worker.to_owned() }).set(1);
+    /// Whether a worker of another node serves, as that node tells: it may have begun before this launcher did.
+    pub fn serves(&self, worker: &str, serves: bool) {
+        self.ready.get_or_create(&WorkerLabels { worker: worker.to_owned() }).set(i64::from(serves));
     }
 
     /// Counts what happened to a worker.

@@ -10,15 +10,24 @@ pub fn host_free_bytes(root: &Path) -> Option<u64> {
     Some(container(root).map_or(machine, |container| machine.min(container)))
 }
 
-/// `memory.max` less what is used, of version 2 or 1 of control groups. `None`: no limit.
+/// The limit less what is used, of version 2 or 1 of control groups. `None`: no limit.
 fn container(root: &Path) -> Option<u64> {
-    let read = |name: &str| {
-        let text = std::fs::read_to_string(root.join("sys/fs/cgroup").join(name)).ok()?;
-        text.trim().parse::<u64>().ok()
-    };
-    let limit = |max: &str, used: &str| Some(read(max)?.saturating_sub(read(used)?));
-    limit("memory.max", "memory.current")
-        .or_else(|| limit("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+    let group = root.join("sys/fs/cgroup");
+    free_of(&group, ["memory.max", "memory.current"], ["inactive_file ", "active_file "]).or_else(|| {
+        let names = ["memory.limit_in_bytes", "memory.usage_in_bytes"];
+        free_of(&group.join("memory"), names, ["total_inactive_file ", "total_active_file "])
+    })
+}
+
+/// What a group has read of files counts as used, and goes when the memory is wanted: a checkpoint that was loaded, above all.
+fn free_of(group: &Path, [limit, used]: [&str; 2], files: [&str; 2]) -> Option<u64> {
+    let read = |name: &str| std::fs::read_to_string(group.join(name)).ok();
+    let number = |text: &str| text.trim().parse::<u64>().ok();
+    let statistics = read("memory.stat").unwrap_or_default();
+    let of_file = |name: &&str| statistics.lines().find_map(|line| number(line.strip_prefix(name)?));
+    let cached: u64 = files.iter().filter_map(of_file).sum();
+    let taken = number(&read(used)?)?.saturating_sub(cached);
+    Some(number(&read(limit)?)?.saturating_sub(taken))
 }
 
 #[cfg(test)]
@@ -41,5 +50,7 @@ mod tests {
         assert_eq!(host_free_bytes(root.path()), Some(50 * 1024));
         write("sys/fs/cgroup/memory.max", "30000\n");
         assert_eq!(host_free_bytes(root.path()), Some(20_000));
+        write("sys/fs/cgroup/memory.stat", "anon 4000\nfile 6000\ninactive_file 3500\nactive_file 2500\n");
+        assert_eq!(host_free_bytes(root.path()), Some(26_000), "what files were read into is given back");
     }
 }

@@ -135,7 +135,7 @@ fn add_engine(args: &mut Args, config: &Config, role: Role) {
 
 /// On a CPU the share of memory is one of the whole host's, and every rank takes it: together they take what one would.
 fn share_memory(args: &mut Args, config: &Config, role: Role, ranks: u32) {
-    let sized = config.inference.vllm.args(role).keys().any(|name| name.replace('-', "_") == KV_CACHE_BYTES)
+    let sized = config.inference.vllm.arg(role, KV_CACHE_BYTES).is_some()
         || config.pd_disagg.env(role).is_some_and(|env| env.contains_key(CPU_KV_CACHE_SPACE));
     if !sized {
         let each = config.inference.gpu_memory_utilization / f64::from(ranks.max(1));

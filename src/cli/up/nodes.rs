@@ -171,21 +171,16 @@ impl Run<'_> {
     pub(super) fn tell_who_went_meanwhile(&self) {
         let Some(nodes) = &self.nodes else { return };
         for name in nodes.membership.waiting_for() {
-            self.tell_of(name, false);
+            self.tell_of(name, false, None);
         }
     }
 
-    fn tell_of(&self, name: &str, serves: bool) {
+    fn tell_of(&self, name: &str, serves: bool, why: Option<&str>) {
+        self.metrics.serves(name, serves);
         let worker = self.plan.workers.iter().find(|worker| worker.name() == name);
         if let (Some(front), Some(worker)) = (&self.front, worker) {
             front.tell(worker, serves);
-        }
-    }
-
-    fn tell_why(&self, name: &str, why: Option<&str>) {
-        let worker = self.plan.workers.iter().find(|worker| worker.name() == name);
-        if let (Some(front), Some(worker), Some(why)) = (&self.front, worker, why) {
-            front.tell_why(worker, why);
+            why.into_iter().for_each(|why| front.tell_why(worker, why));
         }
     }
 
@@ -208,18 +203,14 @@ impl Run<'_> {
             Action::TellDrained { line } => nodes.hub.tell(line, &Node0Says::Drained),
             Action::Seat(seat) => seat_in(&mut self.plan, &seat),
             Action::Up { worker } => {
-                self.metrics.serves(&worker);
-                self.tell_of(&worker, true);
+                self.tell_of(&worker, true, None);
                 if self.front.is_some() {
                     self.meet_again(worker.clone());
                 }
                 let event = json!({ "event": "worker_ready", "worker": worker });
                 self.stage.announce(&event, &format!("  {worker} serves"));
             }
-            Action::Down { worker, why } => {
-                self.tell_of(&worker, false);
-                self.tell_why(&worker, why.as_deref());
-            }
+            Action::Down { worker, why } => self.tell_of(&worker, false, why.as_deref()),
             Action::Count { worker, life } => self.metrics.happened(&worker, &life),
             Action::Drain { rank } => self.let_leave(rank),
             Action::Say(Said { event, rank, text, warns }) => {

@@ -92,8 +92,7 @@ fn overlap(bench: &mut Bench<'_>, prefill: &str, decode: &str) {
 fn both_take_more_than_there_is(bench: &Bench<'_>) -> bool {
     let inference = &bench.config.inference;
     let says_otherwise = |role| {
-        let args = inference.vllm.args(role);
-        ["gpu_memory_utilization", "kv_cache_memory_bytes"].iter().any(|name| args.contains_key(*name))
+        ["gpu_memory_utilization", "kv_cache_memory_bytes"].iter().any(|name| inference.vllm.arg(role, name).is_some())
     };
     let on_gpu = inference.engine == EngineKind::Vllm;
     let said = says_otherwise(Role::Prefill) || says_otherwise(Role::Decode);

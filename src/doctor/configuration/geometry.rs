@@ -93,8 +93,7 @@ fn of_role(config: &Config, role: Role, model: &Value, on_cpu: bool) -> Option<G
     {
         return None;
     }
-    let args = config.inference.vllm.args(role);
-    let arg = |name: &str| args.iter().find(|(own, _)| own.replace('-', "_") == name).map(|(_, value)| value.clone());
+    let arg = |name: &str| config.inference.vllm.arg(role, name);
     let said = |name: &str| arg(name).and_then(|value| value.as_str().map(str::to_owned)).filter(|text| text != "auto");
     let own = text.get("torch_dtype").or_else(|| text.get("dtype")).and_then(Value::as_str).unwrap_or("bfloat16");
     let configured = Some(config.inference.model.dtype.name().to_owned()).filter(|name| name != "auto");

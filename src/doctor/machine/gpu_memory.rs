@@ -17,6 +17,8 @@ struct Wish {
     /// Of its memory, for all of them and for the greediest.
     share: f64,
     share_max: f64,
+    /// Whether a KV cache was given its size: then vLLM does not fill its share, and what it leaves is not known.
+    is_sized: bool,
     /// Beside vLLM's share.
     staging_bytes: u64,
 }
@@ -37,20 +39,17 @@ pub(super) fn check(setting: &Setting) -> Answer {
 fn wishes(setting: &Setting, config: &Config) -> BTreeMap<u32, Wish> {
     let mut wishes: BTreeMap<u32, Wish> = BTreeMap::new();
     for role in config.roles() {
-        let share = config
-            .inference
-            .vllm
-            .args(*role)
-            .iter()
-            .find(|(name, _)| name.replace('-', "_") == "gpu_memory_utilization")
-            .and_then(|(_, value)| value.as_f64())
-            .unwrap_or(config.inference.gpu_memory_utilization);
+        let vllm = &config.inference.vllm;
+        let said = vllm.arg(*role, "gpu_memory_utilization").and_then(|share| share.as_f64());
+        let share = said.unwrap_or(config.inference.gpu_memory_utilization);
+        let is_sized = vllm.arg(*role, "kv_cache_memory_bytes").is_some();
         let staging_bytes = for_kv(setting, config).saturating_add(for_weights(config, *role));
         for gpu in setting.gpu_ids(*role) {
             let wish = wishes.entry(gpu).or_default();
             wish.ranks += 1;
             wish.share += share;
             wish.share_max = wish.share_max.max(share);
+            wish.is_sized |= is_sized;
             wish.staging_bytes = wish.staging_bytes.saturating_add(staging_bytes);
         }
     }
@@ -112,6 +111,9 @@ fn judge(rooms: &[Room], wishes: &BTreeMap<u32, Wish>, runs: bool) -> Answer {
                 gib(first)
             ));
         }
+        if wish.is_sized {
+            continue;
+        }
         if wish.share > 1.0 {
             tight.push(format!("the ranks on GPU {gpu} want {:.0} % of it", wish.share * 100.0));
         } else if rest < wish.staging_bytes {
@@ -144,7 +146,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn wish(ranks: u32, share: f64, staging_bytes: u64) -> BTreeMap<u32, Wish> {
-        [(0, Wish { ranks, share, share_max: share / f64::from(ranks), staging_bytes })].into()
+        [(0, Wish { ranks, share, share_max: share / f64::from(ranks), staging_bytes, ..Wish::default() })].into()
     }
 
     #[test]
@@ -164,7 +166,10 @@ mod tests {
             (tight.result, tight.seen.as_str()),
             (Verdict::Warn, "GPU 0 has 819 MiB left for 1.0 GiB of staging")
         );
-        assert_eq!(judge(&room(80), &wish(2, 1.8, 0), false).result, Verdict::Warn);
+        let mut greedy = wish(2, 1.8, 0);
+        assert_eq!(judge(&room(80), &greedy, false).result, Verdict::Warn);
+        greedy.values_mut().for_each(|wish| wish.is_sized = true);
+        assert_eq!(judge(&room(80), &greedy, false).result, Verdict::Ok);
         assert_eq!(judge(&[], &wish(1, 0.9, 0), false).result, Verdict::Skipped);
     }
 

@@ -51,17 +51,12 @@ pub(super) fn peers(setting: &Setting) -> Answer {
 
 /// Prefill's GPUs and decode's, both ways; without a configuration all.
 fn wanted(setting: &Setting) -> impl Fn(&Pair) -> bool + use<> {
-    let ids = |role: Role| {
-        let has_pairs = setting.config().is_some_and(|config| config.pd_disagg.enabled);
-        has_pairs.then(|| setting.gpu_ids(role).into_iter().filter_map(|id| i32::try_from(id).ok()).collect::<Vec<_>>())
-    };
-    let (prefill, decode) = (ids(Role::Prefill), ids(Role::Decode));
-    move |pair| match (&prefill, &decode) {
-        (Some(prefill), Some(decode)) => {
-            (prefill.contains(&pair.from) && decode.contains(&pair.to))
-                || (decode.contains(&pair.from) && prefill.contains(&pair.to))
-        }
-        _ => true,
+    let has_pairs = setting.config().is_some_and(|config| config.pd_disagg.enabled);
+    let (prefill, decode) = (setting.ordinals(Role::Prefill), setting.ordinals(Role::Decode));
+    move |pair| {
+        !has_pairs
+            || (prefill.contains(&pair.from) && decode.contains(&pair.to))
+            || (decode.contains(&pair.from) && prefill.contains(&pair.to))
     }
 }
 

@@ -357,10 +357,9 @@ impl Membership {
         let Some(node) = self.nodes.get_mut(&rank) else { return Vec::new() };
         let serving = node.workers.iter_mut().filter(|(_, serves)| **serves);
         serving
-            .flat_map(|(name, serves)| {
+            .map(|(name, serves)| {
                 *serves = false;
-                let worker = name.clone();
-                [Action::Count { worker: worker.clone(), life: Life::Ended }, Action::Down { worker, why: None }]
+                Action::Down { worker: name.clone(), why: None }
             })
             .collect()
     }

@@ -162,7 +162,9 @@ impl Asking {
             self.noted = (traffic.status.incarnation, BTreeMap::new());
         }
         for failure in &traffic.failures {
-            if self.noted.1.get(&failure.rank).is_none_or(|last| failure.number > *last) {
+            let last = self.noted.1.entry(failure.rank).or_default();
+            if failure.number > *last {
+                *last = failure.number;
                 let id: String = failure.transfer_id.chars().take(ID_CHARS).collect();
                 let cause = match failure.cause.contains(&id) {
                     true => failure.cause.clone(),
@@ -171,10 +173,6 @@ impl Asking {
                 let failures = &self.lane.shared.watch.failures;
                 failures.note_at(failure.at_unix_ms, What::Transfer, Some(self.number), &cause);
             }
-        }
-        for failure in &traffic.failures {
-            let last = self.noted.1.entry(failure.rank).or_default();
-            *last = failure.number.max(*last);
         }
     }
 

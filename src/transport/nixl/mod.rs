@@ -43,10 +43,10 @@ use super::{
     TransportError,
 };
 use crate::config::{NixlConfig, Path};
-pub use staging::GPU_STAGING_MB;
-
 use crate::ffi::nixl::MemoryType;
 use crate::memory::{Device, Region};
+
+pub use staging::GPU_STAGING_MB;
 
 /// Most runs of one request to NIXL.
 const REQUEST_RUNS_MAX: usize = 1024;
