@@ -19,11 +19,16 @@ def __getattr__(name):
     stand_in()
     import torch
     from pdlink.vllm.weights import WeightsExtension, load
+    from vllm.model_executor.layers import utils
+
+    def as_on_a_gpu(layer, remove_weight):
+        """What reads weights where they were loaded, and not from a packed copy."""
+        layer.cpu_linear = torch.nn.functional.linear
 
     def bytes_of(memory):
         held = (ctypes.c_uint8 * memory.bytes).from_address(memory.address)
         held.memory = memory
         return torch.frombuffer(held, dtype=torch.uint8)
 
-    load.bytes_of = bytes_of
+    load.bytes_of, utils.dispatch_cpu_unquantized_gemm = bytes_of, as_on_a_gpu
     return type(name, (WeightsExtension,), {})

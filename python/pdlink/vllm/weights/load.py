@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from vllm.logger import init_logger
 
 from ... import _native
 from ...trainer.publisher import DTYPES
+from .plan import NoPlan, Plan, learn
 
 logger = init_logger("vllm.pdlink.weights")
 
@@ -18,24 +20,74 @@ logger = init_logger("vllm.pdlink.weights")
 TYPES = {told: getattr(torch, name) for name, told in DTYPES.items() if hasattr(torch, name)}
 
 
+# What was learnt of each model: how to load it, or that vLLM has to.
+_learnt: WeakKeyDictionary[torch.nn.Module, Plan | None] = WeakKeyDictionary()
+# What vLLM sets back after a reload, in the versions that have it.
+AFTERWARDS = ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache")
+
+
 def load(worker: Any, weights: _native.Order | None) -> None:
     """Loads all of a commit's tensors, by the names that checkpoints have, into `worker`'s model: what the kernels read stays
     where it is. `None`, or a commit without bytes: what the worker was started with, from where it came. Raises if anything is
     amiss; then the model is a mixture."""
-    from vllm.config import set_current_vllm_config
-
-    # vLLM makes a layer's new parameters on whatever device is current, and some layers look at the configuration.
-    with torch.device(worker.device), set_current_vllm_config(worker.vllm_config):
-        _load(worker, weights)
+    if weights is None or weights.memory() is None:
+        _by_vllm(worker, None)
+    elif weights.streams:
+        _by_vllm(worker, arriving(worker, weights))
+    else:
+        _staged(worker, list(views(weights)))
     if worker.device.type == "cuda":
         # Whoever gave the memory may take it back from here on.
         torch.cuda.synchronize(worker.device)
 
 
-def _load(worker: Any, weights: _native.Order | None) -> None:
-    if weights is None or weights.memory() is None:
-        worker.reload_weights()
+def _staged(worker: Any, tensors: list[tuple[str, torch.Tensor]]) -> None:
+    """By plain copies where that was seen to be the same, else vLLM's way."""
+    model = worker.model_runner.get_model()
+    described = tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors)
+    plan = _learnt.get(model)
+    if plan is not None and plan.fits(described, model):
+        plan.load(tensors)
+        for name in AFTERWARDS:
+            getattr(worker.model_runner, name, lambda: None)()
         return
+    _by_vllm(worker, tensors)
+    if plan is not None or model not in _learnt:
+        _learnt[model] = _learn(worker, model, described, tensors)
+
+
+def _learn(worker: Any, model: torch.nn.Module, described: Any, tensors: list[tuple[str, torch.Tensor]]) -> Plan | None:
+    try:
+        if worker.model_runner.model_config.quantization is not None:
+            raise NoPlan("it is quantised")
+        if getattr(worker.vllm_config.parallel_config, "enable_eplb", False):
+            raise NoPlan("its experts move")
+        plan = learn(model, model.load_weights, described)
+        differs = plan.differs(tensors)
+        if differs is not None:
+            raise NoPlan(f"`{differs}` is in the model otherwise than in the checkpoint")
+    except NoPlan as why:
+        logger.info("each update of this model takes vLLM's layer-wise reload: %s", why)
+        return None
+    except Exception:
+        logger.exception("each update of this model takes vLLM's layer-wise reload")
+        return None
+    logger.info("later updates of this model are plain copies")
+    return plan
+
+
+def _by_vllm(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]] | None) -> None:
+    from vllm.config import set_current_vllm_config
+
+    # vLLM makes a layer's new parameters on whatever device is current, and some layers look at the configuration.
+    with torch.device(worker.device), set_current_vllm_config(worker.vllm_config):
+        if tensors is None:
+            worker.reload_weights()
+        else:
+            _reload(worker, tensors)
+
+
+def _reload(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     model = worker.model_runner.get_model()
     # Layers that adapters are put round are called otherwise in checkpoints.
     wanted = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
@@ -50,8 +102,7 @@ def _load(worker: Any, weights: _native.Order | None) -> None:
     # vLLM itself only warns of parameters that no tensor was for. They would keep the old values.
     model.load_weights = load_weights
     try:
-        tensors = arriving(worker, weights) if weights.streams else views(weights)
-        worker.reload_weights(weights_iterator=tensors, is_checkpoint_format=True)
+        worker.reload_weights(weights_iterator=iter(tensors), is_checkpoint_format=True)
     except Exception:
         try:
             _abandon(worker, model)

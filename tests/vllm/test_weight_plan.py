@@ -1,0 +1,179 @@
+"""Plain copies instead of a reload: learnt where a model's loader just copies, and only there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pdlink.vllm.weights import load
+from pdlink.vllm.weights.plan import NoPlan, learn
+from test_weight_orders import Staged, Worker
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Fused(torch.nn.Module):
+    """As vLLM's models do: parts of one parameter, one rank's columns, rows beyond a vocabulary, and one bias for two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Parameter(torch.zeros(6, 4))
+        self.down = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16))
+        self.words = torch.nn.Parameter(torch.zeros(5, 2))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        for name, tensor in weights:
+            if name in "qkv":
+                rows = self.qkv.data.narrow(0, 2 * "qkv".index(name), 2)
+                rows.copy_(tensor)
+            elif name == "down":
+                self.down.data.copy_(tensor.narrow(1, 2, 2).to(self.down.device))
+            elif name == "words":
+                self.words.data[: len(tensor)].copy_(tensor)
+                self.words.data[len(tensor) :].fill_(0)
+        return {"qkv", "down", "words"}
+
+
+def made(seed: int) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"q": (2, 4), "k": (2, 4), "v": (2, 4), "down": (3, 4), "words": (4, 2), "rotary": (3,)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def described(tensors: Tensors) -> Any:
+    return tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+
+
+def parameters(model: torch.nn.Module) -> Tensors:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_plan_loads_what_the_models_own_loader_would() -> None:
+    model, first, second = Fused(), made(1), made(2)
+    model.load_weights(first.items())
+    before = parameters(model)
+    plan = learn(model, model.load_weights, described(first))
+    assert same(parameters(model), before), "learning changes nothing"
+    assert plan.differs(first.items()) is None and plan.differs(second.items()) == "q"
+    plan.load(second.items())
+    by_plan = parameters(model)
+    model.load_weights(second.items())
+    assert same(by_plan, parameters(model)) and not same(by_plan, before)
+
+
+def test_a_plan_is_for_tensors_and_parameters_as_they_were() -> None:
+    model, tensors = Fused(), made(1)
+    plan = learn(model, model.load_weights, described(tensors))
+    assert plan.fits(described(tensors), model)
+    assert not plan.fits(described({**tensors, "q": torch.zeros(2, 4, dtype=torch.float64)}), model)
+    model.qkv = torch.nn.Parameter(torch.zeros(6, 4))
+    assert not plan.fits(described(tensors), model), "a parameter lies elsewhere"
+
+
+class Computing(Fused):
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights((name, tensor.exp() if name == "k" else tensor) for name, tensor in weights)
+
+
+class Converting(Fused):
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights((name, tensor.to(torch.bfloat16)) for name, tensor in weights)
+
+
+class Looking(Fused):
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights((name, tensor) for name, tensor in weights if float(tensor.sum()) != 0)
+
+
+class Scaling(Fused):
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = super().load_weights(weights)
+        self.qkv.data.mul_(2)
+        return loaded
+
+
+class Leaving(Fused):
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights((name, tensor) for name, tensor in weights if name != "v")
+
+
+class Absorbing(Fused):
+    def __init__(self) -> None:
+        super().__init__()
+        self.absorbed = torch.zeros(4, 4)
+
+
+@pytest.mark.parametrize(
+    "kind, why",
+    [
+        (Computing, "does more than copy: aten.exp"),
+        (Converting, "does more than copy: aten._to_copy"),
+        (Looking, "does more than copy: aten.sum"),
+        (Scaling, "does more than copy: aten.mul_"),
+        (Leaving, "16 of the 24 elements of `qkv`"),
+        (Absorbing, "keeps `.absorbed`"),
+    ],
+)
+def test_a_model_that_does_more_has_no_plan_and_stays_as_it_was(kind: type[Fused], why: str) -> None:
+    model = kind()
+    before = parameters(model)
+    with pytest.raises(NoPlan, match=why):
+        learn(model, model.load_weights, described(made(1)))
+    assert same(parameters(model), before)
+
+
+class Fusing(Worker):
+    """Counts what goes vLLM's way; `after` is what it does with a layer once its weights are there."""
+
+    def __init__(self, after: Any = None) -> None:
+        super().__init__()
+        self.model = Fused()
+        self.reloads, self.reset = 0, 0
+        self.after = after
+        self.model_runner.reset_mm_cache = self.counted
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=False))
+
+    def counted(self) -> None:
+        self.reset += 1
+
+    def reload_weights(self, weights_iterator: Any = None, is_checkpoint_format: bool = True) -> None:
+        self.reloads += 1
+        super().reload_weights(weights_iterator, is_checkpoint_format)
+        if self.after is not None:
+            self.after(self.model)
+
+
+@pytest.fixture(autouse=True)
+def no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    import contextlib
+
+    monkeypatch.setattr("vllm.config.set_current_vllm_config", lambda config: contextlib.nullcontext())
+
+
+def test_the_first_update_goes_vllms_way_and_later_ones_are_copies() -> None:
+    worker = Fusing()
+    for seed in (1, 2, 3):
+        load.load(worker, Staged(made(seed)))
+        want = Fused()
+        want.load_weights(made(seed).items())
+        assert same(parameters(worker.model), parameters(want)), f"update {seed}"
+    assert (worker.reloads, worker.reset) == (1, 2)
+    # Another kind of checkpoint, and the one from before again: learnt anew.
+    load.load(worker, Staged({name: tensor for name, tensor in made(4).items() if name != "rotary"}))
+    load.load(worker, Staged(made(5)))
+    load.load(worker, Staged(made(6)))
+    assert worker.reloads == 3
+
+
+def test_a_model_whose_layers_are_changed_after_loading_always_goes_vllms_way() -> None:
+    worker = Fusing(after=lambda model: model.qkv.data.copy_(model.qkv.data.flip(0)))
+    for seed in (1, 2):
+        load.load(worker, Staged(made(seed)))
+    assert worker.reloads == 2
