@@ -7,6 +7,9 @@ use std::ptr::NonNull;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
+/// How much is backed with memory in one call: nobody else in the process can map anything meanwhile.
+const POPULATED_BYTES: usize = 64 << 20;
+
 /// One shared mapping of a file. Nobody else unmaps or remaps these addresses while it lives.
 #[derive(Debug)]
 pub(super) struct Mapping {
@@ -30,24 +33,31 @@ impl Mapping {
 
     /// Asks for huge pages. Advice only: a kernel that gives none for shared memory is no error.
     pub(super) fn advise_huge_pages(&self) {
-        let _ = self.advise(Advice::LinuxHugepage);
+        let _ = self.advise(0, self.len, Advice::LinuxHugepage);
     }
 
     /// Backs every page with memory and enters it into the page table, so that no later copy takes a page fault.
     /// Kernels before 5.14 lack the advice; there the pages come at first touch, as without it.
     pub(super) fn populate(&self) -> io::Result<()> {
-        loop {
-            match self.advise(Advice::LinuxPopulateWrite) {
+        let mut start = 0;
+        while start < self.len {
+            let len = (self.len - start).min(POPULATED_BYTES);
+            match self.advise(start, len, Advice::LinuxPopulateWrite) {
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::INVAL) => return Ok(()),
-                done => return Ok(done?),
+                done => {
+                    done?;
+                    start += len;
+                }
             }
         }
+        Ok(())
     }
 
-    fn advise(&self, advice: Advice) -> rustix::io::Result<()> {
-        // SAFETY: the range is this mapping, whole, and neither advice used here changes what the bytes are.
-        unsafe { madvise(self.ptr.as_ptr().cast::<c_void>(), self.len, advice) }
+    fn advise(&self, start: usize, len: usize, advice: Advice) -> rustix::io::Result<()> {
+        let from = self.ptr.as_ptr().wrapping_add(start).cast::<c_void>();
+        // SAFETY: the range lies in this mapping, and neither advice used here changes what the bytes are.
+        unsafe { madvise(from, len, advice) }
     }
 }
 

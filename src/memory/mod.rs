@@ -5,6 +5,7 @@
 //! out a `&[u8]` or `&mut [u8]` over one: bytes are copied in, copied out, or read as words through a small buffer. What a
 //! torn read yields is for the layers above to judge (KV-3, KV-4).
 
+mod bounce;
 mod gpu;
 mod host_free;
 mod mapping;

@@ -56,6 +56,8 @@ pub enum AccessError {
     NotGpu,
     #[error("GPU memory: {0}")]
     Cuda(#[from] CudaError),
+    #[error("no host memory to copy through: {0}")]
+    NoMemory(String),
 }
 
 /// How a shared region is set up. The default gives memory page by page, at first touch.
@@ -81,7 +83,7 @@ pub enum Backing {
 
 /// What keeps the memory alive. Dropped with the region, never before.
 enum Owner {
-    Shared { _mapping: Mapping, fd: OwnedFd, device: u64, inode: u64, prefault: bool },
+    Shared { mapping: Mapping, fd: OwnedFd, device: u64, inode: u64, prefault: bool },
     Peer { _mapping: Mapping },
     Borrowed { _owner: Box<dyn Any + Send + Sync> },
     Device { device: Arc<Device>, _owner: Box<dyn Any + Send + Sync> },
@@ -132,7 +134,7 @@ impl Region {
         let stat = fstat(&fd)?;
         let ptr = mapping.ptr();
         let prefault = options.prefault;
-        let owner = Owner::Shared { _mapping: mapping, fd, device: stat.st_dev, inode: stat.st_ino, prefault };
+        let owner = Owner::Shared { mapping, fd, device: stat.st_dev, inode: stat.st_ino, prefault };
         Ok(Arc::new(Self::new(ptr, to_u64(len), owner)))
     }
 
@@ -198,6 +200,18 @@ impl Region {
         }
         let ptr = mapping.ptr();
         Ok(Arc::new(Self::new(ptr, len, Owner::Peer { _mapping: mapping })))
+    }
+
+    /// Backs a region of our own with memory now, not page by page at first touch.
+    pub fn populate(&self) -> io::Result<()> {
+        match &self.owner {
+            Owner::Shared { mapping, .. } => mapping.populate(),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn is_pinned(&self) -> bool {
+        self.pin.get().is_some()
     }
 
     /// Fixes host memory in place, all of it, so that `device` copies at the full speed of the bus. Memory of a GPU is fixed.
@@ -335,6 +349,8 @@ impl Region {
         match (self.device(), dst.device()) {
             // SAFETY: checked to lie in two regions that `device` can address: its own, and a peer's mapped for it.
             (Some(_), Some(device)) => Ok(unsafe { device.copy_within(from, to, count) }?),
+            (Some(device), None) if dst.takes_detour(len) => self.copy_in_parts(offset, dst, dst_offset, len, device),
+            (None, Some(device)) if self.takes_detour(len) => self.copy_in_parts(offset, dst, dst_offset, len, device),
             // SAFETY: checked to lie in a region of `device` and in one of this process.
             (Some(device), None) => Ok(unsafe { device.copy_out_beside(from, dst.at(dst_offset, len)?, count) }?),
             // SAFETY: as above.

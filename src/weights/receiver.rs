@@ -19,7 +19,7 @@ use super::source::Source;
 use super::stage::{Stage, StageError, StageProgress};
 use super::staged::Staged;
 use super::stream::{self, Stream};
-use crate::config::{InFlight, Staging};
+use crate::config::{InFlight, KvMemory, Staging};
 use crate::control::{
     AdminAnswer, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello, Sink, WeightSource,
     WeightsDoor, WeightsOffer, WeightsPhase, WeightsRequest, WeightsStatus,
@@ -350,6 +350,11 @@ impl Driver {
         let Some(region) = staged.region().filter(|_| is_kept && self.session.phase() == WeightsPhase::Serving) else {
             return;
         };
+        let kind = if region.device().is_some() { KvMemory::Gpu } else { KvMemory::Host };
+        if self.setup.paths.that_move(kind).is_empty() {
+            // They were not meant to.
+            return tracing::debug!("weights.paths has none by which other workers could have these weights");
+        }
         match Source::whole(self.session.version(), staged, &region, &self.setup.paths) {
             Ok((source, running)) => {
                 self.sources.spawn(running);

@@ -261,7 +261,10 @@ fn fits(bytes: u64, available: u64, memory: &'static str, mend: &'static str) ->
 fn on_host(bytes: u64, gpu: Option<&Arc<Device>>) -> Result<Arc<Region>, StageError> {
     let huge = RegionOptions { huge_pages: true, ..RegionOptions::default() };
     let region = Region::shared_with(to_usize(bytes), huge).map_err(|why| StageError::Memory { bytes, why })?;
-    if let Some(Err(error)) = gpu.map(|gpu| region.pin_for(gpu)) {
+    let Some(gpu) = gpu else { return Ok(region) };
+    // Before it is fixed: the driver would fetch it page by page, and keep the engine out meanwhile.
+    region.populate().map_err(|why| StageError::Memory { bytes, why })?;
+    if let Err(error) = region.pin_for(gpu) {
         tracing::warn!(%error, bytes, "staged memory is not fixed in place: it is loaded more slowly");
     }
     Ok(region)

@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use super::digest::{TensorDigest, WeightsDigest};
 use super::manifest::Manifest;
 use super::tensors::{ReadError, TensorBytes};
-use crate::memory::{Region, to_usize};
+use crate::memory::{Region, RegionOptions, to_usize};
 
 /// All of one version's weights.
 #[derive(Debug)]
@@ -44,7 +44,8 @@ impl Staged {
     /// Moves what lies on a GPU to host memory, where it is kept: the engine has a copy of its own.
     pub(super) fn leave_gpu(&self) -> io::Result<()> {
         let Some(region) = self.region().filter(|region| region.device().is_some()) else { return Ok(()) };
-        let host = Region::shared(to_usize(region.len()))?;
+        let huge = RegionOptions { huge_pages: true, ..RegionOptions::default() };
+        let host = Region::shared_with(to_usize(region.len()), huge)?;
         region.copy_to(0, &host, 0, region.len()).map_err(io::Error::other)?;
         *self.region.write().unwrap_or_else(PoisonError::into_inner) = Some(host);
         Ok(())
