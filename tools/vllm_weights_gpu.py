@@ -11,7 +11,8 @@ answers through both workers must be those that the same weights gave before, un
 
 Cases: `device`, `host` and `none` are `[weights] staging` with the bytes pulled by `cuda-ipc`; `nccl` is one `ncclBroadcast` a bucket to
 the workers on other GPUs than the trainer's (the rest pull), staged on the device; `vllm` is vLLM's own NCCL engine, packed, into the
-workers on other GPUs, without a proxy. What needs a second GPU is said and left out on one. Beside them stand what a plain copy on
+workers on other GPUs, without a proxy, and `vllm-ipc` its engine for one GPU, into those on the trainer's (it imports Ray). What needs a
+second GPU is said and left out on one. Beside them stand what a plain copy on
 the trainer's GPU does for the same bytes, and on several GPUs `ncclBroadcast` alone, in buckets of the same size.
 
 It ends with one table. Exit status 1: an answer was wrong, or something did not start. `--stand-in LIB` runs it without a GPU, on a
@@ -39,14 +40,19 @@ from vllm_weights_stand_in import STAND_IN
 
 ANSWER_TOKENS = 24
 CACHE_BYTES = 4 << 30
+# Of a GPU, as vLLM asks for it before it starts: trainer, workers and what is staged share one.
+GPU_SHARE = 0.3
 CASES = {
     "device": {"staging": "device", "paths": ["cuda-ipc"]},
     "host": {"staging": "host", "paths": ["cuda-ipc"]},
     "none": {"staging": "none", "paths": ["cuda-ipc"]},
     "nccl": {"staging": "device", "paths": ["nccl", "cuda-ipc"]},
     "vllm": None,
+    "vllm-ipc": None,
 }
 BETWEEN_GPUS = ("nccl", "vllm")
+# What vLLM calls its own engines.
+VLLM_BACKENDS = {"vllm": "nccl", "vllm-ipc": "ipc"}
 
 
 class TrainerProcess(Process):
@@ -81,11 +87,13 @@ class Worker(Process):
                "PDLINK_SECRET_FILE": secret}
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(self.port), "--host",
                    "127.0.0.1", "--served-model-name", "m", "--load-format", "dummy", "--max-model-len", "2048",
-                   "--kv-cache-memory-bytes", str(CACHE_BYTES)]
+                   "--kv-cache-memory-bytes", str(CACHE_BYTES), "--gpu-memory-utilization", str(GPU_SHARE)]
         if not args.graphs:
             command.append("--enforce-eager")
-        if case == "vllm":
-            command += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
+        if case in VLLM_BACKENDS:
+            command += ["--weight-transfer-config", json.dumps({"backend": VLLM_BACKENDS[case]})]
+            # Its handles are pickled.
+            env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         else:
             weights = {**CASES[case], "bucket_bytes": args.bucket_mib << 20}
             told = {"http": self.url, "weights": weights}
@@ -187,23 +195,25 @@ PROMPTS = [[(7 * at + 13 * number) % 250 for at in range(40 + 30 * number)] for 
 
 
 def answers(urls):
-    """Greedy token ids of every prompt, and the versions that made them."""
-    said, versions = [], set()
+    """Greedy token ids of every prompt, the versions that made them, and how long each took."""
+    said, versions, took = [], set(), []
     for url in urls:
         for prompt in PROMPTS:
+            asked = time.perf_counter()
             body = {"model": "m", "prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True,
                     "return_token_ids": True}
             headers, answer = post(url + "/v1/completions", body)
             said.append(answer["choices"][0]["token_ids"])
+            took.append(time.perf_counter() - asked)
             versions.add({key.lower(): value for key, value in headers.items()}.get("x-pdlink-weight-version"))
-    return said, versions
+    return said, versions, took
 
 
 def run_case(case, args, trainer, secret):
     gpus = args.gpus
     placed = {"prefill": gpus[1] if len(gpus) > 2 else gpus[0], "decode": gpus[-1]}
-    if case == "vllm":
-        placed = {role: gpu for role, gpu in placed.items() if gpu != gpus[0]}
+    if case in VLLM_BACKENDS:
+        placed = {role: gpu for role, gpu in placed.items() if (gpu == gpus[0]) == (case == "vllm-ipc")}
     running = []
     try:
         started = time.monotonic()
@@ -216,6 +226,9 @@ def run_case(case, args, trainer, secret):
         if case == "vllm":
             trainer.ask("join_vllm", urls=urls, port=free_ports(1)[0])
             send = {"what": "send_vllm", "urls": urls}
+        elif case == "vllm-ipc":
+            trainer.ask("join_vllm_ipc", urls=urls)
+            send = {"what": "send_vllm_ipc", "urls": urls}
         else:
             running.append(Proxy(args, case, *workers, secret))
             running[-1].wait_until_healthy(running[-1].url)
@@ -237,20 +250,23 @@ def measure(case, args, trainer, urls, send):
         size = trainer.ask("make", seed=seed)["bytes"]
         with Memory(args.gpus) as memory:
             done = trainer.ask(**send)
-        said, versions = answers(urls)
+        said, versions, took = answers(urls)
+        # The first one also shows what the update holds up once it is over.
+        done |= {"answer": took[0], "usual": statistics.median(took[1:])}
         as_before = known.setdefault(seed, said) == said
-        is_right = as_before and not done["behind"] and (case == "vllm" or versions == {str(done["version"])})
+        is_right = as_before and not done["behind"] and (case in VLLM_BACKENDS or versions == {str(done["version"])})
         if not is_right:
             print(f"{case}: turn {turn} is wrong: the same answers as before {as_before}, versions {versions}, {done}", flush=True)
         right = right and is_right
-        print(f"{case}: turn {turn}: {done['seconds']:.3f} s, staging {done['staging']:.3f}, pause {done['pause']:.3f}", flush=True)
+        print(f"{case}: turn {turn}: {done['seconds']:.3f} s, staging {done['staging']:.3f}, pause {done['pause']:.3f}; the next answer "
+              f"{done['answer']:.3f} s, then {done['usual']:.3f}", flush=True)
         if turn == 0:
             first = done
         else:
             times.append(done)
             peaks = {gpu: max(peaks.get(gpu, 0), memory.peaks[gpu]) for gpu in memory.peaks}
     right = right and len(known) == 2 and known[1] != known[2]
-    middle = {key: statistics.median(one[key] for one in times) for key in ("seconds", "staging", "pause")}
+    middle = {key: statistics.median(one[key] for one in times) for key in ("seconds", "staging", "pause", "answer", "usual")}
     return {"case": case, "bytes": size, **middle, "first_seconds": first["seconds"], "rate": size / middle["seconds"],
             "staging_rate": size / middle["staging"] if middle["staging"] else None,
             "pause_share": middle["pause"] / middle["seconds"], "extra_bytes": peaks, "right": right}
@@ -276,18 +292,19 @@ def table(args, limits, rows):
     print(f"\n{args.shape}, trainer on GPU {args.gpus[0]}, workers on {', '.join(args.gpus)}; medians of {args.repeat}; "
           f"buckets of {args.bucket_mib} MiB; logs in {args.logs}")
     print("ceilings: " + ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in limits.items()))
-    heads = ("case", "GB", "update s", "first s", "GB/s", "% copy", "% bcast", "staging s", "GB/s", "pause ms", "share %", "extra MiB", "right")
-    print("{:<8}{:>6}{:>10}{:>9}{:>8}{:>8}{:>9}{:>11}{:>8}{:>10}{:>9}  {:<18}{}".format(*heads))
+    heads = ("case", "GB", "update s", "first s", "GB/s", "% copy", "% bcast", "staging s", "GB/s", "pause ms", "share %", "answer s", "usual",
+             "extra MiB", "right")
+    print("{:<9}{:>6}{:>10}{:>9}{:>8}{:>8}{:>9}{:>11}{:>8}{:>10}{:>9}{:>10}{:>7}  {:<18}{}".format(*heads))
     for row in rows:
         if "why" in row:
-            print(f"{row['case']:<8}{row['why']}")
+            print(f"{row['case']:<9}{row['why']}")
             continue
         of = {name: f"{100 * row['rate'] / rate:.1f}" for name, rate in limits.items()}
         staging = f"{row['staging_rate'] / 1e9:.1f}" if row["staging_rate"] else "-"
         extra = " ".join(f"{gpu}:{size >> 20}" for gpu, size in row["extra_bytes"].items())
-        print(f"{row['case']:<8}{row['bytes'] / 1e9:>6.1f}{row['seconds']:>10.3f}{row['first_seconds']:>9.3f}{row['rate'] / 1e9:>8.1f}"
+        print(f"{row['case']:<9}{row['bytes'] / 1e9:>6.1f}{row['seconds']:>10.3f}{row['first_seconds']:>9.3f}{row['rate'] / 1e9:>8.1f}"
               f"{of.get('copy', '-'):>8}{of.get('broadcast', '-'):>9}{row['staging']:>11.3f}{staging:>8}{row['pause'] * 1e3:>10.1f}"
-              f"{row['pause_share'] * 100:>9.1f}  {extra:<18}{'yes' if row['right'] else 'NO'}")
+              f"{row['pause_share'] * 100:>9.1f}{row['answer']:>10.3f}{row['usual']:>7.3f}  {extra:<18}{'yes' if row['right'] else 'NO'}")
 
 
 def main():
@@ -305,7 +322,7 @@ def main():
     args = parser.parse_args()
     # Whoever ends this ends what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    args.cases = args.cases or (["device", "host", "none"] if len(args.gpus) == 1 else ["nccl", "device", "vllm"])
+    args.cases = args.cases or (["device", "host", "none", "vllm-ipc"] if len(args.gpus) == 1 else ["nccl", "device", "vllm"])
     args.logs = os.path.abspath(args.logs or tempfile.mkdtemp(prefix="pdlink-weights-"))
     os.makedirs(args.logs, exist_ok=True)
     if args.stand_in:

@@ -133,16 +133,43 @@ class Trainer:
 
         info = {"names": list(self.tensors), "shapes": [list(tensor.shape) for tensor in self.tensors.values()],
                 "dtype_names": [str(self.dtype).removeprefix("torch.")] * len(self.tensors), "packed": True}
-        started = time.perf_counter()
-        with ThreadPoolExecutor(len(urls)) as pool:
-            list(pool.map(lambda url: post(url + "/pause?mode=keep"), urls))
-            list(pool.map(lambda url: post(url + "/start_weight_update", {"is_checkpoint_format": True}), urls))
+
+        def send(pool):
             taking = [pool.submit(post, url + "/update_weights", {"update_info": info}) for url in urls]
             args = NCCLTrainerSendWeightsArgs(group=self.group, packed=True)
             NCCLWeightTransferEngine.trainer_send_weights(iter(self.tensors.items()), args)
             self.torch.cuda.synchronize()
             for one in taking:
                 one.result()
+
+        return self._by_vllm(urls, send)
+
+    def join_vllm_ipc(self, urls):
+        """vLLM's engine for one GPU wants a word too, though there is nothing to say."""
+        for url in urls:
+            post(url + "/init_weight_transfer_engine", {"init_info": {}})
+        return {}
+
+    def send_vllm_ipc(self, urls):
+        """Not packed: handles of all tensors in one call to each worker, which is what costs least."""
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
+
+        def send(pool):
+            def to(url):
+                args = IPCTrainerSendWeightsArgs(send_mode="http", url=url)
+                IPCWeightTransferEngine.trainer_send_weights(iter(self.tensors.items()), args)
+
+            list(pool.map(to, urls))
+
+        return self._by_vllm(urls, send)
+
+    def _by_vllm(self, urls, send):
+        """What vLLM wants round an update, at all workers at once."""
+        started = time.perf_counter()
+        with ThreadPoolExecutor(len(urls)) as pool:
+            list(pool.map(lambda url: post(url + "/pause?mode=keep"), urls))
+            list(pool.map(lambda url: post(url + "/start_weight_update", {"is_checkpoint_format": True}), urls))
+            send(pool)
             list(pool.map(lambda url: post(url + "/finish_weight_update"), urls))
             list(pool.map(lambda url: post(url + "/reset_prefix_cache"), urls))
             list(pool.map(lambda url: post(url + "/resume"), urls))

@@ -13,7 +13,8 @@ use super::digest::{StreamDigests, TensorDigest};
 use super::manifest::{Buckets, Manifest, TENSORS_MAX};
 use super::messages::{Ask, Bucket, Head, Join, Ready, Said, Taken};
 use super::paths::{Paths, of_kind};
-use super::stage::{Room, Stage, StageError};
+use super::room::Room;
+use super::stage::{Stage, StageError};
 use crate::config::{KvMemory, Path};
 use crate::control::{
     Connection, Hello, Identity, Inbound, Liveness, Part, Role, Sink, VERSIONS, connect, connection, from_body, open,

@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 
 use super::metrics::WeightsMetrics;
 use super::paths::Paths;
+use super::room::Leftover;
 use super::session::{Act, Heard, Session};
 use super::source::Source;
 use super::stage::{Stage, StageError, StageProgress};
@@ -103,6 +104,7 @@ impl WeightsReceiver {
             replaced: None,
             staged: None,
             stream: None,
+            left: Arc::default(),
             progress: Arc::default(),
             paused_at: None,
             staging: JoinSet::new(),
@@ -183,6 +185,7 @@ struct Driver {
     replaced: Option<Arc<Staged>>,
     staged: Option<Arc<Staged>>,
     stream: Option<Arc<Stream>>,
+    left: Arc<Leftover>,
     progress: Arc<StageProgress>,
     paused_at: Option<Instant>,
     staging: JoinSet<()>,
@@ -240,7 +243,12 @@ impl Driver {
                     tracing::info!(version = self.session.version(), digest = ?self.session.digest(), "new weights taken");
                 }
             }
-            Event::Settled(staged) => self.give_to_others(&staged),
+            Event::Settled(staged) => {
+                self.give_to_others(&staged);
+                let left = Arc::clone(&self.left);
+                // If it was replaced meanwhile.
+                self.sources.spawn_blocking(move || left.inherit(staged));
+            }
             Event::Stop => {}
         }
     }
@@ -264,7 +272,11 @@ impl Driver {
                 Act::Stage(offer) => self.stage(offer),
                 Act::Drop => {
                     self.staging = JoinSet::new();
-                    (self.staged, self.stream) = (None, None);
+                    self.stream = None;
+                    if let Some(staged) = self.staged.take() {
+                        let left = Arc::clone(&self.left);
+                        self.sources.spawn_blocking(move || left.inherit(staged));
+                    }
                     self.setup.metrics.ended("aborted");
                     let failure = self.session.failure();
                     tracing::warn!(why = failure.map(|failure| &*failure.why), "an update of the weights was given up");
@@ -299,7 +311,7 @@ impl Driver {
         let deadline = Instant::now() + Duration::from_millis(offer.stage_ms);
         let (update, paths, progress) = (offer.update, self.setup.paths.clone(), Arc::clone(&self.progress));
         let base = self.setup.base.clone();
-        let stage = Stage { offer, base, paths, progress, deadline };
+        let stage = Stage { offer, base, paths, progress, left: Arc::clone(&self.left), deadline };
         let events = self.events.clone();
         let streams = stage.paths.streams && stage.paths.weights.staging == Staging::None;
         self.staging.spawn(async move {
@@ -322,25 +334,33 @@ impl Driver {
         while self.sources.try_join_next().is_some() {}
         // The old version's first: it must not be given to anybody any more.
         *locked(&self.kept) = None;
-        if let Some(replaced) = self.replaced.take() {
-            self.sources.spawn_blocking(move || drop(replaced));
-        }
-        let Some(serving) = self.serving.clone() else { return };
+        let (replaced, serving) = (self.replaced.take(), self.serving.clone());
         if !self.setup.paths.weights.keep {
             self.serving = None;
         }
-        if serving.region().is_none_or(|region| region.device().is_none()) {
-            self.give_to_others(&serving);
-            self.sources.spawn_blocking(move || drop(serving));
-            return;
+        let leaving = serving.as_ref().filter(|serving| serving.is_on_gpu()).map(|_| Leftover::leaving(&self.left));
+        if let Some(serving) = serving.as_ref().filter(|_| leaving.is_none()) {
+            self.give_to_others(serving);
         }
-        let events = self.events.clone();
+        let (events, left) = (self.events.clone(), Arc::clone(&self.left));
+        // To give memory back takes time, and so does to copy it.
         self.sources.spawn_blocking(move || {
-            // The engine has loaded it; what is kept of it must not take the GPU's memory.
-            if let Err(error) = serving.leave_gpu() {
-                tracing::warn!(%error, "weights stay on the GPU: there is no host memory to keep them in");
+            if let Some(replaced) = replaced {
+                left.inherit(replaced);
             }
-            let _ = events.send(Event::Settled(serving));
+            match (serving, leaving) {
+                // If nobody has it but this, the next ones have replaced it by now.
+                (Some(serving), Some(leaving)) if Arc::strong_count(&serving) > 1 => {
+                    // The engine has loaded it; what is kept of it must not take the GPU's memory.
+                    if let Err(error) = serving.leave_gpu(&left) {
+                        tracing::warn!(%error, "weights stay on the GPU: there is no host memory to keep them in");
+                    }
+                    drop(leaving);
+                    let _ = events.send(Event::Settled(serving));
+                }
+                (Some(serving), _) => left.inherit(serving),
+                (None, _) => {}
+            }
         });
     }
 

@@ -9,15 +9,15 @@ use std::time::Instant;
 use tokio::task::spawn_blocking;
 
 use super::checkpoint::{Checkpoint, CheckpointError};
-use super::digest::{StreamDigests, TensorDigest, WeightsDigest};
-use super::manifest::{Buckets, Manifest, ManifestError};
+use super::digest::{StreamDigests, WeightsDigest};
+use super::manifest::{Buckets, ManifestError};
 use super::paths::Paths;
 use super::pull::Pull;
+use super::room::{Leftover, Room};
 use super::staged::Staged;
 use super::tensors::{Packer, ReadError, TensorBytes, lay};
-use crate::config::Staging;
 use crate::control::{ControlError, WeightSource, WeightsOffer};
-use crate::memory::{AccessError, CudaError, Device, Region, RegionOptions, host_free_bytes, to_usize};
+use crate::memory::{AccessError, CudaError, Region, to_usize};
 use crate::transport::TransportError;
 
 /// Bytes that are read at once where nothing is kept.
@@ -85,92 +85,9 @@ pub(super) struct Stage {
     pub(super) base: Option<String>,
     pub(super) paths: Paths,
     pub(super) progress: Arc<StageProgress>,
+    pub(super) left: Arc<Leftover>,
     /// By when all of it must be there.
     pub(super) deadline: Instant,
-}
-
-/// Where a stream is staged: whole, or bucket by bucket.
-pub(super) struct Room {
-    pub(super) region: Arc<Region>,
-    lie: Lie,
-    buckets: Buckets,
-}
-
-/// Where buckets lie in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Lie {
-    Whole,
-    /// In the one half and in the other, in turn.
-    InTurn,
-    /// From this byte on, each behind what the last one left over.
-    Behind(u64),
-}
-
-impl Room {
-    /// May take a while: much memory is made ready.
-    fn of(paths: &Paths, buckets: Buckets, stream_bytes: u64) -> Result<Self, StageError> {
-        let gpu = paths.device()?;
-        // Weights that an engine could take as they come, but come from a folder, are staged like any others.
-        let staging = match paths.weights.staging {
-            Staging::None if gpu.is_some() || paths.streams => Staging::Host,
-            staging => staging,
-        };
-        let lie = if staging == Staging::None { Lie::InTurn } else { Lie::Whole };
-        let bytes = if lie == Lie::Whole { stream_bytes.max(1) } else { buckets.bucket_bytes() * 2 };
-        let most = paths.weights.staging_bytes_max.unwrap_or(u64::MAX);
-        let region = match (staging, &gpu) {
-            (Staging::Device, None) => return Err(StageError::NoGpu),
-            (Staging::Device, Some(gpu)) => {
-                let mend = "let vLLM leave more (--gpu-memory-utilization), set weights.staging = \"host\", or raise \
-                            weights.staging_bytes_max";
-                fits(bytes, gpu.free_bytes()?.min(most), "GPU", mend)?;
-                Region::allocated_on(gpu, to_usize(bytes))?
-            }
-            _ => {
-                let mend = "free some, set weights.staging = \"none\", or raise weights.staging_bytes_max";
-                fits(bytes, host_free_bytes(Path::new("/")).unwrap_or(u64::MAX).min(most), "host", mend)?;
-                on_host(bytes, gpu.as_ref())?
-            }
-        };
-        Ok(Self { region, lie, buckets })
-    }
-
-    /// For weights that an engine takes as they come: a bucket, and before it `front` bytes.
-    pub(super) fn window(paths: &Paths, buckets: Buckets, front: u64) -> Result<Self, StageError> {
-        let bytes = front + buckets.bucket_bytes();
-        let region = match paths.device()? {
-            Some(gpu) => Region::allocated_on(&gpu, to_usize(bytes))?,
-            None => on_host(bytes, None)?,
-        };
-        Ok(Self { region, lie: Lie::Behind(front), buckets })
-    }
-
-    /// Room for two buckets, for a path that cannot write where they are staged.
-    pub(super) fn landing(&self, gpu: Option<&Arc<Device>>) -> Result<Arc<Region>, StageError> {
-        let bytes = self.buckets.bucket_bytes() * 2;
-        match gpu {
-            Some(gpu) => Ok(Region::allocated_on(gpu, to_usize(bytes))?),
-            None => on_host(bytes, self.region.device()),
-        }
-    }
-
-    /// Where a bucket goes. The one after the next takes its place if the room is not for all.
-    pub(super) fn at(&self, bucket: u64) -> u64 {
-        match self.lie {
-            Lie::Whole => self.buckets.range(bucket).start,
-            Lie::InTurn => self.in_two(bucket),
-            Lie::Behind(front) => front,
-        }
-    }
-
-    /// Its place where there is room for two.
-    pub(super) fn in_two(&self, bucket: u64) -> u64 {
-        bucket % 2 * self.buckets.bucket_bytes()
-    }
-
-    fn staged(&self, manifest: Arc<Manifest>, digests: Vec<TensorDigest>) -> Staged {
-        Staged::new(manifest, digests, (self.lie == Lie::Whole).then(|| Arc::clone(&self.region)))
-    }
 }
 
 impl Stage {
@@ -190,9 +107,9 @@ impl Stage {
         let (pull, manifest, bucket_bytes) = Pull::open(&self, address).await?;
         let manifest = Arc::new(manifest);
         let buckets = Buckets::new(manifest.stream_bytes(), bucket_bytes);
-        let (paths, stream_bytes) = (self.paths.clone(), manifest.stream_bytes());
+        let (paths, left, stream_bytes) = (self.paths.clone(), Arc::clone(&self.left), manifest.stream_bytes());
         self.progress.total_bytes.store(stream_bytes, Relaxed);
-        let room = Arc::new(spawn_blocking(move || Room::of(&paths, buckets, stream_bytes)).await??);
+        let room = Arc::new(spawn_blocking(move || Room::of(&paths, &left, buckets, stream_bytes)).await??);
         let digests = pull.run(&self, &manifest, buckets, &room).await?;
         Ok(room.staged(manifest, digests))
     }
@@ -213,7 +130,7 @@ impl Stage {
         let buckets =
             Buckets::new(manifest.stream_bytes(), self.paths.weights.bucket_bytes.min(manifest.stream_bytes()));
         self.progress.total_bytes.store(manifest.stream_bytes(), Relaxed);
-        let room = Room::of(&self.paths, buckets, manifest.stream_bytes())?;
+        let room = Room::of(&self.paths, &self.left, buckets, manifest.stream_bytes())?;
         let (mut digests, mut packer) = (StreamDigests::default(), Packer::default());
         for bucket in 0..buckets.count() {
             if given_up.load(Relaxed) {
@@ -251,21 +168,4 @@ impl Drop for GiveUp {
     fn drop(&mut self) {
         self.0.store(true, Relaxed);
     }
-}
-
-fn fits(bytes: u64, available: u64, memory: &'static str, mend: &'static str) -> Result<(), StageError> {
-    if bytes <= available { Ok(()) } else { Err(StageError::TooLarge { bytes, available, memory, mend }) }
-}
-
-/// Host memory, fixed in place where a GPU copies from and to it.
-fn on_host(bytes: u64, gpu: Option<&Arc<Device>>) -> Result<Arc<Region>, StageError> {
-    let huge = RegionOptions { huge_pages: true, ..RegionOptions::default() };
-    let region = Region::shared_with(to_usize(bytes), huge).map_err(|why| StageError::Memory { bytes, why })?;
-    let Some(gpu) = gpu else { return Ok(region) };
-    // Before it is fixed: the driver would fetch it page by page, and keep the engine out meanwhile.
-    region.populate().map_err(|why| StageError::Memory { bytes, why })?;
-    if let Err(error) = region.pin_for(gpu) {
-        tracing::warn!(%error, bytes, "staged memory is not fixed in place: it is loaded more slowly");
-    }
-    Ok(region)
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use super::digest::{TensorDigest, WeightsDigest};
 use super::manifest::Manifest;
+use super::room::Leftover;
 use super::tensors::{ReadError, TensorBytes};
 use crate::memory::{Region, RegionOptions, to_usize};
 
@@ -41,14 +42,27 @@ impl Staged {
         self.region.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    pub(super) fn is_on_gpu(&self) -> bool {
+        self.region().is_some_and(|region| region.device().is_some())
+    }
+
     /// Moves what lies on a GPU to host memory, where it is kept: the engine has a copy of its own.
-    pub(super) fn leave_gpu(&self) -> io::Result<()> {
+    pub(super) fn leave_gpu(&self, left: &Leftover) -> io::Result<()> {
         let Some(region) = self.region().filter(|region| region.device().is_some()) else { return Ok(()) };
-        let huge = RegionOptions { huge_pages: true, ..RegionOptions::default() };
-        let host = Region::shared_with(to_usize(region.len()), huge)?;
+        let host = match left.take(region.len()) {
+            Some(host) => host,
+            None => {
+                let huge = RegionOptions { huge_pages: true, ..RegionOptions::default() };
+                Region::shared_with(to_usize(region.len()), huge)?
+            }
+        };
         region.copy_to(0, &host, 0, region.len()).map_err(io::Error::other)?;
         *self.region.write().unwrap_or_else(PoisonError::into_inner) = Some(host);
         Ok(())
+    }
+
+    pub(super) fn into_region(self) -> Option<Arc<Region>> {
+        self.region.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -16,7 +16,8 @@ use tokio::task::spawn_blocking;
 use super::digest::WeightsDigest;
 use super::manifest::{ALIGN, Buckets, Manifest};
 use super::pull::{Going, Pull};
-use super::stage::{Room, Stage, StageError};
+use super::room::Room;
+use super::stage::{Stage, StageError};
 use crate::memory::{AccessError, Region};
 
 /// How long one bucket is waited for; the update's own times are shorter.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::device::Device;
 use super::driver::{CudaError, Driver};
+use super::idle::{Idle, Lent};
 use super::list_kernel::ListKernel;
 
 /// The kernel in the driver's portable language, ended by a zero as the driver wants it.
@@ -17,6 +18,8 @@ const CHUNK_BYTES: u64 = 4096;
 /// Most pieces of one launch.
 const PIECES_MAX: usize = 32 * 1024;
 
+static IDLE: Idle<ListKernel<CopyPiece>> = Idle::new();
+
 /// One stretch to copy; addresses as the GPU sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
@@ -28,7 +31,7 @@ pub struct CopyPiece {
 
 /// Our copy kernel on a stream of its own. One launch at a time: the caller is its only user.
 pub struct Copier {
-    kernel: ListKernel<CopyPiece>,
+    kernel: Lent<ListKernel<CopyPiece>>,
     blocks: c_uint,
     running: bool,
 }
@@ -37,7 +40,9 @@ impl Copier {
     /// Copies with at most `blocks_max` multiprocessors at once.
     pub fn new(device: &Arc<Device>, blocks_max: u32) -> Result<Self, CudaError> {
         let blocks = device.multiprocessors()?.min(blocks_max).max(1);
-        let kernel = ListKernel::new(device, KERNEL, c"pdlink_copy_runs", PIECES_MAX)?;
+        let is_here = |kernel: &ListKernel<CopyPiece>| kernel.device().ordinal() == device.ordinal();
+        let make = || ListKernel::new(device, KERNEL, c"pdlink_copy_runs", PIECES_MAX);
+        let kernel = IDLE.take(is_here, make)?;
         Ok(Self { kernel, blocks, running: false })
     }
 
@@ -90,7 +95,9 @@ impl Copier {
 
 impl Drop for Copier {
     fn drop(&mut self) {
-        // The kernel's handles and lists go next: nothing may run on them. A GPU that cannot say has lost its context.
-        let _ = self.wait();
+        // The kernel is somebody else's next: nothing may run on it. A GPU that cannot say has lost its context.
+        if self.wait().is_err() {
+            self.kernel.discard();
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::device::{Device, DeviceMemory};
 use super::driver::{CudaError, Driver};
+use super::idle::{Idle, Lent};
 use super::list_kernel::ListKernel;
 
 /// The kernel in the driver's portable language, ended by a zero as the driver wants it.
@@ -39,16 +40,22 @@ pub struct DigestTile {
 
 /// Our digest kernel on a stream of its own. One call at a time: the caller is its only user.
 pub struct Digester {
+    kernel: Lent<Kernel>,
+    failed: bool,
+}
+
+struct Kernel {
     kernel: ListKernel<DigestTile>,
     sums: DeviceMemory,
     blocks_max: c_uint,
 }
 
+static IDLE: Idle<Kernel> = Idle::new();
+
 impl Digester {
     pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
-        let blocks_max = device.multiprocessors()?.max(1) * BLOCKS_EACH;
-        let kernel = ListKernel::new(device, KERNEL, c"pdlink_digest_tiles", TILES_MAX)?;
-        Ok(Self { kernel, sums: device.allocate(SUMS_MAX * size_of::<u64>())?, blocks_max })
+        let is_here = |idle: &Kernel| idle.kernel.device().ordinal() == device.ordinal();
+        Ok(Self { kernel: IDLE.take(is_here, || Kernel::new(device))?, failed: false })
     }
 
     /// Adds the digest of each tile to the sum that it names.
@@ -56,6 +63,31 @@ impl Digester {
     /// # Safety
     /// Every row of every tile must be bytes that this GPU can read until this returns, and every tile must name one of `sums`.
     pub unsafe fn add(&mut self, tiles: &[DigestTile], sums: &mut [u64]) -> Result<(), CudaError> {
+        // SAFETY: as the caller promises.
+        let added = unsafe { self.kernel.add(tiles, sums) };
+        self.failed |= added.is_err();
+        added
+    }
+}
+
+impl Drop for Digester {
+    fn drop(&mut self) {
+        if self.failed {
+            self.kernel.discard();
+        }
+    }
+}
+
+impl Kernel {
+    fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let blocks_max = device.multiprocessors()?.max(1) * BLOCKS_EACH;
+        let kernel = ListKernel::new(device, KERNEL, c"pdlink_digest_tiles", TILES_MAX)?;
+        Ok(Self { kernel, sums: device.allocate(SUMS_MAX * size_of::<u64>())?, blocks_max })
+    }
+
+    /// # Safety
+    /// As [`Digester::add`].
+    unsafe fn add(&mut self, tiles: &[DigestTile], sums: &mut [u64]) -> Result<(), CudaError> {
         if sums.len() > SUMS_MAX {
             return Err(CudaError::Kernel(format!("{} sums are more than {SUMS_MAX}", sums.len())));
         }

@@ -5,6 +5,7 @@ mod copier;
 mod device;
 mod digester;
 mod driver;
+mod idle;
 mod list_kernel;
 mod ordered_stream;
 mod pinned;

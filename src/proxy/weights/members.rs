@@ -11,9 +11,9 @@ use super::super::shared::Shared;
 use super::super::worker::Worker;
 use crate::control::{AdminClient, ControlError, WeightsPhase, WeightsRequest, WeightsStatus};
 
-/// How often a worker is asked how far it is: seldom while bytes move, often while it is paused.
+/// How often a worker is asked how far it is: while bytes move, the more seldom the longer that takes; often while it is paused.
 const POLL_MOVING: Duration = Duration::from_millis(20);
-const POLL_PAUSED: Duration = Duration::from_millis(2);
+const POLL_OFTEN: Duration = Duration::from_millis(2);
 
 /// One rank of a worker, and the way to it.
 #[derive(Debug, Clone)]
@@ -67,9 +67,10 @@ impl Member {
 
     /// Says something, and waits until the worker has come to the goal.
     async fn bring(&self, request: WeightsRequest, goal: Goal) -> Result<WeightsStatus, Failed> {
-        let deadline = Instant::now() + goal.within;
+        let begun = Instant::now();
+        let deadline = begun + goal.within;
         let mut answer = self.client.weights(request.clone()).await;
-        let poll = if goal.phase == WeightsPhase::Staged { POLL_MOVING } else { POLL_PAUSED };
+        let most = if goal.phase == WeightsPhase::Staged { POLL_MOVING } else { POLL_OFTEN };
         loop {
             match answer {
                 Ok(status) => {
@@ -85,7 +86,7 @@ impl Member {
                 let why = format!("it did not come to `{}` within {} s", goal.phase.name(), goal.within.as_secs_f64());
                 return Err(self.failed(goal.doing, why));
             }
-            sleep(poll).await;
+            sleep((begun.elapsed() / 20).clamp(POLL_OFTEN, most)).await;
             answer = self.client.weights(WeightsRequest::Status).await;
         }
     }

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 
 from ... import _native
 from ...trainer.publisher import DTYPES
-from .plan import NoPlan, Plan, learn
+from .plan import Lying, NoPlan, Plan, learn
 
 logger = init_logger("vllm.pdlink.weights")
 
@@ -35,35 +35,43 @@ def load(worker: Any, weights: _native.Order | None) -> None:
     elif weights.streams:
         _by_vllm(worker, arriving(worker, weights))
     else:
-        _staged(worker, list(views(weights)))
+        _staged(worker, weights)
     if worker.device.type == "cuda":
         # Whoever gave the memory may take it back from here on.
         torch.cuda.synchronize(worker.device)
 
 
-def _staged(worker: Any, tensors: list[tuple[str, torch.Tensor]]) -> None:
+def _staged(worker: Any, weights: _native.Order) -> None:
     """By plain copies where that was seen to be the same, else vLLM's way."""
     model = worker.model_runner.get_model()
-    described = tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors)
+    lying = _lying(weights)
     plan = _learnt.get(model)
-    if plan is not None and plan.fits(described, model):
-        plan.load(tensors)
+    if plan is not None and plan.fits(lying[1]):
+        plan.load(lying)
         for name in AFTERWARDS:
             getattr(worker.model_runner, name, lambda: None)()
         return
-    _by_vllm(worker, tensors)
+    _by_vllm(worker, views(weights))
     if plan is not None or model not in _learnt:
-        _learnt[model] = _learn(worker, model, described, tensors)
+        _learnt[model] = _learn(worker, model, lying)
 
 
-def _learn(worker: Any, model: torch.nn.Module, described: Any, tensors: list[tuple[str, torch.Tensor]]) -> Plan | None:
+def _lying(weights: _native.Order) -> Lying:
+    memory = weights.memory()
+    assert memory is not None
+    told = weights.tensors()
+    described = tuple((name, _type(name, dtype), tuple(shape)) for name, dtype, shape, _, _ in told)
+    return bytes_of(memory), described, [start for *_, start, _ in told]
+
+
+def _learn(worker: Any, model: torch.nn.Module, lying: Lying) -> Plan | None:
     try:
         if worker.model_runner.model_config.quantization is not None:
             raise NoPlan("it is quantised")
         if getattr(worker.vllm_config.parallel_config, "enable_eplb", False):
             raise NoPlan("its experts move")
-        plan = learn(model, model.load_weights, described)
-        differs = plan.differs(tensors)
+        plan = learn(model, model.load_weights, lying[1])
+        differs = plan.differs(lying)
         if differs is not None:
             raise NoPlan(f"`{differs}` is in the model otherwise than in the checkpoint")
     except NoPlan as why:
@@ -134,9 +142,13 @@ def arriving(worker: Any, weights: _native.Order) -> Iterator[tuple[str, torch.T
 
 
 def _view(whole: torch.Tensor, name: str, dtype: str, shape: list[int], start: int, end: int) -> torch.Tensor:
+    return whole[start:end].view(_type(name, dtype)).view(shape)
+
+
+def _type(name: str, dtype: str) -> torch.dtype:
     if dtype not in TYPES:
         raise TypeError(f"tensor `{name}` is of dtype {dtype}, which this PyTorch does not have")
-    return whole[start:end].view(TYPES[dtype]).view(shape)
+    return TYPES[dtype]
 
 
 def _abandon(worker: Any, model: torch.nn.Module) -> None:

@@ -9,7 +9,7 @@ that against what a reload has just made; anything that is not a plain copy, or 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What a tensor of a checkpoint is called and looks like.
 Described = tuple[str, torch.dtype, tuple[int, ...]]
+# Tensors of a checkpoint in one stretch of memory: what they are, and the byte that each begins at, in the same order.
+Lying = tuple[torch.Tensor, tuple[Described, ...], list[int]]
 
 # Attributes of layers whose tensors are not made of weights.
 NOT_OF_WEIGHTS = {"kv_cache"}
@@ -40,39 +42,50 @@ class Piece(NamedTuple):
     offset: int
     into: torch.Tensor
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
-
 
 class Plan:
     """Good for checkpoints of the same names, dtypes and shapes, as long as the model's parameters stay where they are."""
 
     def __init__(self, described: tuple[Described, ...], pieces: dict[str, list[Piece]], model: torch.nn.Module):
         self._described = described
-        self._pieces = pieces
-        self._places = places(model)
+        self._pieces = [pieces.get(name, []) for name, *_ in described]
+        self._places = [
+            (module._parameters, name, parameter.data_ptr())
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
 
-    def fits(self, described: tuple[Described, ...], model: torch.nn.Module) -> bool:
-        return described == self._described and self._places == places(model)
+    def fits(self, described: tuple[Described, ...]) -> bool:
+        def is_there(parameters: dict[str, Any], name: str, address: int) -> bool:
+            parameter = parameters.get(name)
+            return parameter is not None and bool(parameter.data_ptr() == address)
+
+        return described == self._described and all(is_there(*place) for place in self._places)
 
     @torch.no_grad()
-    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load(self, lying: Lying) -> None:
         """Copies all of them. On a GPU the copies may still run when this returns."""
-        given = [(piece.into, piece.of(tensor)) for name, tensor in tensors for piece in self._pieces[name]]
+        given = [(piece.into, part) for _, piece, part in self._parts(lying)]
         torch._foreach_copy_([into for into, _ in given], [part for _, part in given], non_blocking=True)
 
     @torch.no_grad()
-    def differs(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    def differs(self, lying: Lying) -> str | None:
         """The first tensor that does not lie in the model as `load` would have put it there."""
-        for name, tensor in tensors:
-            for piece in self._pieces[name]:
-                if not _equal(piece.into, piece.of(tensor)):
-                    return name
-        return None
+        return next((name for name, piece, part in self._parts(lying) if not _equal(piece.into, part)), None)
 
-
-def places(model: torch.nn.Module) -> tuple[tuple[str, int], ...]:
-    return tuple((name, parameter.data_ptr()) for name, parameter in model.named_parameters())
+    def _parts(self, lying: Lying) -> Iterator[tuple[str, Piece, torch.Tensor]]:
+        whole, described, starts = lying
+        # Seen once as each dtype that there is: a view of each tensor first would double the work.
+        seen: dict[torch.dtype, torch.Tensor] = {}
+        for (name, dtype, _), pieces, start in zip(described, self._pieces, starts):
+            if not pieces:
+                continue
+            if dtype not in seen:
+                seen[dtype] = whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype)
+            first = start // dtype.itemsize
+            for piece in pieces:
+                yield name, piece, seen[dtype].as_strided(piece.size, piece.stride, first + piece.offset)
 
 
 def _equal(into: torch.Tensor, part: torch.Tensor) -> bool:
