@@ -215,3 +215,9 @@ def test_what_never_reached_the_proxy_or_was_refused_has_changed_nothing() -> No
         publisher.publish({"one": torch.ones(3)})
     for raised in (refused, unreached):
         assert not isinstance(raised.value, UnknownOutcomeError)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", ""])
+def test_what_is_no_address_of_a_proxy_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ValueError, match="is no address of a proxy"):
+        WeightPublisher(url)

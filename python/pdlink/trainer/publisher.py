@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import http.client
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Union
+from urllib.parse import urlsplit
 
 from .._native import PdlinkError, WeightSender
 
@@ -113,6 +113,9 @@ class WeightPublisher:
         kv: Mapping[str, Any] | None = None,
     ) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
+        self._server = urlsplit(self._url)
+        if self._server.scheme not in ("http", "https") or not self._server.hostname:
+            raise ValueError(f"`{url}` is no address of a proxy; one is http://127.0.0.1:8000")
         self._host = host
         self._secret_file = None if secret_file is None else fspath(secret_file)
         self._admin_token = admin_token
@@ -176,32 +179,33 @@ class WeightPublisher:
         if self._admin_token is not None:
             headers["Authorization"] = f"Bearer {self._admin_token}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, headers, method=method)
-        # The fleet is on this host or a private network: a proxy of the environment is not for it.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        # Directly: the fleet is on this host or a private network, and a proxy of the environment is not for it.
+        kind = http.client.HTTPSConnection if self._server.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._server.hostname or "", self._server.port, timeout=patience_s)
         try:
-            with opener.open(request, timeout=patience_s) as answer:
-                said: dict[str, Any] = json.load(answer)
+            try:
+                connection.request(method, self._server.path + path, data, headers)
+            except (OSError, http.client.HTTPException) as error:
+                # Raised before the whole question was sent.
+                raise PublishError(0, f"cannot ask {self._url}{path}: {error}") from error
+            answer = connection.getresponse()
+            text = answer.read()
+            if answer.status == HTTPStatus.OK:
+                said: dict[str, Any] = json.loads(text)
                 return said
-        except urllib.error.HTTPError as error:
-            # A proxy that ends says so without knowing what its workers have been told.
-            raised = _NoAnswer if error.code == 503 else PublishError
-            raise raised(error.code, refusal(error)) from None
-        except urllib.error.URLError as error:
-            # Raised before the whole question was sent.
-            raise PublishError(0, f"cannot ask {self._url}{path}: {error.reason}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _NoAnswer(0, f"{self._url}{path} gave no answer: {type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
+        # A proxy that ends says so without knowing what its workers have been told.
+        raised = _NoAnswer if answer.status == HTTPStatus.SERVICE_UNAVAILABLE else PublishError
+        raise raised(answer.status, refusal(text) or f"{self._url}{path} answered with {answer.status} {answer.reason}")
 
 
-def refusal(error: urllib.error.HTTPError) -> str:
+def refusal(body: bytes) -> str:
     """What an error answer says."""
-    body = b""
     try:
-        body = error.read()
         return str(json.loads(body)["error"]["message"])
-    except (OSError, http.client.HTTPException):
-        return str(error)
     except (ValueError, KeyError, TypeError):
         return body.decode(errors="replace")
 
