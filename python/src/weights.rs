@@ -87,10 +87,13 @@ impl Order {
         }
     }
 
-    /// Of a commit: name, dtype as safetensors calls it, shape, and the first and last byte of each tensor in that memory.
+    /// Of a commit: name, dtype as safetensors calls it, shape, and the first and last byte of each tensor in that memory; of one
+    /// that comes as it is taken, in the stream of all of its bytes.
     fn tensors(&self) -> Vec<Placed> {
-        let Some(staged) = &self.staged else { return Vec::new() };
-        let manifest = staged.manifest();
+        let streamed = self.stream.as_ref().map(|stream| stream.manifest());
+        let Some(manifest) = streamed.or_else(|| self.staged.as_ref().map(|staged| staged.manifest())) else {
+            return Vec::new();
+        };
         (0..manifest.tensors().len()).map(|number| placed(manifest, number, manifest.place(number).start)).collect()
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pdlink.vllm.weights import load
-from pdlink.vllm.weights.plan import NoPlan, learn
+from pdlink.vllm.weights.plan import Lying, NoPlan, learn
 from test_weight_orders import Staged, Worker
 
 Tensors = dict[str, torch.Tensor]
@@ -49,7 +49,25 @@ def described(tensors: Tensors) -> Any:
 
 def lying(tensors: Tensors) -> Any:
     staged = Staged(tensors)
-    return staged.bytes, described(tensors), [start for *_, start, _ in staged.told]
+    return Lying(staged.bytes, described(tensors), [start for *_, start, _ in staged.told])
+
+
+class Streamed(Staged):
+    """One tensor after the other, each in the place of the last."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__(tensors)
+        self.streams = True
+        self.coming = [(told, self.bytes[told[-2] : told[-1]].clone()) for told in self.told]
+        self.bytes = torch.zeros(max(len(raw) for _, raw in self.coming), dtype=torch.uint8)
+
+    def arrived(self) -> Any:
+        self.bytes.fill_(77)
+        if not self.coming:
+            return None
+        (name, dtype, shape, *_), raw = self.coming.pop(0)
+        self.bytes[: len(raw)] = raw
+        return [(name, dtype, shape, 0, len(raw))]
 
 
 def parameters(model: torch.nn.Module) -> Tensors:
@@ -162,23 +180,43 @@ def no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.config.set_current_vllm_config", lambda config: contextlib.nullcontext())
 
 
-def test_the_first_update_goes_vllms_way_and_later_ones_are_copies() -> None:
+@pytest.mark.parametrize("kind", [Staged, Streamed])
+def test_the_first_update_goes_vllms_way_and_later_ones_are_copies(kind: type[Staged]) -> None:
     worker = Fusing()
     for seed in (1, 2, 3):
-        load.load(worker, Staged(made(seed)))
+        load.load(worker, kind(made(seed)))
         want = Fused()
         want.load_weights(made(seed).items())
         assert same(parameters(worker.model), parameters(want)), f"update {seed}"
     assert (worker.reloads, worker.reset) == (1, 2)
     # Another kind of checkpoint, and the one from before again: learnt anew.
-    load.load(worker, Staged({name: tensor for name, tensor in made(4).items() if name != "rotary"}))
-    load.load(worker, Staged(made(5)))
-    load.load(worker, Staged(made(6)))
+    load.load(worker, kind({name: tensor for name, tensor in made(4).items() if name != "rotary"}))
+    load.load(worker, kind(made(5)))
+    load.load(worker, kind(made(6)))
     assert worker.reloads == 3
 
 
-def test_a_model_whose_layers_are_changed_after_loading_always_goes_vllms_way() -> None:
-    worker = Fusing(after=lambda model: model.qkv.data.copy_(model.qkv.data.flip(0)))
+def flipped(model: Fused) -> None:
+    model.qkv.data.copy_(model.qkv.data.flip(0))
+
+
+def one_bit_off(model: Fused) -> None:
+    model.down.data.view(torch.int16)[2, 1] ^= 1
+
+
+@pytest.mark.parametrize("kind", [Staged, Streamed])
+@pytest.mark.parametrize("after", [flipped, one_bit_off])
+def test_a_model_whose_layers_are_changed_after_loading_always_goes_vllms_way(kind: type[Staged], after: Any) -> None:
+    worker = Fusing(after)
     for seed in (1, 2):
-        load.load(worker, Staged(made(seed)))
+        load.load(worker, kind(made(seed)))
     assert worker.reloads == 2
+
+
+def test_what_was_streamed_is_told_from_its_like() -> None:
+    model, tensors = Fused(), made(1)
+    model.load_weights(tensors.items())
+    plan = learn(model, model.load_weights, described(tensors))
+    assert all(one.fits() for one in plan.prints(lying(tensors)))
+    swapped = {**tensors, "q": tensors["q"].flip(0), "k": tensors["k"][:, [1, 0, 2, 3]], "words": -tensors["words"]}
+    assert {one.name for one in plan.prints(lying(swapped)) if not one.fits()} == {"q", "k", "words"}

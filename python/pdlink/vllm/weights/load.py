@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +13,7 @@ from vllm.logger import init_logger
 
 from ... import _native
 from ...trainer.publisher import DTYPES
-from .plan import Lying, NoPlan, Plan, learn
+from .plan import Described, Lying, NoPlan, Plan, Print, learn
 
 logger = init_logger("vllm.pdlink.weights")
 
@@ -32,56 +33,64 @@ def load(worker: Any, weights: _native.Order | None) -> None:
     amiss; then the model is a mixture."""
     if weights is None or weights.memory() is None:
         _by_vllm(worker, None)
-    elif weights.streams:
-        _by_vllm(worker, arriving(worker, weights))
     else:
-        _staged(worker, weights)
+        _given(worker, weights)
     if worker.device.type == "cuda":
         # Whoever gave the memory may take it back from here on.
         torch.cuda.synchronize(worker.device)
 
 
-def _staged(worker: Any, weights: _native.Order) -> None:
+def _given(worker: Any, weights: _native.Order) -> None:
     """By plain copies where that was seen to be the same, else vLLM's way."""
     model = worker.model_runner.get_model()
-    lying = _lying(weights)
-    plan = _learnt.get(model)
-    if plan is not None and plan.fits(lying[1]):
-        plan.load(lying)
+    described = _described(weights.tensors())
+    learnt = _learnt.get(model)
+    if learnt is not None and learnt.fits(described):
+        for lying in coming(worker, weights):
+            learnt.load(lying)
         for name in AFTERWARDS:
             getattr(worker.model_runner, name, lambda: None)()
         return
-    _by_vllm(worker, views(weights))
-    if plan is not None or model not in _learnt:
-        _learnt[model] = _learn(worker, model, lying)
+    is_known = learnt is None and model in _learnt
+    plan = None if is_known else _plan(worker, model, described)
+    prints: list[Print] = []
+
+    def passing() -> Iterator[tuple[str, torch.Tensor]]:
+        for lying in coming(worker, weights):
+            if plan is not None and weights.streams:
+                prints.extend(plan.prints(lying))
+            # The next bucket takes their place, and vLLM gathers a layer's before it loads them: a copy goes with its layer.
+            yield from ((name, tensor.clone() if weights.streams else tensor) for name, tensor in views(lying))
+
+    _by_vllm(worker, passing())
+    if plan is not None:
+        wrong = (one.name for one in prints if not one.fits())
+        differs = next(wrong, None) if weights.streams else plan.differs(next(coming(worker, weights)))
+        if differs is None:
+            logger.info("later updates of this model are plain copies")
+        else:
+            plan = None
+            _say_why(f"`{differs}` is in the model otherwise than in the checkpoint")
+    _learnt[model] = plan
 
 
-def _lying(weights: _native.Order) -> Lying:
-    memory = weights.memory()
-    assert memory is not None
-    told = weights.tensors()
-    described = tuple((name, _type(name, dtype), tuple(shape)) for name, dtype, shape, _, _ in told)
-    return bytes_of(memory), described, [start for *_, start, _ in told]
-
-
-def _learn(worker: Any, model: torch.nn.Module, lying: Lying) -> Plan | None:
+def _plan(worker: Any, model: torch.nn.Module, described: tuple[Described, ...]) -> Plan | None:
+    """To be proven by a reload."""
     try:
         if worker.model_runner.model_config.quantization is not None:
             raise NoPlan("it is quantised")
         if getattr(worker.vllm_config.parallel_config, "enable_eplb", False):
             raise NoPlan("its experts move")
-        plan = learn(model, model.load_weights, lying[1])
-        differs = plan.differs(lying)
-        if differs is not None:
-            raise NoPlan(f"`{differs}` is in the model otherwise than in the checkpoint")
+        return learn(model, model.load_weights, described)
     except NoPlan as why:
-        logger.info("each update of this model takes vLLM's layer-wise reload: %s", why)
-        return None
+        _say_why(str(why))
     except Exception:
         logger.exception("each update of this model takes vLLM's layer-wise reload")
-        return None
-    logger.info("later updates of this model are plain copies")
-    return plan
+    return None
+
+
+def _say_why(why: str) -> None:
+    logger.info("each update of this model takes vLLM's layer-wise reload: %s", why)
 
 
 def _by_vllm(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]] | None) -> None:
@@ -124,25 +133,25 @@ def _reload(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         raise ValueError(f"the new weights have nothing for {len(missing)} of the model's parameters, such as {missing[0]}")
 
 
-def arriving(worker: Any, weights: _native.Order) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors as they come. The next bucket takes their place, and vLLM gathers a layer's before it loads them: so each is a copy,
-    which goes with its layer."""
+def coming(worker: Any, weights: _native.Order) -> Iterator[Lying]:
+    """All tensors, where they lie, in host memory or on the GPU: at once if they are staged, else as they come. Then the next ones take
+    the place of the last."""
     memory = weights.memory()
     assert memory is not None
     whole = bytes_of(memory)
-    while True:
+
+    def next_ones() -> list[Any] | None:
         if worker.device.type == "cuda":
-            # What was put into PyTorch's stream still reads the last bucket.
+            # What was put into PyTorch's stream still reads the last ones.
             torch.cuda.synchronize(worker.device)
-        arrived = weights.arrived()
-        if arrived is None:
-            return
-        for name, dtype, shape, start, end in arrived:
-            yield name, _view(whole, name, dtype, shape, start, end).clone()
+        return weights.arrived()
+
+    for told in iter(next_ones, None) if weights.streams else [weights.tensors()]:
+        yield Lying(whole, _described(told), [start for *_, start, _ in told])
 
 
-def _view(whole: torch.Tensor, name: str, dtype: str, shape: list[int], start: int, end: int) -> torch.Tensor:
-    return whole[start:end].view(_type(name, dtype)).view(shape)
+def _described(told: Iterable[tuple[str, str, list[int], int, int]]) -> tuple[Described, ...]:
+    return tuple((name, _type(name, dtype), tuple(shape)) for name, dtype, shape, _, _ in told)
 
 
 def _type(name: str, dtype: str) -> torch.dtype:
@@ -163,14 +172,11 @@ def _abandon(worker: Any, model: torch.nn.Module) -> None:
     layerwise.finalize_layerwise_reload(model, worker.model_runner.model_config)
 
 
-def views(weights: _native.Order) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors where they lie, in host memory or on the GPU: no byte is copied."""
-    memory = weights.memory()
-    if memory is None:
-        return
-    whole = bytes_of(memory)
-    for name, dtype, shape, start, end in weights.tensors():
-        yield name, _view(whole, name, dtype, shape, start, end)
+def views(lying: Lying) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors where they lie: no byte is copied."""
+    for (name, dtype, shape), start in zip(lying.described, lying.starts):
+        end = start + math.prod(shape) * dtype.itemsize
+        yield name, lying.whole[start:end].view(dtype).view(shape)
 
 
 class _Owner:

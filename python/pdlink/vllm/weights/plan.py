@@ -17,15 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What a tensor of a checkpoint is called and looks like.
 Described = tuple[str, torch.dtype, tuple[int, ...]]
-# Tensors of a checkpoint in one stretch of memory: what they are, and the byte that each begins at, in the same order.
-Lying = tuple[torch.Tensor, tuple[Described, ...], list[int]]
+
+
+class Lying(NamedTuple):
+    """Tensors of a checkpoint in one stretch of memory: what they are, and the byte that each begins at, in the same order."""
+
+    whole: torch.Tensor
+    described: tuple[Described, ...]
+    starts: list[int]
+
 
 # Attributes of layers whose tensors are not made of weights.
 NOT_OF_WEIGHTS = {"kv_cache"}
 # Objects that layers keep what they have made of their weights in, beside themselves.
 HELPERS = ("impl", "quant_method")
-# Bytes that are compared at once: a comparison takes as much memory again.
+# Bytes that are compared at once: a comparison takes as much memory again. And bytes that are made a number of: that takes more.
 COMPARED_BYTES = 64 << 20
+PRINTED_BYTES = 16 << 20
 
 aten = torch.ops.aten
 
@@ -43,12 +51,23 @@ class Piece(NamedTuple):
     into: torch.Tensor
 
 
+class Print(NamedTuple):
+    """What the model should hold in one place, as a number, for tensors that are gone when it is looked at."""
+
+    name: str
+    into: torch.Tensor
+    number: torch.Tensor
+
+    def fits(self) -> bool:
+        return torch.equal(_number(self.into, self.into), self.number)
+
+
 class Plan:
     """Good for checkpoints of the same names, dtypes and shapes, as long as the model's parameters stay where they are."""
 
     def __init__(self, described: tuple[Described, ...], pieces: dict[str, list[Piece]], model: torch.nn.Module):
         self._described = described
-        self._pieces = [pieces.get(name, []) for name, *_ in described]
+        self._pieces = pieces
         self._places = [
             (module._parameters, name, parameter.data_ptr())
             for module in model.modules()
@@ -67,18 +86,25 @@ class Plan:
     def load(self, lying: Lying) -> None:
         """Copies all of them. On a GPU the copies may still run when this returns."""
         given = [(piece.into, part) for _, piece, part in self._parts(lying)]
-        torch._foreach_copy_([into for into, _ in given], [part for _, part in given], non_blocking=True)
+        if given:
+            torch._foreach_copy_([into for into, _ in given], [part for _, part in given], non_blocking=True)
 
     @torch.no_grad()
     def differs(self, lying: Lying) -> str | None:
         """The first tensor that does not lie in the model as `load` would have put it there."""
         return next((name for name, piece, part in self._parts(lying) if not _equal(piece.into, part)), None)
 
+    @torch.no_grad()
+    def prints(self, lying: Lying) -> list[Print]:
+        """How the model would look where `load` would put them."""
+        return [Print(name, piece.into, _number(part, piece.into)) for name, piece, part in self._parts(lying)]
+
     def _parts(self, lying: Lying) -> Iterator[tuple[str, Piece, torch.Tensor]]:
         whole, described, starts = lying
         # Seen once as each dtype that there is: a view of each tensor first would double the work.
         seen: dict[torch.dtype, torch.Tensor] = {}
-        for (name, dtype, _), pieces, start in zip(described, self._pieces, starts):
+        for (name, dtype, _), start in zip(described, starts):
+            pieces = self._pieces.get(name)
             if not pieces:
                 continue
             if dtype not in seen:
@@ -95,6 +121,34 @@ def _equal(into: torch.Tensor, part: torch.Tensor) -> bool:
     rows = max(1, COMPARED_BYTES // row_bytes)
     slabs = zip(into.split(rows), part.split(rows))
     return all(torch.equal(one, other.to(one.device, one.dtype)) for one, other in slabs)
+
+
+@torch.no_grad()
+def _number(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A number of a tensor's bytes and their order, as it would be on the device and of the dtype of `like`."""
+    if tensor.dim() == 0:
+        tensor = tensor.view(1)
+    total = torch.zeros((), dtype=torch.int64, device=like.device)
+    rows = max(1, PRINTED_BYTES // max(1, tensor[:1].numel() * like.element_size()))
+    for slab in tensor.split(rows):
+        raw = slab.to(like.device, like.dtype).contiguous().view(-1).view(torch.uint8)
+        words = torch.zeros(-(-len(raw) // 8), dtype=torch.int64, device=like.device)
+        words.view(torch.uint8)[: len(raw)].copy_(raw)
+        spread = _spread(torch.arange(len(words), device=like.device))
+        total = total * _signed(0x9E3779B97F4A7C15) + ((words ^ (words >> 32)) * spread).sum()
+    return total
+
+
+def _spread(numbers: torch.Tensor) -> torch.Tensor:
+    """Each number made an odd one that has nothing to do with its neighbours': splitmix64."""
+    mixed = (numbers + 1) * _signed(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> 30)) * _signed(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> 27)) * _signed(0x94D049BB133111EB)
+    return mixed ^ (mixed >> 31) | 1
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number
 
 
 def learn(model: torch.nn.Module, load: Callable[[Any], Any], described: tuple[Described, ...]) -> Plan:
