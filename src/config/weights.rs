@@ -70,7 +70,8 @@ pub struct WeightsConfig {
     /// What happens to answers in flight when the weights change. Default `continue`.
     pub in_flight: InFlight,
     /// Whether a worker keeps what it staged, so that one that was restarted can have it from there. Default true: costs
-    /// each worker the size of the model in host memory all the time. Without it, such a worker waits for the next update.
+    /// each worker the size of the model in host memory all the time. Without it, such a worker waits for the next update. With
+    /// `staging = "host"` a worker holds on to as much again, which the next update is staged in.
     /// vLLM's workers keep it in any case: what they cannot load is taken back from there.
     pub keep: bool,
     /// Ways for weights to go, best first. Default `["cuda-ipc", "shm", "tcp"]`: GPU to GPU from a trainer's tensors on the same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ def test_weights_go_from_gpu_to_gpu_and_make_the_same_answers_each_time(tmp_path
     source = ROOT / "tests" / "support" / "fake_cuda.c"
     command = ["cc", "-shared", "-fPIC", "-O2", "-pthread", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
+    # What an earlier run wrote is not what this one says.
+    shutil.rmtree(LOGS / "weights-gpu", ignore_errors=True)
     found = tmp_path / "found.json"
     program = [sys.executable, str(ROOT / "tools" / "vllm_weights_gpu.py"), "--shape", "tiny", "--stand-in", str(library)]
     program += ["--cases", "device,none", "--repeat", "2", "--bucket-mib", "2", "--json", str(found), "--logs", str(LOGS / "weights-gpu")]

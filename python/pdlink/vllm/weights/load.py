@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 
 from ... import _native
 from ...trainer.publisher import DTYPES
-from .plan import Described, Lying, NoPlan, Plan, Print, learn
+from .plan import Described, Lying, NoPlan, Plan, Prints, learn
 
 logger = init_logger("vllm.pdlink.weights")
 
@@ -53,19 +53,18 @@ def _given(worker: Any, weights: _native.Order) -> None:
         return
     is_known = learnt is None and model in _learnt
     plan = None if is_known else _plan(worker, model, described)
-    prints: list[Print] = []
+    prints = Prints(plan) if plan is not None and weights.streams else None
 
     def passing() -> Iterator[tuple[str, torch.Tensor]]:
         for lying in coming(worker, weights):
-            if plan is not None and weights.streams:
-                prints.extend(plan.prints(lying))
+            if prints is not None:
+                prints.see(lying)
             # The next bucket takes their place, and vLLM gathers a layer's before it loads them: a copy goes with its layer.
             yield from ((name, tensor.clone() if weights.streams else tensor) for name, tensor in views(lying))
 
     _by_vllm(worker, passing())
     if plan is not None:
-        wrong = (one.name for one in prints if not one.fits())
-        differs = next(wrong, None) if weights.streams else plan.differs(next(coming(worker, weights)))
+        differs = prints.differs() if prints is not None else plan.differs(next(coming(worker, weights)))
         if differs is None:
             logger.info("later updates of this model are plain copies")
         else:

@@ -2,8 +2,9 @@
 
 vLLM's layer-wise reload makes each layer anew, loads it, and copies it to where kernels read it: right for every model, and for one of
 8 billion parameters 0.2 s of Python round copies that take 8 ms. Where a model keeps what its loaders write as they write it, those
-copies are all there is. `learn` has the model's own loader run on tensors without bytes and writes down what it would copy, and holds
-that against what a reload has just made; anything that is not a plain copy, or not equal, means that there is no plan.
+copies are all there is. `learn` has the model's own loader run on tensors without bytes and writes down what it would copy; what the next
+reload makes is held against that, by `Plan.differs` or, where the tensors are gone by then, by `Prints`. Anything that is not a plain copy,
+or not equal, means that there is no plan.
 """
 
 from __future__ import annotations
@@ -31,9 +32,16 @@ class Lying(NamedTuple):
 NOT_OF_WEIGHTS = {"kv_cache"}
 # Objects that layers keep what they have made of their weights in, beside themselves.
 HELPERS = ("impl", "quant_method")
-# Bytes that are compared at once: a comparison takes as much memory again. And bytes that are made a number of: that takes more.
+# Bytes that are compared at once, which takes as much memory again, or made a number of, which takes more.
 COMPARED_BYTES = 64 << 20
 PRINTED_BYTES = 16 << 20
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number
+
+
+GOLDEN = _signed(0x9E3779B97F4A7C15)
 
 aten = torch.ops.aten
 
@@ -49,17 +57,6 @@ class Piece(NamedTuple):
     stride: tuple[int, ...]
     offset: int
     into: torch.Tensor
-
-
-class Print(NamedTuple):
-    """What the model should hold in one place, as a number, for tensors that are gone when it is looked at."""
-
-    name: str
-    into: torch.Tensor
-    number: torch.Tensor
-
-    def fits(self) -> bool:
-        return torch.equal(_number(self.into, self.into), self.number)
 
 
 class Plan:
@@ -85,21 +82,17 @@ class Plan:
     @torch.no_grad()
     def load(self, lying: Lying) -> None:
         """Copies all of them. On a GPU the copies may still run when this returns."""
-        given = [(piece.into, part) for _, piece, part in self._parts(lying)]
+        given = [(piece.into, part) for _, piece, part in self.parts(lying)]
         if given:
             torch._foreach_copy_([into for into, _ in given], [part for _, part in given], non_blocking=True)
 
     @torch.no_grad()
     def differs(self, lying: Lying) -> str | None:
         """The first tensor that does not lie in the model as `load` would have put it there."""
-        return next((name for name, piece, part in self._parts(lying) if not _equal(piece.into, part)), None)
+        return next((name for name, piece, part in self.parts(lying) if not _equal(piece.into, part)), None)
 
-    @torch.no_grad()
-    def prints(self, lying: Lying) -> list[Print]:
-        """How the model would look where `load` would put them."""
-        return [Print(name, piece.into, _number(part, piece.into)) for name, piece, part in self._parts(lying)]
-
-    def _parts(self, lying: Lying) -> Iterator[tuple[str, Piece, torch.Tensor]]:
+    def parts(self, lying: Lying) -> Iterator[tuple[str, Piece, torch.Tensor]]:
+        """Each piece of these tensors: whose it is, and where it lies."""
         whole, described, starts = lying
         # Seen once as each dtype that there is: a view of each tensor first would double the work.
         seen: dict[torch.dtype, torch.Tensor] = {}
@@ -123,32 +116,58 @@ def _equal(into: torch.Tensor, part: torch.Tensor) -> bool:
     return all(torch.equal(one, other.to(one.device, one.dtype)) for one, other in slabs)
 
 
-@torch.no_grad()
-def _number(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A number of a tensor's bytes and their order, as it would be on the device and of the dtype of `like`."""
-    if tensor.dim() == 0:
-        tensor = tensor.view(1)
-    total = torch.zeros((), dtype=torch.int64, device=like.device)
-    rows = max(1, PRINTED_BYTES // max(1, tensor[:1].numel() * like.element_size()))
-    for slab in tensor.split(rows):
-        raw = slab.to(like.device, like.dtype).contiguous().view(-1).view(torch.uint8)
-        words = torch.zeros(-(-len(raw) // 8), dtype=torch.int64, device=like.device)
-        words.view(torch.uint8)[: len(raw)].copy_(raw)
-        spread = _spread(torch.arange(len(words), device=like.device))
-        total = total * _signed(0x9E3779B97F4A7C15) + ((words ^ (words >> 32)) * spread).sum()
-    return total
+class Prints:
+    """What the model should hold in each place of a plan, as numbers: for tensors that are gone when it can be looked at."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self._seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self._spread: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def see(self, lying: Lying) -> None:
+        """Tensors pass."""
+        for name, piece, part in self._plan.parts(lying):
+            self._seen.append((name, piece.into, self._number(part, piece.into)))
+
+    @torch.no_grad()
+    def differs(self) -> str | None:
+        """As `Plan.differs`, of all that passed."""
+        return next((name for name, into, number in self._seen if not torch.equal(self._number(into, into), number)), None)
+
+    def _number(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Of a tensor's bytes and their order, as it would be on the device and of the dtype of `like`."""
+        if tensor.dim() == 0:
+            tensor = tensor.view(1)
+        total = torch.zeros((), dtype=torch.int64, device=like.device)
+        rows = max(1, PRINTED_BYTES // max(1, tensor[:1].numel() * like.element_size()))
+        for slab in tensor.split(rows):
+            words = _words(slab.to(like.device, like.dtype).contiguous())
+            total = total * GOLDEN + ((words ^ (words >> 32)) * self._spread_for(words)).sum()
+        return total
+
+    def _spread_for(self, words: torch.Tensor) -> torch.Tensor:
+        if self._spread is None or len(self._spread) < len(words) or self._spread.device != words.device:
+            self._spread = _spread(max(len(words), PRINTED_BYTES // 8), words.device)
+        return self._spread[: len(words)]
 
 
-def _spread(numbers: torch.Tensor) -> torch.Tensor:
-    """Each number made an odd one that has nothing to do with its neighbours': splitmix64."""
-    mixed = (numbers + 1) * _signed(0x9E3779B97F4A7C15)
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes, eight by eight."""
+    raw = tensor.view(-1).view(torch.uint8)
+    if len(raw) % 8 == 0 and raw.storage_offset() % 8 == 0:
+        return raw.view(torch.int64)
+    words = torch.zeros(-(-len(raw) // 8), dtype=torch.int64, device=raw.device)
+    words.view(torch.uint8)[: len(raw)].copy_(raw)
+    return words
+
+
+def _spread(count: int, device: torch.device) -> torch.Tensor:
+    """Odd numbers that have nothing to do with their neighbours: splitmix64 of 1, 2, 3 …"""
+    mixed = torch.arange(1, count + 1, device=device) * GOLDEN
     mixed = (mixed ^ (mixed >> 30)) * _signed(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> 27)) * _signed(0x94D049BB133111EB)
     return mixed ^ (mixed >> 31) | 1
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >> 63 else number
 
 
 def learn(model: torch.nn.Module, load: Callable[[Any], Any], described: tuple[Described, ...]) -> Plan:
