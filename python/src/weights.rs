@@ -87,14 +87,14 @@ impl Order {
         }
     }
 
-    /// Of a commit: name, dtype as safetensors calls it, shape, and the first and last byte of each tensor in that memory; of one
-    /// that comes as it is taken, in the stream of all of its bytes.
-    fn tensors(&self) -> Vec<Placed> {
+    /// Of a commit: all tensors, whole. Of one whose weights come as they are taken, as they lie in the stream of all bytes.
+    fn tensors(&self) -> Vec<Part> {
         let streamed = self.stream.as_ref().map(|stream| stream.manifest());
         let Some(manifest) = streamed.or_else(|| self.staged.as_ref().map(|staged| staged.manifest())) else {
             return Vec::new();
         };
-        (0..manifest.tensors().len()).map(|number| placed(manifest, number, manifest.place(number).start)).collect()
+        let all = (0..manifest.tensors().len()).map(|number| (number, manifest.place(number)));
+        all.map(|(number, place)| part_of(manifest, number, 0, place.start, place.end)).collect()
     }
 
     /// Of a commit: its weights come as they are taken, by `arrived`.
@@ -103,22 +103,23 @@ impl Order {
         self.stream.is_some()
     }
 
-    /// The tensors that came next, as `tensors` tells them; `None` after the last. Waits for them. Those before are gone.
-    fn arrived(&self, py: Python<'_>) -> PyResult<Option<Vec<Placed>>> {
+    /// The parts of tensors that came next; `None` after the last. Waits for them. Those before are gone.
+    fn arrived(&self, py: Python<'_>) -> PyResult<Option<Vec<Part>>> {
         let Some(stream) = &self.stream else { return Ok(None) };
         let next = py.detach(|| stream.next());
         let next = next.map_err(|why| errors::SendError::new_err(format!("new weights did not come: {why}")))?;
-        let told = |arrived: &Arrived| placed(stream.manifest(), arrived.tensor, arrived.at);
+        let told = |part: &Arrived| part_of(stream.manifest(), part.tensor, part.skip, part.at, part.at + part.len);
         Ok(next.map(|next| next.iter().map(told).collect()))
     }
 }
 
-/// A tensor's name, dtype, shape, and where its first and last byte are in some memory.
-type Placed = (String, String, Vec<u64>, u64, u64);
+/// A tensor's name, dtype as safetensors calls it, and shape; and of a part of it, how many bytes of the tensor are before it, and
+/// where its first and last byte are in the commit's memory.
+type Part = (String, String, Vec<u64>, u64, u64, u64);
 
-fn placed(manifest: &Manifest, number: usize, at: u64) -> Placed {
-    let (tensor, place) = (&manifest.tensors()[number], manifest.place(number));
-    (tensor.name.clone(), name_of(&tensor.dtype), tensor.shape.clone(), at, at + (place.end - place.start))
+fn part_of(manifest: &Manifest, number: usize, skip: u64, start: u64, end: u64) -> Part {
+    let tensor = &manifest.tensors()[number];
+    (tensor.name.clone(), name_of(&tensor.dtype), tensor.shape.clone(), skip, start, end)
 }
 
 /// Memory that new weights lie in. It is valid while this lives.

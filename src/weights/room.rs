@@ -76,8 +76,6 @@ enum Lie {
     Whole,
     /// In the one half and in the other, in turn.
     InTurn,
-    /// From this byte on, each behind what the last one left over.
-    Behind(u64),
 }
 
 impl Room {
@@ -109,14 +107,14 @@ impl Room {
         Ok(Self { region, lie, buckets })
     }
 
-    /// For weights that an engine takes as they come: a bucket, and before it `front` bytes.
-    pub(super) fn window(paths: &Paths, buckets: Buckets, front: u64) -> Result<Self, StageError> {
-        let bytes = front + buckets.bucket_bytes();
+    /// For weights that an engine takes as they come.
+    pub(super) fn for_two(paths: &Paths, buckets: Buckets) -> Result<Self, StageError> {
+        let bytes = buckets.bucket_bytes() * 2;
         let region = match paths.device()? {
             Some(gpu) => Region::allocated_on(&gpu, to_usize(bytes))?,
             None => on_host(bytes, None)?,
         };
-        Ok(Self { region, lie: Lie::Behind(front), buckets })
+        Ok(Self { region, lie: Lie::InTurn, buckets })
     }
 
     /// Room for two buckets, for a path that cannot write where they are staged.
@@ -133,7 +131,6 @@ impl Room {
         match self.lie {
             Lie::Whole => self.buckets.range(bucket).start,
             Lie::InTurn => self.in_two(bucket),
-            Lie::Behind(front) => front,
         }
     }
 

@@ -1,9 +1,8 @@
 //! Weights that go into an engine as they come, staged nowhere: `[weights] staging = "none"`.
 //!
-//! The connection is opened and the manifest read while the engine serves; the bytes come during the pause, bucket by bucket, into a
-//! window: a bucket lands at its end, and what has come of the tensor that the bucket before ended in lies right before it. The window
-//! has the length of two buckets, or, where a tensor is longer than one, of a bucket and that tensor.
-//! Each tensor's digest is checked before the engine gets it (WT-5), but nothing brings the old weights back (WT-1 is given up).
+//! The connection is opened and the manifest read while the engine serves; the bytes come during the pause, bucket by bucket, into two
+//! places in turn: while the engine takes the one, the next bucket comes into the other. So an engine gets tensors in parts. Each tensor's
+//! digest is checked with its last part, and all before the commit (WT-5); but nothing brings the old weights back (WT-1 is given up).
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -14,25 +13,28 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
 use super::digest::WeightsDigest;
-use super::manifest::{ALIGN, Buckets, Manifest};
+use super::manifest::{Buckets, Manifest, Piece};
 use super::pull::{Going, Pull};
 use super::room::Room;
 use super::stage::{Stage, StageError};
-use crate::memory::{AccessError, Region};
+use crate::memory::Region;
 
 /// How long one bucket is waited for; the update's own times are shorter.
 const BUCKET_MAX: Duration = Duration::from_secs(600);
 
-/// A tensor that has come whole.
+/// A part of a tensor that has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Arrived {
-    /// Its number in the manifest.
+    /// The tensor's number in the manifest.
     pub tensor: usize,
-    /// Where it begins in the stream's memory.
+    /// Bytes of the tensor before this part.
+    pub skip: u64,
+    /// Where the part begins in the stream's memory.
     pub at: u64,
+    pub len: u64,
 }
 
-/// What one bucket brought: its tensors, or why it did not come.
+/// What one bucket brought: parts of tensors, or why it did not come.
 type Answer = Result<Vec<Arrived>, String>;
 
 /// New weights on their way into an engine.
@@ -50,18 +52,21 @@ impl Stream {
         &self.manifest
     }
 
-    /// Where tensors are found.
+    /// Where parts are found.
     pub fn region(&self) -> &Arc<Region> {
         &self.window
     }
 
-    /// The tensors that the next bucket completes; `None` after the last one. Blocks. What was answered before lies there no more.
+    /// What the next bucket brings, in order; `None` after the last one. Blocks. What was answered before lies there no more.
     pub fn next(&self) -> Result<Option<Vec<Arrived>>, String> {
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
         if answers.0 == self.buckets {
             return Ok(None);
         }
-        let _ = self.wanted.send(());
+        // The first question finds both places free; each later one frees the place of what was answered before.
+        for _ in answers.0.min(1)..2 {
+            let _ = self.wanted.send(());
+        }
         let gone = |error: RecvTimeoutError| match error {
             RecvTimeoutError::Timeout => format!("no bucket came within {} s", BUCKET_MAX.as_secs()),
             RecvTimeoutError::Disconnected => "the update was given up".to_owned(),
@@ -85,9 +90,8 @@ pub(super) async fn open(
     let (pull, manifest, bucket_bytes) = Pull::open(&stage, address).await?;
     let manifest = Arc::new(manifest);
     let buckets = Buckets::new(manifest.stream_bytes(), bucket_bytes);
-    let front = front(&manifest, buckets);
     let paths = stage.paths.clone();
-    let room = Arc::new(spawn_blocking(move || Room::window(&paths, buckets, front)).await??);
+    let room = Arc::new(spawn_blocking(move || Room::for_two(&paths, buckets)).await??);
     stage.progress.total_bytes.store(manifest.stream_bytes(), Relaxed);
     let (wanted, mut asked) = mpsc::unbounded_channel();
     let (answer, answers) = channel();
@@ -111,7 +115,6 @@ pub(super) async fn open(
                     Some(going) => going,
                     None => pull.begin(&stage, &room).await?,
                 };
-                carry(&manifest, buckets, bucket, front, &room.region)?;
                 pull.one(before, &stage, &manifest, buckets, bucket, &room).await
             };
             match came.await {
@@ -123,47 +126,22 @@ pub(super) async fn open(
                 Ok(after) => going = Some(after),
                 Err(error) => return drop(answer.send(Err(error.to_string()))),
             }
-            let _ = answer.send(Ok(arrived(&manifest, buckets, bucket, front)));
+            let _ = answer.send(Ok(arrived(&manifest, buckets, bucket, room.at(bucket))));
         }
     };
     Ok((stream, run))
 }
 
-/// The first byte of the stream that is still needed when a bucket is asked for: where the tensor begins that the bucket before
-/// ended in.
-fn needed_from(manifest: &Manifest, buckets: Buckets, bucket: u64) -> u64 {
-    let start = buckets.range(bucket).start;
-    let straddles = manifest.pieces(buckets.range(bucket)).next().filter(|piece| piece.skip > 0);
-    straddles.map_or(start, |piece| manifest.place(piece.tensor).start)
-}
-
-/// Where buckets land in the window.
-fn front(manifest: &Manifest, buckets: Buckets) -> u64 {
-    let bytes = |tensor| manifest.place(tensor).end - manifest.place(tensor).start;
-    let longest = (0..manifest.tensors().len()).map(bytes).max().unwrap_or(0);
-    longest.next_multiple_of(ALIGN).max(buckets.bucket_bytes())
-}
-
-/// Brings that part before the bucket's place. It ends where the bucket before, a whole one, ended.
-fn carry(manifest: &Manifest, buckets: Buckets, bucket: u64, front: u64, window: &Region) -> Result<(), AccessError> {
-    let (tail, step) = (buckets.range(bucket).start - needed_from(manifest, buckets, bucket), buckets.bucket_bytes());
-    let mut left = tail;
-    while left > 0 {
-        // Each part goes to where the one before it was: so none overlaps itself.
-        let len = left.min(step);
-        window.copy_to(front + step - left, window, front - left, len)?;
-        left -= len;
-    }
-    Ok(())
-}
-
-/// The tensors that end in a bucket, and where they begin in the window.
-fn arrived(manifest: &Manifest, buckets: Buckets, bucket: u64, front: u64) -> Vec<Arrived> {
-    let start = buckets.range(bucket).start;
-    let ended = manifest.pieces(buckets.range(bucket)).filter(|piece| piece.is_last);
-    ended
-        .map(|piece| Arrived { tensor: piece.tensor, at: front + manifest.place(piece.tensor).start - start })
-        .collect()
+/// What a bucket that lies at `at` has of each tensor.
+fn arrived(manifest: &Manifest, buckets: Buckets, bucket: u64, at: u64) -> Vec<Arrived> {
+    let range = buckets.range(bucket);
+    let part = |piece: Piece| Arrived {
+        tensor: piece.tensor,
+        skip: piece.skip,
+        at: at + (piece.stream.start - range.start),
+        len: piece.stream.end - piece.stream.start,
+    };
+    manifest.pieces(range.clone()).map(part).collect()
 }
 
 #[cfg(test)]
@@ -175,9 +153,9 @@ mod tests {
     use crate::memory::to_usize;
 
     proptest! {
-        /// Whatever the sizes: each is found whole, once.
+        /// Whatever the sizes: every byte of every tensor is found, once and in order.
         #[test]
-        fn every_tensor_lies_whole_in_the_window_when_it_arrives(
+        fn every_tensor_comes_whole_in_its_parts(
             sizes in prop::collection::vec(0..1500_u64, 1..30), bucket_bytes in 100..4000_u64
         ) {
             let tensor = |(at, &size): (usize, &u64)| {
@@ -185,22 +163,22 @@ mod tests {
             };
             let manifest = Manifest::new(sizes.iter().enumerate().map(tensor).collect()).unwrap();
             let buckets = Buckets::new(manifest.stream_bytes(), bucket_bytes);
-            let front = front(&manifest, buckets);
             let stream: Vec<u8> = (0..manifest.stream_bytes()).map(|at| u8::try_from(at * 31 % 251).unwrap()).collect();
-            let window = Region::shared(to_usize(front + buckets.bucket_bytes())).unwrap();
-            let mut seen = Vec::new();
+            let mut window = vec![0; to_usize(buckets.bucket_bytes() * 2)];
+            let mut seen: Vec<Vec<u8>> = vec![Vec::new(); sizes.len()];
             for bucket in 0..buckets.count() {
-                carry(&manifest, buckets, bucket, front, &window).unwrap();
-                let range = buckets.range(bucket);
-                window.copy_in(front, &stream[to_usize(range.start)..to_usize(range.end)]).unwrap();
-                for Arrived { tensor, at } in arrived(&manifest, buckets, bucket, front) {
-                    let place = manifest.place(tensor);
-                    let want = &stream[to_usize(place.start)..to_usize(place.end)];
-                    prop_assert_eq!(&window.to_vec(at, place.end - place.start).unwrap()[..], want);
-                    seen.push(tensor);
+                let (range, at) = (buckets.range(bucket), bucket % 2 * buckets.bucket_bytes());
+                let came = &stream[to_usize(range.start)..to_usize(range.end)];
+                window[to_usize(at)..][..came.len()].copy_from_slice(came);
+                for part in arrived(&manifest, buckets, bucket, at) {
+                    prop_assert_eq!(seen[part.tensor].len(), to_usize(part.skip));
+                    seen[part.tensor].extend(&window[to_usize(part.at)..][..to_usize(part.len)]);
                 }
             }
-            prop_assert_eq!(seen, (0..sizes.len()).collect::<Vec<_>>());
+            for (tensor, seen) in seen.iter().enumerate() {
+                let place = manifest.place(tensor);
+                prop_assert_eq!(&seen[..], &stream[to_usize(place.start)..to_usize(place.end)]);
+            }
         }
     }
 }

@@ -403,7 +403,7 @@ class Staged(Order):
         for number, (name, tensor) in enumerate(tensors.items()):
             raw = tensor.contiguous().view(torch.uint8).flatten()
             self.bytes[256 * number : 256 * number + len(raw)] = raw
-            place = (256 * number, 256 * number + len(raw))
+            place = (0, 256 * number, 256 * number + len(raw))
             self.told.append((name, {torch.float32: "F32", torch.int64: "I64"}[tensor.dtype], list(tensor.shape), *place))
 
     def memory(self) -> Any:

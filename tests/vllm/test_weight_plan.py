@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pdlink.vllm.weights import load
-from pdlink.vllm.weights.plan import Lying, NoPlan, Prints, learn
+from pdlink.vllm.weights.plan import NoPlan, Piece, Prints, learn
 from test_weight_orders import Staged, Worker
 
 Tensors = dict[str, torch.Tensor]
@@ -49,25 +49,29 @@ def described(tensors: Tensors) -> Any:
 
 def lying(tensors: Tensors) -> Any:
     staged = Staged(tensors)
-    return Lying(staged.bytes, described(tensors), [start for *_, start, _ in staged.told])
+    return next(load.coming(Worker(), staged))
 
 
 class Streamed(Staged):
-    """One tensor after the other, each in the place of the last."""
+    """Eight bytes at a time, which cuts through rows, in one of two places, whatever tensors they are of."""
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__(tensors)
         self.streams = True
-        self.coming = [(told, self.bytes[told[-2] : told[-1]].clone()) for told in self.told]
-        self.bytes = torch.zeros(max(len(raw) for _, raw in self.coming), dtype=torch.uint8)
+        self.coming = []
+        for name, dtype, shape, _, start, end in self.told:
+            parts = [(skip, self.bytes[start:end][skip : skip + 8].clone()) for skip in range(0, max(1, end - start), 8)]
+            self.coming += [((name, dtype, shape, skip), raw) for skip, raw in parts]
+        self.bytes = torch.zeros(16, dtype=torch.uint8)
 
     def arrived(self) -> Any:
         self.bytes.fill_(77)
         if not self.coming:
             return None
-        (name, dtype, shape, *_), raw = self.coming.pop(0)
-        self.bytes[: len(raw)] = raw
-        return [(name, dtype, shape, 0, len(raw))]
+        told, raw = self.coming.pop(0)
+        at = len(self.coming) % 2 * 8
+        self.bytes[at : at + len(raw)] = raw
+        return [(*told, at, at + len(raw))]
 
 
 def parameters(model: torch.nn.Module) -> Tensors:
@@ -222,3 +226,20 @@ def test_what_was_streamed_is_told_from_its_like() -> None:
         prints = Prints(plan)
         prints.see(lying({**tensors, **passed}))
         assert prints.differs() == differs
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 24, 1000])
+@pytest.mark.parametrize("columns", [slice(0, 5), slice(1, 4), slice(3, 4)])
+def test_a_piece_is_copied_by_whatever_parts_come(count: int, columns: slice) -> None:
+    tensor = torch.arange(4.0 * 3 * 5).view(4, 3, 5)
+    part = tensor[1:, :2, columns]
+    into = torch.zeros(part.shape)
+    piece = Piece(tuple(part.shape), part.stride(), part.storage_offset(), into)
+    assert piece.is_in_order() and not Piece((5, 4), (1, 5), 0, into).is_in_order()
+    copied = 0
+    for first in range(0, tensor.numel(), count):
+        for size, stride, offset, place in piece.within(first, first + count):
+            assert first <= offset and (place == 0).all(), "nothing twice"
+            place.copy_(tensor.as_strided(size, stride, offset) + 100)
+            copied += place.numel()
+    assert copied == part.numel() and torch.equal(into, part + 100)

@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 
 from ... import _native
 from ...trainer.publisher import DTYPES
-from .plan import Described, Lying, NoPlan, Plan, Prints, learn
+from .plan import Described, Lying, NoPlan, Part, Plan, Prints, learn
 
 logger = init_logger("vllm.pdlink.weights")
 
@@ -43,7 +43,7 @@ def load(worker: Any, weights: _native.Order | None) -> None:
 def _given(worker: Any, weights: _native.Order) -> None:
     """By plain copies where that was seen to be the same, else vLLM's way."""
     model = worker.model_runner.get_model()
-    described = _described(weights.tensors())
+    described = tuple(part.described for part in _parts(weights.tensors()))
     learnt = _learnt.get(model)
     if learnt is not None and learnt.fits(described):
         for lying in coming(worker, weights):
@@ -52,15 +52,14 @@ def _given(worker: Any, weights: _native.Order) -> None:
             getattr(worker.model_runner, name, lambda: None)()
         return
     is_known = learnt is None and model in _learnt
-    plan = None if is_known else _plan(worker, model, described)
+    plan = None if is_known else _plan(worker, model, described, weights.streams)
     prints = Prints(plan) if plan is not None and weights.streams else None
 
     def passing() -> Iterator[tuple[str, torch.Tensor]]:
-        for lying in coming(worker, weights):
+        for lying in gathered(coming(worker, weights)) if weights.streams else coming(worker, weights):
             if prints is not None:
                 prints.see(lying)
-            # The next bucket takes their place, and vLLM gathers a layer's before it loads them: a copy goes with its layer.
-            yield from ((name, tensor.clone() if weights.streams else tensor) for name, tensor in views(lying))
+            yield from views(lying)
 
     _by_vllm(worker, passing())
     if plan is not None:
@@ -73,14 +72,17 @@ def _given(worker: Any, weights: _native.Order) -> None:
     _learnt[model] = plan
 
 
-def _plan(worker: Any, model: torch.nn.Module, described: tuple[Described, ...]) -> Plan | None:
+def _plan(worker: Any, model: torch.nn.Module, described: tuple[Described, ...], in_parts: bool) -> Plan | None:
     """To be proven by a reload."""
     try:
         if worker.model_runner.model_config.quantization is not None:
             raise NoPlan("it is quantised")
         if getattr(worker.vllm_config.parallel_config, "enable_eplb", False):
             raise NoPlan("its experts move")
-        return learn(model, model.load_weights, described)
+        plan = learn(model, model.load_weights, described)
+        if in_parts and not plan.goes_in_parts():
+            raise NoPlan("it turns tensors over, which cannot be done part by part")
+        return plan
     except NoPlan as why:
         _say_why(str(why))
     except Exception:
@@ -133,8 +135,8 @@ def _reload(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def coming(worker: Any, weights: _native.Order) -> Iterator[Lying]:
-    """All tensors, where they lie, in host memory or on the GPU: at once if they are staged, else as they come. Then the next ones take
-    the place of the last."""
+    """All tensors where they lie, in host memory or on the GPU: at once if they are staged, else in parts, as they come. Then the next
+    ones take the place of the last."""
     memory = weights.memory()
     assert memory is not None
     whole = bytes_of(memory)
@@ -142,15 +144,29 @@ def coming(worker: Any, weights: _native.Order) -> Iterator[Lying]:
     def next_ones() -> list[Any] | None:
         if worker.device.type == "cuda":
             # What was put into PyTorch's stream still reads the last ones.
-            torch.cuda.synchronize(worker.device)
+            torch.cuda.current_stream(worker.device).synchronize()
         return weights.arrived()
 
     for told in iter(next_ones, None) if weights.streams else [weights.tensors()]:
-        yield Lying(whole, _described(told), [start for *_, start, _ in told])
+        yield Lying(whole, _parts(told))
 
 
-def _described(told: Iterable[tuple[str, str, list[int], int, int]]) -> tuple[Described, ...]:
-    return tuple((name, _type(name, dtype), tuple(shape)) for name, dtype, shape, _, _ in told)
+def _parts(told: Iterable[tuple[str, str, list[int], int, int, int]]) -> list[Part]:
+    return [Part((name, _type(name, dtype), tuple(shape)), *place) for name, dtype, shape, *place in told]
+
+
+def gathered(coming: Iterable[Lying]) -> Iterator[Lying]:
+    """Tensors that come in parts, whole: each in memory of its own, because vLLM gathers a layer's before it loads them."""
+    held = torch.empty(0, dtype=torch.uint8)
+    for whole, parts in coming:
+        for part in parts:
+            _, dtype, shape = part.described
+            if part.skip == 0:
+                held = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=whole.device)
+            end = part.skip + part.end - part.start
+            held[part.skip : end].copy_(whole[part.start : part.end])
+            if end == len(held):
+                yield Lying(held, [Part(part.described, 0, 0, end)])
 
 
 def _type(name: str, dtype: str) -> torch.dtype:
@@ -172,9 +188,8 @@ def _abandon(worker: Any, model: torch.nn.Module) -> None:
 
 
 def views(lying: Lying) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors where they lie: no byte is copied."""
-    for (name, dtype, shape), start in zip(lying.described, lying.starts):
-        end = start + math.prod(shape) * dtype.itemsize
+    """Whole tensors where they lie: no byte is copied."""
+    for (name, dtype, shape), _, start, end in lying.parts:
         yield name, lying.whole[start:end].view(dtype).view(shape)
 
 

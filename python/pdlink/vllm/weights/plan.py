@@ -9,8 +9,9 @@ or not equal, means that there is no plan.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +21,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Described = tuple[str, torch.dtype, tuple[int, ...]]
 
 
+class Part(NamedTuple):
+    """A stretch of a tensor's bytes: how many of the tensor's are before it, and where it lies."""
+
+    described: Described
+    skip: int
+    start: int
+    end: int
+
+    def is_whole(self) -> bool:
+        _, dtype, shape = self.described
+        return self.end - self.start == math.prod(shape) * dtype.itemsize
+
+
 class Lying(NamedTuple):
-    """Tensors of a checkpoint in one stretch of memory: what they are, and the byte that each begins at, in the same order."""
+    """Parts of tensors of a checkpoint in one stretch of memory."""
 
     whole: torch.Tensor
-    described: tuple[Described, ...]
-    starts: list[int]
+    parts: list[Part]
 
 
 # Attributes of layers whose tensors are not made of weights.
@@ -51,12 +64,39 @@ class NoPlan(Exception):
 
 
 class Piece(NamedTuple):
-    """A part of a tensor, by where it lies in it, and its place in the model."""
+    """A part of a tensor, by where its elements lie in it, and its place in the model."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
     into: torch.Tensor
+
+    def is_in_order(self) -> bool:
+        """Whether no row begins before the one before it has ended."""
+        return all(step >= _span(self.size[at + 1 :], self.stride[at + 1 :]) for at, step in enumerate(self.stride) if self.size[at] > 1)
+
+    def within(self, first: int, end: int) -> Iterator[Piece]:
+        """What of it lies in such elements of the tensor. It must be in order."""
+        begin, stop = self.offset, self.offset + _span(self.size, self.stride)
+        if stop <= first or begin >= end or 0 in self.size:
+            return
+        if first <= begin and stop <= end:
+            yield self
+            return
+        # Rows that are all inside, and the one before and behind them, which may be cut.
+        (rows, *size), (step, *stride) = self.size, self.stride
+        inside = range(max(0, -((begin - first) // step)), min(rows, (end - begin - _span(size, stride)) // step + 1))
+        if inside:
+            at = begin + inside.start * step
+            yield Piece((len(inside), *size), self.stride, at, self.into[inside.start : inside.stop])
+        for row in sorted({inside.start - 1, max(inside.stop, inside.start - 1)}):
+            if 0 <= row < rows:
+                yield from Piece(tuple(size), tuple(stride), begin + row * step, self.into[row]).within(first, end)
+
+
+def _span(size: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last."""
+    return 1 + sum((count - 1) * step for count, step in zip(size, stride))
 
 
 class Plan:
@@ -79,32 +119,39 @@ class Plan:
 
         return described == self._described and all(is_there(*place) for place in self._places)
 
+    def goes_in_parts(self) -> bool:
+        """Whether tensors can be loaded part by part."""
+        return all(piece.is_in_order() for pieces in self._pieces.values() for piece in pieces)
+
     @torch.no_grad()
     def load(self, lying: Lying) -> None:
         """Copies all of them. On a GPU the copies may still run when this returns."""
-        given = [(piece.into, part) for _, piece, part in self.parts(lying)]
+        given = [(into, part) for _, into, part in self.copies(lying)]
         if given:
             torch._foreach_copy_([into for into, _ in given], [part for _, part in given], non_blocking=True)
 
     @torch.no_grad()
     def differs(self, lying: Lying) -> str | None:
         """The first tensor that does not lie in the model as `load` would have put it there."""
-        return next((name for name, piece, part in self.parts(lying) if not _equal(piece.into, part)), None)
+        return next((name for name, into, part in self.copies(lying) if not _equal(into, part)), None)
 
-    def parts(self, lying: Lying) -> Iterator[tuple[str, Piece, torch.Tensor]]:
-        """Each piece of these tensors: whose it is, and where it lies."""
-        whole, described, starts = lying
+    def copies(self, lying: Lying) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Each copy that loads these: whose it is, where it goes, and what lies there now."""
         # Seen once as each dtype that there is: a view of each tensor first would double the work.
         seen: dict[torch.dtype, torch.Tensor] = {}
-        for (name, dtype, _), start in zip(described, starts):
+        for part in lying.parts:
+            name, dtype, _ = part.described
             pieces = self._pieces.get(name)
             if not pieces:
                 continue
             if dtype not in seen:
-                seen[dtype] = whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype)
-            first = start // dtype.itemsize
+                seen[dtype] = lying.whole[: len(lying.whole) // dtype.itemsize * dtype.itemsize].view(dtype)
+            first, end = part.skip // dtype.itemsize, (part.skip + part.end - part.start) // dtype.itemsize
+            begin = part.start // dtype.itemsize - first
+            is_whole = part.is_whole()
             for piece in pieces:
-                yield name, piece, seen[dtype].as_strided(piece.size, piece.stride, first + piece.offset)
+                for size, stride, offset, into in [piece] if is_whole else piece.within(first, end):
+                    yield name, into, seen[dtype].as_strided(size, stride, begin + offset)
 
 
 def _equal(into: torch.Tensor, part: torch.Tensor) -> bool:
@@ -127,8 +174,8 @@ class Prints:
     @torch.no_grad()
     def see(self, lying: Lying) -> None:
         """Tensors pass."""
-        for name, piece, part in self._plan.parts(lying):
-            self._seen.append((name, piece.into, self._number(part, piece.into)))
+        for name, into, part in self._plan.copies(lying):
+            self._seen.append((name, into, self._number(part, into)))
 
     @torch.no_grad()
     def differs(self) -> str | None:
