@@ -40,11 +40,6 @@ const NO_WEIGHTS: &str = "this engine takes no weights over the control connecti
 const NO_NODES: &str = "this is a worker's KV link, not node 0 of the launcher; look at hosts.port";
 /// Events handled between two looks at the timers.
 const BATCH: usize = 256;
-/// How long the thread goes on looking after an event, while transfers are under way: what it waits for then, a copy's end or a
-/// peer's word, is mostly there sooner than a thread that sleeps is awake again, which takes a virtual machine up to 50 µs.
-const AWAKE: Duration = Duration::from_micros(150);
-/// On fewer processors somebody else needs the one that it would look on.
-const AWAKE_PROCESSORS_MIN: usize = 8;
 
 /// What the engine asks.
 pub(super) enum Command {
@@ -264,18 +259,12 @@ impl Core {
         let server = serve(listener, Arc::clone(&self.identity), self.kv.liveness, self.welcome());
         self.tasks.spawn(server);
         let mut batch = Vec::with_capacity(BATCH);
-        let awake = std::thread::available_parallelism().map_or(1, usize::from) >= AWAKE_PROCESSORS_MIN;
-        let mut heard = Instant::now();
         while !self.is_done() {
             let wake = self.timers.first_key_value().map(|((at, _), _)| *at).into_iter().chain(self.stopping).min();
-            let under_way = !self.sending.is_empty() || !self.receiving.is_empty();
-            let looks = awake && under_way && heard.elapsed() < AWAKE;
             tokio::select! {
                 biased;
-                _ = queue.recv_many(&mut batch, BATCH) => heard = Instant::now(),
+                _ = queue.recv_many(&mut batch, BATCH) => {}
                 () = sleep_until(wake) => {}
-                // The runtime looks at its sockets before it comes back here.
-                () = tokio::task::yield_now(), if looks => {}
             }
             for event in batch.drain(..) {
                 self.handle(event);

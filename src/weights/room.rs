@@ -109,21 +109,13 @@ impl Room {
 
     /// For weights that an engine takes as they come.
     pub(super) fn for_two(paths: &Paths, buckets: Buckets) -> Result<Self, StageError> {
-        let bytes = buckets.bucket_bytes() * 2;
-        let region = match paths.device()? {
-            Some(gpu) => Region::allocated_on(&gpu, to_usize(bytes))?,
-            None => on_host(bytes, None)?,
-        };
+        let region = two_buckets(buckets, paths.device()?.as_ref(), None)?;
         Ok(Self { region, lie: Lie::InTurn, buckets })
     }
 
     /// Room for two buckets, for a path that cannot write where they are staged.
     pub(super) fn landing(&self, gpu: Option<&Arc<Device>>) -> Result<Arc<Region>, StageError> {
-        let bytes = self.buckets.bucket_bytes() * 2;
-        match gpu {
-            Some(gpu) => Ok(Region::allocated_on(gpu, to_usize(bytes))?),
-            None => on_host(bytes, self.region.device()),
-        }
+        two_buckets(self.buckets, gpu, self.region.device())
     }
 
     /// Where a bucket goes. The one after the next takes its place if the room is not for all.
@@ -141,6 +133,19 @@ impl Room {
 
     pub(super) fn staged(&self, manifest: Arc<Manifest>, digests: Vec<TensorDigest>) -> Staged {
         Staged::new(manifest, digests, (self.lie == Lie::Whole).then(|| Arc::clone(&self.region)))
+    }
+}
+
+/// On a GPU, or in host memory that `reader` copies from.
+fn two_buckets(
+    buckets: Buckets,
+    gpu: Option<&Arc<Device>>,
+    reader: Option<&Arc<Device>>,
+) -> Result<Arc<Region>, StageError> {
+    let bytes = buckets.bucket_bytes() * 2;
+    match gpu {
+        Some(gpu) => Ok(Region::allocated_on(gpu, to_usize(bytes))?),
+        None => on_host(bytes, reader),
     }
 }
 
@@ -162,7 +167,7 @@ fn fits(bytes: u64, available: u64, memory: &'static str, mend: &'static str) ->
 }
 
 /// Host memory, fixed in place where a GPU copies from and to it.
-fn on_host(bytes: u64, gpu: Option<&Arc<Device>>) -> Result<Arc<Region>, StageError> {
+pub(super) fn on_host(bytes: u64, gpu: Option<&Arc<Device>>) -> Result<Arc<Region>, StageError> {
     let huge = RegionOptions { huge_pages: true, ..RegionOptions::default() };
     let region = Region::shared_with(to_usize(bytes), huge).map_err(|why| StageError::Memory { bytes, why })?;
     let Some(gpu) = gpu else { return Ok(region) };

@@ -1,13 +1,13 @@
 //! Weights that a worker has, checked, before it serves them: whole in memory, or known by their digests alone.
 
-use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::digest::{TensorDigest, WeightsDigest};
 use super::manifest::Manifest;
-use super::room::Leftover;
+use super::room::{Leftover, on_host};
+use super::stage::StageError;
 use super::tensors::{ReadError, TensorBytes};
-use crate::memory::{Region, RegionOptions, to_usize};
+use crate::memory::Region;
 
 /// All of one version's weights.
 #[derive(Debug)]
@@ -47,16 +47,10 @@ impl Staged {
     }
 
     /// Moves what lies on a GPU to host memory, where it is kept: the engine has a copy of its own.
-    pub(super) fn leave_gpu(&self, left: &Leftover) -> io::Result<()> {
+    pub(super) fn leave_gpu(&self, left: &Leftover) -> Result<(), StageError> {
         let Some(region) = self.region().filter(|region| region.device().is_some()) else { return Ok(()) };
-        let host = match left.take(region.len()) {
-            Some(host) => host,
-            None => {
-                let huge = RegionOptions { huge_pages: true, ..RegionOptions::default() };
-                Region::shared_with(to_usize(region.len()), huge)?
-            }
-        };
-        region.copy_to(0, &host, 0, region.len()).map_err(io::Error::other)?;
+        let host = left.take(region.len()).map_or_else(|| on_host(region.len(), None), Ok)?;
+        region.copy_to(0, &host, 0, region.len())?;
         *self.region.write().unwrap_or_else(PoisonError::into_inner) = Some(host);
         Ok(())
     }

@@ -243,3 +243,18 @@ def test_a_piece_is_copied_by_whatever_parts_come(count: int, columns: slice) ->
             place.copy_(tensor.as_strided(size, stride, offset) + 100)
             copied += place.numel()
     assert copied == part.numel() and torch.equal(into, part + 100)
+
+
+class Turning(Fused):
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights((name, tensor.view(2, 4).t() if name == "words" else tensor) for name, tensor in weights)
+
+
+def test_what_is_turned_over_is_copied_whole_and_never_in_parts() -> None:
+    worker = Fusing()
+    worker.model = Turning()
+    for kind, reloads in [(Staged, 1), (Staged, 1), (Streamed, 2), (Streamed, 3)]:
+        load.load(worker, kind(made(reloads)))
+        want = Turning()
+        want.load_weights(made(reloads).items())
+        assert same(parameters(worker.model), parameters(want)) and worker.reloads == reloads

@@ -45,7 +45,7 @@ def _given(worker: Any, weights: _native.Order) -> None:
     model = worker.model_runner.get_model()
     described = tuple(part.described for part in _parts(weights.tensors()))
     learnt = _learnt.get(model)
-    if learnt is not None and learnt.fits(described):
+    if learnt is not None and learnt.fits(described) and (learnt.goes_in_parts or not weights.streams):
         for lying in coming(worker, weights):
             learnt.load(lying)
         for name in AFTERWARDS:
@@ -80,7 +80,7 @@ def _plan(worker: Any, model: torch.nn.Module, described: tuple[Described, ...],
         if getattr(worker.vllm_config.parallel_config, "enable_eplb", False):
             raise NoPlan("its experts move")
         plan = learn(model, model.load_weights, described)
-        if in_parts and not plan.goes_in_parts():
+        if in_parts and not plan.goes_in_parts:
             raise NoPlan("it turns tensors over, which cannot be done part by part")
         return plan
     except NoPlan as why:

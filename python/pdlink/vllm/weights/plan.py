@@ -105,6 +105,8 @@ class Plan:
     def __init__(self, described: tuple[Described, ...], pieces: dict[str, list[Piece]], model: torch.nn.Module):
         self._described = described
         self._pieces = pieces
+        # Whether tensors can be loaded part by part.
+        self.goes_in_parts = all(piece.is_in_order() for of_one in pieces.values() for piece in of_one)
         self._places = [
             (module._parameters, name, parameter.data_ptr())
             for module in model.modules()
@@ -118,10 +120,6 @@ class Plan:
             return parameter is not None and bool(parameter.data_ptr() == address)
 
         return described == self._described and all(is_there(*place) for place in self._places)
-
-    def goes_in_parts(self) -> bool:
-        """Whether tensors can be loaded part by part."""
-        return all(piece.is_in_order() for pieces in self._pieces.values() for piece in pieces)
 
     @torch.no_grad()
     def load(self, lying: Lying) -> None:
