@@ -9,6 +9,7 @@ use pdlink::security::Secret;
 
 fn granted(blocks: u32) -> ToDecode {
     ToDecode::Granted(Granted {
+        word: None,
         transfer_id: TransferId([7; 16]),
         blocks: vec![(0..blocks).map(|index| BlockId(index * 1237 % 65_536)).collect()],
         tokens: blocks * 16,

@@ -2,6 +2,8 @@
 
 #[path = "support/kv_cache.rs"]
 mod kv_cache;
+#[path = "support/kv_raw.rs"]
+mod kv_raw;
 #[path = "support/kv_worker.rs"]
 mod kv_worker;
 
@@ -9,15 +11,13 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
+use kv_raw::{RawDecode, claim_of};
 use kv_worker::{PATIENCE, Plan, Worker};
 use pdlink::config::{DigestPolicy, KvSendType, Path, Role};
-use pdlink::control::{
-    AbortAnswer, AdminClient, ControlError, Hello, Identity, Inbound, Liveness, Part, Sink, VERSIONS, connection,
-    from_body, open, to_body,
-};
+use pdlink::control::{AbortAnswer, AdminClient};
 use pdlink::kv::{
-    Basis, BlockId, Claim, End, Ending, KvError, KvLink, ParamsError, PeerInfo, ToDecode, ToPrefill, TransferFailure,
-    TransferId, TransferParams,
+    BlockId, End, Ending, KvError, KvLink, ParamsError, ToDecode, ToPrefill, TransferFailure, TransferId,
+    TransferParams,
 };
 use pdlink::security::Secret;
 use pdlink::telemetry::Side;
@@ -246,73 +246,11 @@ fn garbage_on_the_control_port_harms_no_transfer() {
     assert_works(&prefill, &decode);
 }
 
-/// A peer that proves the secret and then does not keep to the protocol.
-struct RawPeer {
-    connection: pdlink::control::Connection,
-    inbound: tokio::sync::mpsc::UnboundedReceiver<Inbound>,
-    _driver: tokio::task::JoinSet<()>,
-}
-
-impl RawPeer {
-    async fn connect(prefill: &Worker, worker: &Worker) -> Self {
-        let layout = &worker.cache.layout;
-        let info = PeerInfo {
-            geometry: layout.geometry().clone(),
-            map: layout.map().clone(),
-            offers: Vec::new(),
-            send_type: KvSendType::Get,
-        };
-        let hello = Hello {
-            part: Part::Engine,
-            engine_id: "raw".to_owned(),
-            incarnation: 1,
-            role: Role::Decode,
-            payload: to_body(&info).to_vec(),
-        };
-        let identity = Identity { secret: Secret::loopback(), versions: VERSIONS, hello, timeout: PATIENCE };
-        let mut stream = tokio::net::TcpStream::connect(prefill.runtime.address()).await.unwrap();
-        let (_, buffer) = open(&mut stream, &identity, "prefill").await.unwrap();
-        let (sender, inbound) = tokio::sync::mpsc::unbounded_channel();
-        let liveness = Liveness { ping_interval: PATIENCE, peer_timeout: 2 * PATIENCE };
-        let sink =
-            move |_: &pdlink::control::Connection| -> Sink { Box::new(move |inbound| drop(sender.send(inbound))) };
-        let (connection, driver) = connection(stream, buffer, "prefill".to_owned(), liveness, sink);
-        let mut drivers = tokio::task::JoinSet::new();
-        drivers.spawn(driver);
-        Self { connection, inbound, _driver: drivers }
-    }
-
-    fn say(&self, message: &ToPrefill) {
-        self.connection.notify(to_body(message)).unwrap();
-    }
-
-    async fn hear(&mut self) -> Result<ToDecode, ControlError> {
-        match tokio::time::timeout(PATIENCE, self.inbound.recv()).await.unwrap().unwrap() {
-            Inbound::Notice(message) => Ok(from_body(&message.body).unwrap()),
-            Inbound::Request(..) => panic!("a request"),
-            Inbound::Closed(error) => Err(error),
-        }
-    }
-}
-
-fn claim_of(prefill: &Worker, params: &TransferParams) -> ToPrefill {
-    ToPrefill::Claim(Claim {
-        transfer_id: params.pdlink.transfer_id,
-        basis: Basis::Params {
-            incarnation: prefill.runtime.incarnation(),
-            geometry_digest: params.pdlink.geometry_digest,
-            weight_version: Some(1),
-        },
-        decode_weight_version: 1,
-        tokens: params.remote_num_tokens,
-    })
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn kv_3_a_peer_cannot_touch_what_another_has_claimed() {
     let prefill = Plan::new("prefill", Role::Prefill).path(Path::Shm).start();
-    let mut holder = RawPeer::connect(&prefill, &prefill).await;
-    let mut thief = RawPeer::connect(&prefill, &prefill).await;
+    let mut holder = RawDecode::connect(&prefill, &prefill).await;
+    let mut thief = RawDecode::connect(&prefill, &prefill).await;
     let params = prefill.offer(&[BlockId(0), BlockId(1)], 8, 1);
     let transfer_id = params.pdlink.transfer_id;
     holder.say(&claim_of(&prefill, &params));
@@ -345,7 +283,7 @@ async fn kv_3_bytes_that_landed_after_the_lease_are_never_confirmed() {
     let mut plan = Plan::new("prefill", Role::Prefill).path(Path::Shm);
     (plan.kv.lease_ms, plan.kv.digest) = (100, DigestPolicy::Off);
     let prefill = plan.start();
-    let mut raw = RawPeer::connect(&prefill, &prefill).await;
+    let mut raw = RawDecode::connect(&prefill, &prefill).await;
     let params = prefill.offer(&[BlockId(0), BlockId(1)], 8, 1);
     let transfer_id = params.pdlink.transfer_id;
     raw.say(&claim_of(&prefill, &params));

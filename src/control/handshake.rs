@@ -34,7 +34,7 @@ pub struct Versions {
 }
 
 /// What this build speaks.
-pub const VERSIONS: Versions = Versions { min: 5, max: 5 };
+pub const VERSIONS: Versions = Versions { min: 6, max: 6 };
 
 /// Who is at one end, said after both have proved that they belong to the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

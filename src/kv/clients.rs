@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::core::{Core, Event};
-use super::messages::{PeerInfo, ToDecode, ToPrefill};
+use super::messages::{CheckedInfo, PeerInfo, ToDecode, ToPrefill};
 use super::shares::{Scope, Split};
 use super::{Layout, PairPlan, TransferFailure};
 use crate::config::Path;
@@ -64,7 +64,8 @@ pub(super) enum PushPath {
 impl Core {
     pub(super) fn client_up(&mut self, client: u64, hello: &Hello, connection: Connection) {
         self.reap();
-        let fit = PeerInfo::read(&hello.payload).map_err(|error| error.to_string()).and_then(|(layout, offers, _)| {
+        let fit = PeerInfo::read(&hello.payload).map_err(|error| error.to_string()).and_then(|info| {
+            let CheckedInfo { layout, offers, .. } = info;
             self.shared.layout.check_feeds(&layout).map_err(|error| error.to_string())?;
             let split = Split::of(&layout);
             let part = split.part_of(layout.held().start);

@@ -8,6 +8,7 @@ use super::core::{Core, Expect, Timer, TimerKey};
 use super::messages::{Basis, Claim, Ending, Granted, ToDecode, ToPrefill};
 use super::moved::Moved;
 use super::past::Gone;
+use super::peers::Peer;
 use super::shares::Split;
 use super::{BlockId, End, Extent, PairPlan, TransferFailure};
 use crate::config::{Dispatch, KvSendType, Path};
@@ -373,9 +374,7 @@ impl Core {
             ReceiveAction::CancelCopy => return self.cancel_pull(transfer_id, part),
             ReceiveAction::StartDigest => return self.digest_received(transfer_id, part),
             ReceiveAction::Fence => return self.fence(transfer_id, part),
-            ReceiveAction::TellLanded { digest } => {
-                ToPrefill::Landed { transfer_id, from: of_part.from.clone(), digest }
-            }
+            ReceiveAction::TellLanded { digest } => return self.landed(transfer_id, part, digest),
             ReceiveAction::TellAccepted => ToPrefill::Accepted(transfer_id),
             ReceiveAction::TellEnded(how) => ToPrefill::Ended { transfer_id, how },
             // Kept by the machine of the whole.
@@ -383,6 +382,21 @@ impl Core {
         };
         let peer = of_part.peer.clone();
         self.tell_peer(&peer, &message);
+    }
+
+    /// Asks prefill whether its blocks were held throughout, unless that can be seen (KV-3). Its own digest must be asked for.
+    fn landed(&mut self, transfer_id: TransferId, part: usize, digest: Option<u64>) {
+        let Some(receiving) = self.receiving.get(&transfer_id) else { return };
+        let of_part = &receiving.parts[part];
+        let board = self.peers.get(&of_part.peer).and_then(Peer::reached).and_then(|reached| reached.board.as_ref());
+        let word = of_part.granted.as_ref().and_then(|granted| granted.word);
+        let is_held = digest.is_none() && board.zip(word).is_some_and(|(board, word)| board.shows(word));
+        let (peer, from) = (of_part.peer.clone(), of_part.from.clone());
+        // Looked at first: this lets prefill free them.
+        self.tell_peer(&peer, &ToPrefill::Landed { transfer_id, from, digest });
+        if is_held {
+            self.drive_receiving(transfer_id, part, ReceiveEvent::Confirmed { digest: None });
+        }
     }
 
     fn end_receiving(&mut self, transfer_id: TransferId, end: End) {

@@ -22,13 +22,13 @@ use super::runtime::{ReportSink, Shared, locked};
 use super::shares::{Meeting, Split};
 use super::traffic::Account;
 use super::{Basis, Begin, BlockId, End, Offer, PairPlan, Progress, Report, TransferFailure, siblings};
-use crate::config::{DigestPolicy, Dispatch, KvConfig, KvSendType, Path};
+use crate::config::{DigestPolicy, Dispatch, KvConfig, KvSendType, Path, Role};
 use crate::control::{
     AbortAnswer, AdminAnswer, AdminClient, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello,
     Identity, Inbound, Liveness, Part, Sink, TransferId, VERSIONS, Welcome, admin_sink, serve, to_body,
 };
 use crate::telemetry::{Side, TransferOutcome, TransferRecord, clock};
-use crate::transport::{Copied, Link, Transport, TransportError, export_all};
+use crate::transport::{Board, Copied, Link, Transport, TransportError, export_all};
 
 /// How long a runtime that shuts down waits for copies to end, and for peers to be told.
 const SHUTDOWN_MAX: Duration = Duration::from_secs(5);
@@ -163,6 +163,8 @@ pub(super) struct Core {
     /// How our worker spreads its ranks over runtimes, and which of them this is.
     pub(super) split: Split,
     pub(super) own_part: u32,
+    /// Words that say to decode workers of this host that blocks are held.
+    pub(super) board: Option<Arc<Board>>,
     pub(super) siblings: Vec<AdminClient>,
     meetings: HashMap<(Split, Split), Arc<Meeting>>,
     /// Connections, connection attempts, digests: all that runs beside the loop.
@@ -210,11 +212,14 @@ impl Core {
             digest_sample_every: kv.digest_sample_every.max(1),
             part_bytes_min: kv.part_bytes_min,
         };
+        // Decode grants nothing.
+        let board = (shared.role != Role::Decode).then(Board::new);
         let info = PeerInfo {
             geometry: shared.layout.geometry().clone(),
             map: shared.layout.map().clone(),
             offers: export_all(&transports),
             send_type,
+            board: board.as_ref().and_then(|board| board.at().ok()),
         };
         let hello = Hello {
             part: Part::Engine,
@@ -243,6 +248,7 @@ impl Core {
             early: HashMap::new(),
             split,
             own_part,
+            board,
             siblings,
             meetings: HashMap::new(),
             tasks: JoinSet::new(),

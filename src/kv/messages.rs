@@ -10,6 +10,9 @@
 //!   decode: Landed ──►   ◄── Confirmed            decode: Accepted ──►
 //! ```
 //!
+//! Where decode can look at prefill's memory, the grant names a word there that stands for as long as the blocks are held. Then
+//! decode looks at it after its copy, and waits for no `Confirmed`; what the word does not say is asked.
+//!
 //! A decode runtime says this to every prefill runtime that it reads. One that nobody reads gets `Ended` at once, from one
 //! decode runtime, and no claim.
 //!
@@ -24,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use super::{BlockId, Geometry, Layout, LayoutError, MemoryMap, TransferFailure};
 use crate::config::{KvSendType, Path};
 use crate::control::{TransferId, WireError, from_body};
-use crate::transport::{GrantToken, Offer};
+use crate::transport::{BoardAt, GrantToken, Offer, Word};
 
 /// What a runtime tells its peers of itself, in the hello.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,6 +37,8 @@ pub struct PeerInfo {
     /// The paths that reach its memory.
     pub offers: Vec<Offer>,
     pub send_type: KvSendType,
+    /// Prefill: where the words of its grants are.
+    pub board: Option<BoardAt>,
 }
 
 /// From decode to prefill.
@@ -154,6 +159,8 @@ pub struct Granted {
     pub tokens: u32,
     pub weight_version: u64,
     pub lease_ms: u64,
+    /// Pull: there for as long as the blocks are held (KV-3).
+    pub word: Option<Word>,
 }
 
 impl ToPrefill {
@@ -194,11 +201,20 @@ pub enum InfoError {
     Layout(#[from] LayoutError),
 }
 
+/// What a peer said of itself, checked.
+#[derive(Debug)]
+pub struct CheckedInfo {
+    pub layout: Layout,
+    pub offers: Vec<Offer>,
+    pub send_type: KvSendType,
+    pub board: Option<BoardAt>,
+}
+
 impl PeerInfo {
     /// Reads what a peer said of itself, and checks every number of it.
-    pub fn read(payload: &[u8]) -> Result<(Layout, Vec<Offer>, KvSendType), InfoError> {
-        let Self { geometry, map, offers, send_type } = from_body(payload)?;
-        Ok((Layout::new(geometry, map)?, offers, send_type))
+    pub fn read(payload: &[u8]) -> Result<CheckedInfo, InfoError> {
+        let Self { geometry, map, offers, send_type, board } = from_body(payload)?;
+        Ok(CheckedInfo { layout: Layout::new(geometry, map)?, offers, send_type, board })
     }
 }
 
@@ -221,7 +237,7 @@ mod tests {
         #[test]
         fn damaged_descriptions_never_panic(at in any::<prop::sample::Index>(), to in any::<u8>(), cut in any::<prop::sample::Index>()) {
             let (geometry, map) = Shape::default().describe(Arrangement::SplitKv);
-            let info = PeerInfo { geometry, map, offers: Vec::new(), send_type: KvSendType::Get };
+            let info = PeerInfo { geometry, map, offers: Vec::new(), send_type: KvSendType::Get, board: None };
             let mut bytes = to_body(&info).to_vec();
             let at = at.index(bytes.len());
             bytes[at] = to;

@@ -56,7 +56,7 @@ pub use error::KvError;
 pub use geometry::{BlockId, Geometry, GroupGeometry, GroupKind, HeadRange, LayerPlacement};
 pub use layout::{Layout, LayoutError, MemoryMap, RankMemory};
 pub use link::{Begin, KvLink, Offer, Progress, Prompt, TransferHandle};
-pub use messages::{Basis, Claim, Ending, Granted, InfoError, PeerInfo, Place, ToDecode, ToPrefill};
+pub use messages::{Basis, CheckedInfo, Claim, Ending, Granted, InfoError, PeerInfo, Place, ToDecode, ToPrefill};
 pub use metrics::{KvFigures, KvMetrics};
 pub use params::{
     BLOCKS_MAX, GROUPS_MAX, KvRequest, PARAMS_VERSION, ParamsError, PdlinkParams, RankEndpoint, TransferParams,

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 
 use super::clients::reason;
 use super::core::{Core, Event, Timer, TimerKey};
-use super::messages::{PeerInfo, ToDecode, ToPrefill};
+use super::messages::{CheckedInfo, PeerInfo, ToDecode, ToPrefill};
 use super::shares::Split;
 use super::{Layout, PairPlan, TransferFailure};
 use crate::config::{KvSendType, Path};
@@ -21,7 +21,7 @@ use crate::control::{
     connection, from_body, open, to_body,
 };
 use crate::telemetry::Side;
-use crate::transport::{Link, Transport, connect_best};
+use crate::transport::{BoardAt, Link, PeerBoard, Transport, connect_best};
 
 /// Messages that may wait for a connection to be made.
 const OUTBOX_MAX: usize = 64 * 1024;
@@ -59,6 +59,8 @@ pub(super) struct Reached {
     /// Which of our transports the link belongs to.
     pub(super) transport: usize,
     pub(super) plan: Arc<PairPlan>,
+    /// Where its words are, if they can be looked at.
+    pub(super) board: Option<PeerBoard>,
 }
 
 impl Peer {
@@ -262,11 +264,11 @@ impl Reach {
         let mut stream = connect(&self.peer, self.timeout).await.map_err(|error| self.unreachable(&error))?;
         let (hello, buffer) =
             open(&mut stream, &self.identity, &self.peer).await.map_err(|error| self.unreachable(&error))?;
-        let (layout, offers, send_type) = PeerInfo::read(&hello.payload).map_err(|error| self.incompatible(&error))?;
+        let info = PeerInfo::read(&hello.payload).map_err(|error| self.incompatible(&error))?;
         if hello.role == crate::config::Role::Decode {
             return Err(self.incompatible(&"it is a decode worker, and holds no KV to fetch"));
         }
-        layout.check_feeds(&self.layout).map_err(|error| self.incompatible(&error))?;
+        info.layout.check_feeds(&self.layout).map_err(|error| self.incompatible(&error))?;
         let (events, peer, attempt) = (self.events.clone(), self.peer.clone(), self.attempt);
         let sink = move |_: &Connection| -> Sink {
             Box::new(move |inbound| {
@@ -275,20 +277,22 @@ impl Reach {
         };
         let (connection, driver) = connection(stream, buffer, self.peer.clone(), self.liveness, sink);
         let (engine_id, incarnation) = (hello.engine_id, hello.incarnation);
-        Ok((connection, driver, Found { engine_id, incarnation, send_type, layout, offers, deadline }))
+        Ok((connection, driver, Found { engine_id, incarnation, info, deadline }))
     }
 
     /// Runs the connection to its end; meanwhile chooses the path, off the loop, since that may block.
     async fn connected(self, connection: Connection, driver: impl Future<Output = ()>, found: Found) {
         let mut driver = pin!(driver);
         let (ours, transports) = (Arc::clone(&self.layout), self.transports.clone());
-        let Found { engine_id, incarnation, send_type, layout, offers, deadline } = found;
+        let Found { engine_id, incarnation, info, deadline } = found;
+        let CheckedInfo { layout, offers, send_type, board } = info;
         let choose = tokio::task::spawn_blocking(move || {
             let split = Split::of(&layout);
             let part = split.part_of(layout.held().start);
             let plan = PairPlan::new(&layout, &ours).map_err(|error| error.to_string())?;
             let selected = connect_best(&transports, &offers, deadline).map_err(|error| error.to_string())?;
-            Ok::<_, String>((selected, plan, split, part))
+            let board = board.and_then(|at| look_at(at, selected.path));
+            Ok::<_, String>((selected, plan, split, part, board))
         });
         let chosen = tokio::select! {
             chosen = choose => chosen.map_err(|error| error.to_string()).and_then(|chosen| chosen),
@@ -297,7 +301,7 @@ impl Reach {
         };
         match chosen {
             Err(why) => self.tell(Err(TransferFailure::Incompatible { peer: self.peer.clone(), why })),
-            Ok((selected, plan, split, part)) => {
+            Ok((selected, plan, split, part, board)) => {
                 for (path, error) in &selected.passed_over {
                     tracing::warn!(peer = %self.peer, path = path.name(), %error, "a better path cannot be used");
                 }
@@ -315,6 +319,7 @@ impl Reach {
                     path,
                     transport,
                     plan,
+                    board,
                 }));
                 driver.await;
             }
@@ -339,8 +344,15 @@ impl Reach {
 struct Found {
     engine_id: String,
     incarnation: u64,
-    send_type: KvSendType,
-    layout: Layout,
-    offers: Vec<crate::transport::Offer>,
+    info: CheckedInfo,
     deadline: Instant,
+}
+
+/// The words of a peer whose memory is open to us anyway. What they do not say is asked.
+fn look_at(at: BoardAt, path: Path) -> Option<PeerBoard> {
+    if !matches!(path, Path::Shm | Path::CudaIpc) {
+        return None;
+    }
+    let opened = PeerBoard::open(at);
+    opened.inspect_err(|error| tracing::debug!(%error, "prefill will be asked whether its blocks were held")).ok()
 }

@@ -13,10 +13,10 @@ use super::parts::{Computed, Sent};
 use super::past::Gone;
 use super::shares::Split;
 use super::{Begin, Offer, Progress, TransferFailure};
-use crate::config::Dispatch;
+use crate::config::{Dispatch, KvSendType};
 use crate::control::TransferId;
 use crate::telemetry::{Side, TransferRecord};
-use crate::transport::{Link, TransferTicket};
+use crate::transport::{Board, Link, TransferTicket, Word, WordUp};
 
 /// One offered transfer, with all that its machines need not know.
 pub(super) struct Sending {
@@ -31,6 +31,8 @@ pub(super) struct Sending {
     pub(super) claimant: Option<(String, Split)>,
     /// One for each runtime of decode that reads here, in the machine's order; none before the first claim.
     pub(super) readers: Vec<Reader>,
+    /// Up for as long as the blocks are held, once they have been granted to anybody who pulls.
+    word: Option<WordUp>,
     timer: Option<TimerKey>,
     offered: Instant,
     pub(super) claimed: Option<Instant>,
@@ -67,6 +69,12 @@ impl Reader {
 }
 
 impl Sending {
+    /// What says that the blocks are held, to everybody to whom they are granted.
+    fn word(&mut self, board: Option<&Arc<Board>>) -> Option<Word> {
+        self.word = self.word.take().or_else(|| board?.put_up());
+        self.word.as_ref().map(WordUp::word)
+    }
+
     /// Which reader this client is.
     pub(super) fn reader_of(&self, client: u64) -> Option<usize> {
         self.readers.iter().position(|reader| reader.client == Some(client))
@@ -154,6 +162,7 @@ impl Core {
             weight_version,
             claimant: None,
             readers: Vec::new(),
+            word: None,
             timer: None,
             offered: Instant::now(),
             claimed: None,
@@ -370,11 +379,12 @@ impl Core {
     }
 
     fn do_sending(&mut self, transfer_id: TransferId, reader: usize, action: SendAction) {
-        let Some(sending) = self.sending.get(&transfer_id) else { return };
+        let Some(sending) = self.sending.get_mut(&transfer_id) else { return };
         let client = sending.readers.get(reader).and_then(|reader| reader.client);
         let message = match action {
             SendAction::TellBegun => ToDecode::Begun { transfer_id, weight_version: sending.weight_version },
             SendAction::Grant => ToDecode::Granted(Granted {
+                word: sending.word(self.board.as_ref().filter(|_| self.shared.send_type == KvSendType::Get)),
                 transfer_id,
                 blocks: sending.offer.blocks.clone(),
                 tokens: sending.offer.tokens,
@@ -417,6 +427,8 @@ impl Core {
     fn end_sending(&mut self, transfer_id: TransferId, end: super::End) {
         let Some(mut sending) = self.sending.remove(&transfer_id) else { return };
         self.set_timer(sending.timer, None, Timer::Transfer(Side::Prefill, transfer_id));
+        // KV-3: before anybody hears that the blocks are free.
+        drop(sending.word.take());
         for client in sending.readers.iter().filter_map(|reader| reader.client) {
             if let Some(client) = self.clients.get_mut(&client) {
                 client.transfers.remove(&transfer_id);

@@ -31,7 +31,11 @@ pub(super) enum Reach {
 
 impl Identity {
     pub(super) fn of_self() -> io::Result<Self> {
-        let pid = i32::try_from(std::process::id()).map_err(io::Error::other)?;
+        Self::of(i32::try_from(std::process::id()).map_err(io::Error::other)?)
+    }
+
+    /// Another process of our process id namespace.
+    pub(super) fn of(pid: i32) -> io::Result<Self> {
         Ok(Self {
             boot: boot()?,
             pid_namespace: fs::metadata("/proc/self/ns/pid")?.ino(),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use self::peer::Peer;
+pub(super) use self::process_vm::ProcessVm;
 pub use self::process_vm::{allow_peers as allow_peers_to_read, read_byte as read_peer_byte};
 use super::copy_pool::CopyPool;
 use super::flight::Flight;

@@ -28,7 +28,7 @@ impl Way {
 }
 
 /// Another process, by its id. Whether it still is the one that was meant is for the caller to watch.
-pub(super) struct ProcessVm {
+pub(in crate::transport) struct ProcessVm {
     pid: i32,
 }
 
@@ -56,8 +56,17 @@ pub fn read_byte(pid: i32, address: u64) -> io::Result<u8> {
 }
 
 impl ProcessVm {
-    pub(super) fn new(pid: i32) -> Self {
+    pub(in crate::transport) fn new(pid: i32) -> Self {
         Self { pid }
+    }
+
+    /// Eight bytes at an address over there.
+    pub(in crate::transport) fn read_word(&self, address: u64) -> io::Result<u64> {
+        let (mut word, len) = ([0; size_of::<u64>()], size_of::<u64>());
+        let local = iovec { iov_base: word.as_mut_ptr().cast(), iov_len: len };
+        let remote = iovec { iov_base: std::ptr::without_provenance_mut(to_usize(address)), iov_len: len };
+        let read = vectored(self.pid, Way::Read, &[local], &[remote])?;
+        if read == to_u64(len) { Ok(u64::from_ne_bytes(word)) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }
 
     /// Reads the first and the last byte of a peer's region, so that what is not permitted is known before a transfer.
@@ -135,8 +144,8 @@ fn vectored(pid: i32, way: Way, local: &[iovec], remote: &[iovec]) -> io::Result
         Way::Write => libc::process_vm_writev,
     };
     let count = libc::c_ulong::try_from(local.len()).map_err(io::Error::other)?;
-    // SAFETY: each local entry is bytes of a region that the caller holds, checked against its length and never referenced
-    // by Rust code; the remote addresses mean nothing here, and the kernel checks them against that process's own memory.
+    // SAFETY: each local entry is bytes that the caller holds, of a region and checked against its length, or of its own, and no
+    // reference to them is used meanwhile; the remote addresses mean nothing here, and the kernel checks them against that process's own memory.
     let moved = unsafe { call(pid, local.as_ptr(), count, remote.as_ptr(), count, 0) };
     u64::try_from(moved).map_err(|_| io::Error::last_os_error())
 }
