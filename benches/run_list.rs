@@ -54,6 +54,11 @@ fn run_lists(criterion: &mut Criterion) {
         criterion.bench_function(&format!("runs of 16,000 tokens, blocks {name}"), |bencher| {
             bencher.iter(|| plan.runs(black_box(extent)).unwrap());
         });
+        let runs = plan.runs(extent).unwrap();
+        let lens = &layout.map().region_lens;
+        criterion.bench_function(&format!("holding them against their regions, blocks {name}"), |bencher| {
+            bencher.iter(|| black_box(&runs).validate(lens, lens).unwrap());
+        });
     }
 }
 

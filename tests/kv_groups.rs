@@ -140,7 +140,7 @@ proptest! {
             }).collect();
             for src in &sources {
                 for segment in &PairPlan::new(&src.layout, &dst.layout).unwrap().runs(extent).unwrap().segments {
-                    for run in &segment.runs {
+                    for run in segment.runs.iter() {
                         let to = &dst.regions[usize::from(segment.dst_region)];
                         src.regions[usize::from(segment.src_region)].copy_to(run.src, to, run.dst, run.len).unwrap();
                     }

@@ -128,12 +128,7 @@ impl PairPlan {
                 |side: &Side, blocks: &[BlockId]| side.group.covered_from(blocks.len(), extent.tokens).unwrap_or(0);
             let (src, dst) = ((src, first(&group.src, src)), (dst, first(&group.dst, dst)));
             let granules = group.granules(src, dst, from, extent.tokens);
-            for strided in &group.strided {
-                let runs = &mut segment(&mut segments, number > 0, &strided.key).runs;
-                for pattern in &strided.pattern {
-                    add_runs(runs, *pattern, &granules, &strided.key);
-                }
-            }
+            add_segments(&mut segments, number > 0, &group.strided, &granules);
         }
         Ok(RunList { segments })
     }
@@ -189,12 +184,7 @@ impl PairPlan {
             patterns.entry(strided.key).or_default().extend(&strided.pattern);
         }
         let mut segments = Vec::new();
-        for strided in strided(patterns) {
-            let runs = &mut segment(&mut segments, false, &strided.key).runs;
-            for pattern in &strided.pattern {
-                add_runs(runs, *pattern, &granules, &strided.key);
-            }
-        }
+        add_segments(&mut segments, false, &strided(patterns), &granules);
         Ok(RunList { segments })
     }
 
@@ -211,20 +201,43 @@ impl PairPlan {
     }
 }
 
-/// Where runs between two regions go. Equal regions are neighbours within one KV group; only groups may share them apart.
-fn segment<'a>(segments: &'a mut Vec<Segment>, is_later_group: bool, key: &StrideKey) -> &'a mut Segment {
+/// Adds the runs of these granules. Layers in regions of their own are mostly alike: one list of runs serves all of them.
+fn add_segments(segments: &mut Vec<Segment>, is_later_group: bool, strided: &[Strided], granules: &[Granule]) {
+    let mut before: Option<(&Strided, Arc<Vec<Run>>)> = None;
+    for strided in strided {
+        let runs = match before {
+            Some((other, runs)) if other.is_like(strided) => runs,
+            _ => Arc::new(strided.runs(granules)),
+        };
+        put_segment(segments, is_later_group, &strided.key, &runs);
+        before = Some((strided, runs));
+    }
+}
+
+/// Equal regions are neighbours within one KV group; only groups may share them apart.
+fn put_segment(segments: &mut Vec<Segment>, is_later_group: bool, key: &StrideKey, runs: &Arc<Vec<Run>>) {
     let StrideKey { src_region, dst_region, .. } = *key;
-    let is_same = |segment: &Segment| (segment.src_region, segment.dst_region) == (src_region, dst_region);
-    let found = if is_later_group {
-        segments.iter().position(is_same)
-    } else {
-        segments.last().is_some_and(is_same).then(|| segments.len() - 1)
-    };
-    let at = found.unwrap_or_else(|| {
-        segments.push(Segment { src_region, dst_region, runs: Vec::new() });
-        segments.len() - 1
-    });
-    &mut segments[at]
+    let is_same = |segment: &&mut Segment| (segment.src_region, segment.dst_region) == (src_region, dst_region);
+    let found = if is_later_group { segments.iter_mut().find(is_same) } else { segments.last_mut().filter(is_same) };
+    match found {
+        Some(segment) => Arc::make_mut(&mut segment.runs).extend_from_slice(runs),
+        None => segments.push(Segment { src_region, dst_region, runs: Arc::clone(runs) }),
+    }
+}
+
+impl Strided {
+    /// Whether granules give both the same runs, but for the regions that these count from.
+    fn is_like(&self, other: &Self) -> bool {
+        let regions = (other.key.src_region, other.key.dst_region);
+        let key = StrideKey { src_region: regions.0, dst_region: regions.1, ..self.key };
+        key == other.key && self.pattern == other.pattern
+    }
+
+    fn runs(&self, granules: &[Granule]) -> Vec<Run> {
+        let mut runs = Vec::with_capacity(self.pattern.len() * granules.len());
+        self.pattern.iter().for_each(|pattern| add_runs(&mut runs, *pattern, granules, &self.key));
+        runs
+    }
 }
 
 impl GroupPlan {
@@ -417,6 +430,8 @@ mod tests {
         let extent = Extent { src_blocks: src, dst_blocks: dst, first_token: 0, tokens };
         let runs = plan(shape.clone(), Arrangement::SplitKv, Arrangement::SplitKv).runs(extent).unwrap();
         assert_eq!((runs.segments.len(), runs.runs()), (3, 3), "a region and a run for each layer");
+        let is_one_list = |pair: &[Segment]| Arc::ptr_eq(&pair[0].runs, &pair[1].runs);
+        assert!(runs.segments.windows(2).all(is_one_list), "made once");
         let runs = plan(shape.clone(), Arrangement::TokenMajor, Arrangement::TokenMajor).runs(extent).unwrap();
         assert_eq!((runs.segments.len(), runs.runs()), (1, 3), "one region for all layers");
         let runs = plan(shape.clone(), Arrangement::LayersInBlock, Arrangement::LayersInBlock).runs(extent).unwrap();
@@ -489,7 +504,7 @@ mod tests {
             let want = oracle_copy(&src, &dst, extent);
             let runs = PairPlan::new(&src.layout, &dst.layout).unwrap().runs(extent).unwrap();
             for segment in &runs.segments {
-                for run in &segment.runs {
+                for run in segment.runs.iter() {
                     let (from, to) = (&src.regions[usize::from(segment.src_region)],
                         &dst.regions[usize::from(segment.dst_region)]);
                     from.copy_to(run.src, to, run.dst, run.len).unwrap();
@@ -529,7 +544,7 @@ mod tests {
                 for layer in (0..plan.layers()).step_by(few as usize) {
                     let part = Part { layers: layer..(layer + few).min(plan.layers()), tokens: from..to };
                     for segment in plan.part(Extent { src_blocks: &[known], ..extent }, &part).unwrap().segments {
-                        for run in &segment.runs {
+                        for run in segment.runs.iter() {
                             let (from, to) = (&src.regions[usize::from(segment.src_region)],
                                 &dst.regions[usize::from(segment.dst_region)]);
                             from.copy_to(run.src, to, run.dst, run.len).unwrap();
@@ -556,7 +571,7 @@ mod tests {
         let extent = Extent { src_blocks: &[&src_blocks], dst_blocks: &[&dst_blocks], first_token: 0, tokens };
         let want = oracle_copy(&src, &dst, extent);
         for segment in &PairPlan::new(&src.layout, &dst.layout).unwrap().runs(extent).unwrap().segments {
-            for run in &segment.runs {
+            for run in segment.runs.iter() {
                 let to = &dst.regions[usize::from(segment.dst_region)];
                 src.regions[usize::from(segment.src_region)].copy_to(run.src, to, run.dst, run.len).unwrap();
             }

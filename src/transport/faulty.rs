@@ -281,7 +281,7 @@ impl FaultyLink {
             .flat_map(|(index, segment)| with_bytes(index, &segment.runs))
             .collect();
         if let Some(&(segment, run)) = runs.get(self.shared.pick(runs.len())) {
-            let list = &mut request.runs.segments[segment].runs;
+            let list = Arc::make_mut(&mut request.runs.segments[segment].runs);
             let changed = with(list[run]);
             list.splice(run..=run, changed);
         }

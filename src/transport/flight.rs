@@ -363,7 +363,7 @@ mod tests {
         let runs = vec![Run { src: 0, dst: 0, len: bytes }];
         let request = TransferRequest {
             direction: Direction::Pull,
-            runs: RunList { segments: vec![Segment { src_region: 0, dst_region: 0, runs }] },
+            runs: RunList { segments: vec![Segment::new(0, 0, runs)] },
             grant: None,
             deadline: Instant::now() + Duration::from_secs(60),
         };

@@ -95,7 +95,7 @@ mod tests {
         let run = |dst, len| Run { src: 0, dst, len };
         let runs = vec![run(40, 10), run(0, 10), run(10, 5), run(60, 0)];
         let table = Arc::new(GrantTable::default());
-        let grant = table.grant(&RunList { segments: vec![Segment { src_region: 9, dst_region: 3, runs }] });
+        let grant = table.grant(&RunList { segments: vec![Segment::new(9, 3, runs)] });
         let granted = table.find(grant.token()).unwrap();
         let cases = [
             (3, 0, 15, true),

@@ -1,6 +1,8 @@
 //! What one transfer copies: (source, destination, length) runs, grouped by the pair of regions they lie in.
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+
 use super::{End, TransportError};
 // Offsets of a run count from the start of its segment's regions.
 pub use crate::memory::Run;
@@ -11,7 +13,8 @@ use crate::memory::{RunSlice, to_u64};
 pub struct Segment {
     pub src_region: u16,
     pub dst_region: u16,
-    pub runs: Vec<Run>,
+    /// Shared by segments that differ in their regions alone: layers, mostly.
+    pub runs: Arc<Vec<Run>>,
 }
 
 /// The whole copy.
@@ -52,7 +55,7 @@ pub struct Sums {
 impl RunList {
     /// Bytes that all runs move together.
     pub fn bytes(&self) -> u64 {
-        self.segments.iter().flat_map(|segment| &segment.runs).map(|run| run.len).sum()
+        self.segments.iter().flat_map(|segment| segment.runs.iter()).map(|run| run.len).sum()
     }
 
     /// Number of runs.
@@ -63,10 +66,15 @@ impl RunList {
     /// Holds every run against the lengths of the regions it names, and adds the list up. All of it, before any byte moves.
     pub fn validate(&self, src_lens: &[u64], dst_lens: &[u64]) -> Result<Sums, TransportError> {
         let mut sums = Sums::default();
+        let mut before = None;
         for segment in &self.segments {
             let src_len = region_len(End::Source, segment.src_region, src_lens)?;
             let dst_len = region_len(End::Destination, segment.dst_region, dst_lens)?;
-            let (bytes, runs) = segment.sums(src_len, dst_len)?;
+            let (bytes, runs) = match before {
+                Some((list, lens, sums)) if Arc::ptr_eq(list, &segment.runs) && lens == (src_len, dst_len) => sums,
+                _ => segment.sums(src_len, dst_len)?,
+            };
+            before = Some((&segment.runs, (src_len, dst_len), (bytes, runs)));
             let totals = &mut sums.totals;
             totals.bytes = totals.bytes.checked_add(bytes).ok_or(TransportError::TooManyBytes)?;
             totals.runs += runs;
@@ -78,9 +86,14 @@ impl RunList {
 
     /// Holds the destination of every run against the lengths of our regions: what a grant needs.
     pub fn validate_destinations(&self, dst_lens: &[u64]) -> Result<(), TransportError> {
+        let mut before = None;
         for segment in &self.segments {
             let dst_len = region_len(End::Destination, segment.dst_region, dst_lens)?;
-            for run in &segment.runs {
+            if before.is_some_and(|(list, len)| Arc::ptr_eq(list, &segment.runs) && len == dst_len) {
+                continue;
+            }
+            before = Some((&segment.runs, dst_len));
+            for run in segment.runs.iter() {
                 hold(End::Destination, segment.dst_region, run.dst, run.len, dst_len)?;
             }
         }
@@ -141,13 +154,17 @@ fn region_len(end: End, region: u16, lens: &[u64]) -> Result<u64, TransportError
 }
 
 impl Segment {
+    pub fn new(src_region: u16, dst_region: u16, runs: Vec<Run>) -> Self {
+        Self { src_region, dst_region, runs: Arc::new(runs) }
+    }
+
     /// Bytes, and runs with at least one, if all lie inside both regions.
     ///
     /// There are many thousand runs, nothing moves before all were seen, and hardly ever is one wrong: so their outermost ends
     /// are looked at, and each by itself only where those do not fit.
     fn sums(&self, src_len: u64, dst_len: u64) -> Result<(u64, u64), TransportError> {
         let (mut bytes, mut runs, mut src_end, mut dst_end, mut bits) = (0_u64, 0, 0, 0, 0);
-        for run in &self.runs {
+        for run in self.runs.iter() {
             bits |= run.src | run.dst | run.len;
             src_end = src_end.max(run.src.wrapping_add(run.len));
             dst_end = dst_end.max(run.dst.wrapping_add(run.len));
@@ -166,7 +183,7 @@ impl Segment {
     /// As [`Segment::sums`], and says which run does not fit.
     fn sums_one_by_one(&self, src_len: u64, dst_len: u64) -> Result<(u64, u64), TransportError> {
         let (mut bytes, mut runs) = (0_u64, 0);
-        for run in &self.runs {
+        for run in self.runs.iter() {
             hold(End::Source, self.src_region, run.src, run.len, src_len)?;
             hold(End::Destination, self.dst_region, run.dst, run.len, dst_len)?;
             bytes = bytes.checked_add(run.len).ok_or(TransportError::TooManyBytes)?;
@@ -191,7 +208,7 @@ mod tests {
 
     fn list(runs: &[(u64, u64, u64)]) -> RunList {
         let runs = runs.iter().map(|&(src, dst, len)| Run { src, dst, len }).collect();
-        RunList { segments: vec![Segment { src_region: 0, dst_region: 0, runs }] }
+        RunList { segments: vec![Segment::new(0, 0, runs)] }
     }
 
     #[test]
@@ -215,6 +232,21 @@ mod tests {
     }
 
     #[test]
+    fn segments_that_share_their_runs_are_each_held_to_their_own_regions() {
+        let first = Segment::new(0, 0, vec![Run { src: 4, dst: 8, len: 4 }]);
+        let with = |src_region, dst_region| Segment { src_region, dst_region, ..first.clone() };
+        let list = RunList { segments: vec![first.clone(), with(1, 1), with(2, 2)] };
+        let sums = list.validate(&[8, 8, 9], &[12, 12, 12]).unwrap();
+        assert_eq!((sums.totals, sums.segments), (Totals { bytes: 12, runs: 3, posts: 3 }, vec![4; 3]));
+        for (src, dst) in [([8, 7, 9], [12; 3]), ([8, 8, 7], [12; 3]), ([8; 3], [12, 12, 11])] {
+            assert!(list.validate(&src, &dst).is_err(), "{src:?} {dst:?}");
+        }
+        assert!(
+            list.validate_destinations(&[12, 12, 12]).is_ok() && list.validate_destinations(&[12, 12, 11]).is_err()
+        );
+    }
+
+    #[test]
     fn more_bytes_than_a_number_holds_are_refused_not_wrapped() {
         let whole = (0, 0, u64::MAX);
         let refused = list(&[whole, whole]).validate(&[u64::MAX], &[u64::MAX]);
@@ -231,7 +263,7 @@ mod tests {
             let mut at = 0;
             let segments = lens.iter().enumerate().map(|(index, lens)| {
                 let runs = lens.iter().map(|&len| { at += len; Run { src: at - len, dst: 3 * at, len } }).collect();
-                Segment { src_region: u16::try_from(index).unwrap(), dst_region: 0, runs }
+                Segment::new(u16::try_from(index).unwrap(), 0, runs)
             }).collect();
             let list = RunList { segments };
             let lens = vec![1_u64 << 20; list.segments.len().max(1)];

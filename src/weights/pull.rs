@@ -291,7 +291,7 @@ impl Pull {
         match &way.carrier {
             Carrier::Link(link, _) => {
                 let run = Run { src: at, dst: to, len };
-                let runs = RunList { segments: vec![Segment { src_region: 0, dst_region: 0, runs: vec![run] }] };
+                let runs = RunList { segments: vec![Segment::new(0, 0, vec![run])] };
                 let request =
                     TransferRequest { direction: Direction::Pull, runs, grant: None, deadline: self.deadline };
                 link.submit(request, Box::new(move |result| drop(done.send(result.map(drop)))));

@@ -286,7 +286,7 @@ pub fn once(told: &Receiver<Outcome>) -> Outcome {
 
 pub fn segment(src_region: u16, dst_region: u16, runs: &[(u64, u64, u64)]) -> Segment {
     let runs = runs.iter().map(|&(src, dst, len)| Run { src, dst, len }).collect();
-    Segment { src_region, dst_region, runs }
+    Segment::new(src_region, dst_region, runs)
 }
 
 pub fn list(segments: Vec<Segment>) -> RunList {
@@ -302,7 +302,7 @@ pub fn whole(len: usize) -> RunList {
 pub fn oracle(src: &[Arc<Region>], dst: &[Arc<Region>], runs: &RunList) -> Vec<Vec<u8>> {
     let (from, mut to) = (contents(src), contents(dst));
     for segment in &runs.segments {
-        for run in &segment.runs {
+        for run in segment.runs.iter() {
             let (src, dst, len) = (to_usize(run.src), to_usize(run.dst), to_usize(run.len));
             let bytes = &from[usize::from(segment.src_region)][src..src + len];
             to[usize::from(segment.dst_region)][dst..dst + len].copy_from_slice(bytes);

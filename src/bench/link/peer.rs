@@ -137,7 +137,7 @@ fn hold_as(orders: &Orders, secret: &Secret) -> anyhow::Result<Holding> {
     let gpu_memory = region.device().map(|device| device.share(region.address())).transpose()?;
     let transport = open(orders, &region, secret)?;
     let whole = vec![Run { src: 0, dst: 0, len: orders.span }];
-    let grant = transport.grant(&RunList { segments: vec![Segment { src_region: 0, dst_region: 0, runs: whole }] })?;
+    let grant = transport.grant(&RunList { segments: vec![Segment::new(0, 0, whole)] })?;
     let plain = Plain::serve(orders.host, orders.threads, to_usize(orders.span))?;
     let ready = Ready { export: transport.export(), grant: grant.token(), plain, gpu_memory };
     Ok(Holding { ready, _transport: transport, _grant: grant })

@@ -145,7 +145,7 @@ impl Rig {
         };
         let block = noise(to_usize(FILL_BYTES), seed);
         let got = self.region.to_vec(0, bytes)?;
-        for run in runs.segments.iter().flat_map(|segment| &segment.runs) {
+        for run in runs.segments.iter().flat_map(|segment| segment.runs.iter()) {
             let got = &got[to_usize(run.dst)..to_usize(run.dst + run.len)];
             ensure!(is_noise(got, run.src, &block), "{} brought wrong bytes: {run:?}", self.path.name());
         }

@@ -47,7 +47,7 @@ pub(in crate::bench) fn scattered(at: u64, bytes: u64, run_bytes: u64) -> RunLis
         dst: at + dst * run_bytes,
         len: run_bytes,
     });
-    RunList { segments: vec![Segment { src_region: 0, dst_region: 0, runs: runs.collect() }] }
+    RunList { segments: vec![Segment::new(0, 0, runs.collect())] }
 }
 
 /// Bytes that depend on where they are and on nothing that compresses.

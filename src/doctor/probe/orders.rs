@@ -202,7 +202,7 @@ impl NixlEnd {
         self.region.fill(END_BYTES, END_BYTES, 0)?;
         let link = self.transport.connect(peer, Instant::now() + REACH_MAX)?;
         let runs = vec![Run { src: 0, dst: END_BYTES, len: END_BYTES }];
-        let runs = RunList { segments: vec![Segment { src_region: 0, dst_region: 0, runs }] };
+        let runs = RunList { segments: vec![Segment::new(0, 0, runs)] };
         let (done, ended) = mpsc::channel();
         let deadline = Instant::now() + REACH_MAX;
         let request = TransferRequest { direction: Direction::Pull, runs, grant: None, deadline };
