@@ -15,7 +15,7 @@ use std::sync::Arc;
 use super::layout::{check_blocks, covered_from};
 use super::shares::{Scope, Share, shared};
 use super::{BlockId, GroupGeometry, GroupKind, LayerPlacement, Layout, LayoutError};
-use crate::transport::{Run, RunList, Segment};
+use crate::transport::{Run, RunList, Runs, Segment};
 
 /// How KV goes from one runtime's memory to another's.
 #[derive(Debug, Clone)]
@@ -203,11 +203,11 @@ impl PairPlan {
 
 /// Adds the runs of these granules. Layers in regions of their own are mostly alike: one list of runs serves all of them.
 fn add_segments(segments: &mut Vec<Segment>, is_later_group: bool, strided: &[Strided], granules: &[Granule]) {
-    let mut before: Option<(&Strided, Arc<Vec<Run>>)> = None;
+    let mut before: Option<(&Strided, Arc<Runs>)> = None;
     for strided in strided {
         let runs = match before {
             Some((other, runs)) if other.is_like(strided) => runs,
-            _ => Arc::new(strided.runs(granules)),
+            _ => Arc::new(Runs::new(strided.runs(granules))),
         };
         put_segment(segments, is_later_group, &strided.key, &runs);
         before = Some((strided, runs));
@@ -215,12 +215,12 @@ fn add_segments(segments: &mut Vec<Segment>, is_later_group: bool, strided: &[St
 }
 
 /// Equal regions are neighbours within one KV group; only groups may share them apart.
-fn put_segment(segments: &mut Vec<Segment>, is_later_group: bool, key: &StrideKey, runs: &Arc<Vec<Run>>) {
+fn put_segment(segments: &mut Vec<Segment>, is_later_group: bool, key: &StrideKey, runs: &Arc<Runs>) {
     let StrideKey { src_region, dst_region, .. } = *key;
     let is_same = |segment: &&mut Segment| (segment.src_region, segment.dst_region) == (src_region, dst_region);
     let found = if is_later_group { segments.iter_mut().find(is_same) } else { segments.last_mut().filter(is_same) };
     match found {
-        Some(segment) => Arc::make_mut(&mut segment.runs).extend_from_slice(runs),
+        Some(segment) => *segment = Segment::new(src_region, dst_region, [&segment.runs[..], &runs[..]].concat()),
         None => segments.push(Segment { src_region, dst_region, runs: Arc::clone(runs) }),
     }
 }

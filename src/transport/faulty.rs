@@ -15,7 +15,7 @@ use rand::{Rng, SeedableRng};
 use super::flight::locked;
 use super::threads::Threads;
 use super::{
-    Completion, Export, Grant, Link, Run, RunList, TransferRequest, TransferTicket, Transport, TransportError,
+    Completion, Export, Grant, Link, Run, RunList, Segment, TransferRequest, TransferTicket, Transport, TransportError,
 };
 use crate::config::Path;
 
@@ -281,9 +281,11 @@ impl FaultyLink {
             .flat_map(|(index, segment)| with_bytes(index, &segment.runs))
             .collect();
         if let Some(&(segment, run)) = runs.get(self.shared.pick(runs.len())) {
-            let list = Arc::make_mut(&mut request.runs.segments[segment].runs);
+            let segment = &mut request.runs.segments[segment];
+            let mut list = segment.runs.to_vec();
             let changed = with(list[run]);
             list.splice(run..=run, changed);
+            *segment = Segment::new(segment.src_region, segment.dst_region, list);
         }
         request
     }

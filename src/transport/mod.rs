@@ -54,7 +54,7 @@ pub use loopback::{Loopback, LoopbackHub};
 pub use nccl::{Caster, Ended, Nccl, NcclSetup, Seat, casts_here, group_name};
 pub use nixl::{GPU_STAGING_MB as NIXL_GPU_STAGING_MB, Nixl, NixlSetup};
 pub use request::{Completion, Copied, Direction, TransferRequest, TransferTicket};
-pub use run_list::{Piece, Run, RunList, Segment, Sums, Totals};
+pub use run_list::{Piece, Run, RunList, Runs, Segment, Sums, Totals};
 pub use select::{Selected, Setup, connect_best, copy_threads, export_all, offers};
 pub use shm::{Shm, allow_peers_to_read, read_peer_byte};
 pub use tcp::{Tcp, TcpSetup};

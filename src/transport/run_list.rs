@@ -1,6 +1,7 @@
 //! What one transfer copies: (source, destination, length) runs, grouped by the pair of regions they lie in.
 #![forbid(unsafe_code)]
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use super::{End, TransportError};
@@ -14,7 +15,7 @@ pub struct Segment {
     pub src_region: u16,
     pub dst_region: u16,
     /// Shared by segments that differ in their regions alone: layers, mostly.
-    pub runs: Arc<Vec<Run>>,
+    pub runs: Arc<Runs>,
 }
 
 /// The whole copy.
@@ -66,15 +67,10 @@ impl RunList {
     /// Holds every run against the lengths of the regions it names, and adds the list up. All of it, before any byte moves.
     pub fn validate(&self, src_lens: &[u64], dst_lens: &[u64]) -> Result<Sums, TransportError> {
         let mut sums = Sums::default();
-        let mut before = None;
         for segment in &self.segments {
             let src_len = region_len(End::Source, segment.src_region, src_lens)?;
             let dst_len = region_len(End::Destination, segment.dst_region, dst_lens)?;
-            let (bytes, runs) = match before {
-                Some((list, lens, sums)) if Arc::ptr_eq(list, &segment.runs) && lens == (src_len, dst_len) => sums,
-                _ => segment.sums(src_len, dst_len)?,
-            };
-            before = Some((&segment.runs, (src_len, dst_len), (bytes, runs)));
+            let (bytes, runs) = segment.sums(src_len, dst_len)?;
             let totals = &mut sums.totals;
             totals.bytes = totals.bytes.checked_add(bytes).ok_or(TransportError::TooManyBytes)?;
             totals.runs += runs;
@@ -86,16 +82,8 @@ impl RunList {
 
     /// Holds the destination of every run against the lengths of our regions: what a grant needs.
     pub fn validate_destinations(&self, dst_lens: &[u64]) -> Result<(), TransportError> {
-        let mut before = None;
         for segment in &self.segments {
-            let dst_len = region_len(End::Destination, segment.dst_region, dst_lens)?;
-            if before.is_some_and(|(list, len)| Arc::ptr_eq(list, &segment.runs) && len == dst_len) {
-                continue;
-            }
-            before = Some((&segment.runs, dst_len));
-            for run in segment.runs.iter() {
-                hold(End::Destination, segment.dst_region, run.dst, run.len, dst_len)?;
-            }
+            segment.check_destination(region_len(End::Destination, segment.dst_region, dst_lens)?)?;
         }
         Ok(())
     }
@@ -155,28 +143,16 @@ fn region_len(end: End, region: u16, lens: &[u64]) -> Result<u64, TransportError
 
 impl Segment {
     pub fn new(src_region: u16, dst_region: u16, runs: Vec<Run>) -> Self {
-        Self { src_region, dst_region, runs: Arc::new(runs) }
+        Self { src_region, dst_region, runs: Arc::new(Runs::new(runs)) }
     }
 
     /// Bytes, and runs with at least one, if all lie inside both regions.
-    ///
-    /// There are many thousand runs, nothing moves before all were seen, and hardly ever is one wrong: so their outermost ends
-    /// are looked at, and each by itself only where those do not fit.
     fn sums(&self, src_len: u64, dst_len: u64) -> Result<(u64, u64), TransportError> {
-        let (mut bytes, mut runs, mut src_end, mut dst_end, mut bits) = (0_u64, 0, 0, 0, 0);
-        for run in self.runs.iter() {
-            bits |= run.src | run.dst | run.len;
-            src_end = src_end.max(run.src.wrapping_add(run.len));
-            dst_end = dst_end.max(run.dst.wrapping_add(run.len));
-            bytes = bytes.wrapping_add(run.len);
-            runs += u64::from(run.len > 0);
-        }
-        // No number is greater than all bits together: if so many of that do not overflow, neither did an end or the sum.
-        let exact = bits.checked_mul(to_u64(self.runs.len()).max(2)).is_some();
-        if exact && src_end <= src_len && dst_end <= dst_len {
-            Ok((bytes, runs))
-        } else {
-            self.sums_one_by_one(src_len, dst_len)
+        match self.runs.reach {
+            Reach { src_end, dst_end, bytes, runs, exact: true } if src_end <= src_len && dst_end <= dst_len => {
+                Ok((bytes, runs))
+            }
+            _ => self.sums_one_by_one(src_len, dst_len),
         }
     }
 
@@ -190,6 +166,60 @@ impl Segment {
             runs += u64::from(run.len > 0);
         }
         Ok((bytes, runs))
+    }
+
+    /// Whether every run ends inside its destination.
+    fn check_destination(&self, dst_len: u64) -> Result<(), TransportError> {
+        let Reach { dst_end, exact, .. } = self.runs.reach;
+        if exact && dst_end <= dst_len {
+            return Ok(());
+        }
+        self.runs.iter().try_for_each(|run| hold(End::Destination, self.dst_region, run.dst, run.len, dst_len))
+    }
+}
+
+/// Runs, and how far they reach: worked out once, when they are made, however often they are copied.
+///
+/// There are many thousand, nothing moves before all were seen, and hardly ever is one wrong: so their outermost ends are kept,
+/// and each is looked at by itself only where those do not fit.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Runs {
+    list: Vec<Run>,
+    reach: Reach,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Reach {
+    bytes: u64,
+    /// With at least one byte.
+    runs: u64,
+    src_end: u64,
+    dst_end: u64,
+    /// Whether none of these numbers has overflowed.
+    exact: bool,
+}
+
+impl Runs {
+    pub fn new(list: Vec<Run>) -> Self {
+        let (mut bytes, mut runs, mut src_end, mut dst_end, mut bits) = (0_u64, 0, 0, 0, 0);
+        for run in &list {
+            bits |= run.src | run.dst | run.len;
+            src_end = src_end.max(run.src.wrapping_add(run.len));
+            dst_end = dst_end.max(run.dst.wrapping_add(run.len));
+            bytes = bytes.wrapping_add(run.len);
+            runs += u64::from(run.len > 0);
+        }
+        // No number is greater than all bits together: if so many of that do not overflow, neither did an end or the sum.
+        let exact = bits.checked_mul(to_u64(list.len()).max(2)).is_some();
+        Self { list, reach: Reach { bytes, runs, src_end, dst_end, exact } }
+    }
+}
+
+impl Deref for Runs {
+    type Target = [Run];
+
+    fn deref(&self) -> &[Run] {
+        &self.list
     }
 }
 
