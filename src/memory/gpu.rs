@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::region::{AccessError, Region};
-use super::runs::{Run, RunSlice};
+use super::runs::{Rows, Run, RunSlice};
 use super::to_u64;
 use crate::ffi::cuda::{Copier, CopyPiece, CudaError, Device, DigestTile, Digester, SUMS_MAX};
 
@@ -28,6 +28,8 @@ pub struct GpuRuns<'a> {
     pub dst: &'a Region,
     pub dst_offset: u64,
     pub runs: RunSlice<'a>,
+    /// The same runs as rows, if somebody has made those.
+    pub rows: Option<&'a [Rows]>,
 }
 
 /// How the launches of a copy are made.
@@ -75,7 +77,7 @@ impl GpuCopies {
         self.started(|started| {
             runs.into_iter().try_for_each(|GpuRun { src, src_offset, dst, dst_offset, len }| {
                 let run = [Run { src: 0, dst: 0, len }];
-                started.put(&GpuRuns { src, src_offset, dst, dst_offset, runs: RunSlice::whole(&run) })
+                started.put(&GpuRuns { src, src_offset, dst, dst_offset, runs: RunSlice::whole(&run), rows: None })
             })
         })
     }
@@ -114,6 +116,9 @@ struct Started<'c> {
 impl Started<'_> {
     fn put(&mut self, slice: &GpuRuns<'_>) -> Result<(), AccessError> {
         let places = Places::of(slice)?;
+        if let Some(rows) = slice.rows {
+            return self.put_stretches(&places, rows);
+        }
         let (first, between, last) = slice.runs.split();
         self.put_runs(&places, first.as_slice())?;
         self.put_runs(&places, between)?;
@@ -121,15 +126,22 @@ impl Started<'_> {
     }
 
     fn put_runs(&mut self, places: &Places<'_>, mut runs: &[Run]) -> Result<(), AccessError> {
-        while let Some(first) = runs.first() {
-            if first.len > CUT_BYTES {
-                self.put_long(places, *first)?;
-                runs = &runs[1..];
-                continue;
+        while !runs.is_empty() {
+            let short = runs.iter().position(|run| run.len > CUT_BYTES).unwrap_or(runs.len());
+            self.put_stretches(places, &runs[..short])?;
+            if let Some(long) = runs.get(short) {
+                self.put_long(places, *long)?;
             }
+            runs = runs.get(short + 1..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    fn put_stretches<S: Stretch>(&mut self, places: &Places<'_>, mut stretches: &[S]) -> Result<(), AccessError> {
+        while !stretches.is_empty() {
             let list = self.copies.copiers[self.copies.next].list();
-            let taken = self.filling.take(list, places, runs)?;
-            runs = &runs[taken..];
+            let taken = self.filling.take(list, places, stretches)?;
+            stretches = &stretches[taken..];
             if self.filling.is_full(list) {
                 self.launch()?;
             }
@@ -186,29 +198,67 @@ impl Filling {
         self.count == list.len() || self.bytes >= self.launch_bytes
     }
 
-    /// Puts runs on the list up to where it is full, or to a run that must be cut, and says how many. All of them were found to
-    /// lie where they may when this returns `Ok`: there are many thousand, so their outermost ends are looked at.
-    fn take(&mut self, list: &mut [CopyPiece], places: &Places<'_>, runs: &[Run]) -> Result<usize, AccessError> {
-        let (mut src_end, mut dst_end) = (0, 0);
-        let before = self.count;
-        for (piece, run) in list[before..].iter_mut().zip(runs) {
-            if run.len > CUT_BYTES || self.bytes >= self.launch_bytes {
+    /// Puts stretches on the list up to where it is full, and says how many. All of them were found to lie where they may when this
+    /// returns `Ok`: there are many thousand, so their outermost ends are looked at.
+    fn take<S: Stretch>(
+        &mut self,
+        list: &mut [CopyPiece],
+        places: &Places<'_>,
+        stretches: &[S],
+    ) -> Result<usize, AccessError> {
+        let (mut src_end, mut dst_end, mut taken, mut bytes, mut longest) = (0, 0, 0, self.bytes, self.longest);
+        // Each item once and whole: the list lies past the caches.
+        for (item, stretch) in list[self.count..].iter_mut().zip(stretches) {
+            if bytes >= self.launch_bytes {
                 break;
             }
-            let (src, dst) = (places.src.wrapping_add(run.src), places.dst.wrapping_add(run.dst));
-            *piece = CopyPiece { src, dst, len: run.len };
-            src_end = src_end.max(run.src.saturating_add(run.len));
-            dst_end = dst_end.max(run.dst.saturating_add(run.len));
-            self.bytes += run.len;
-            self.longest = self.longest.max(run.len);
-            self.count += 1;
+            let piece = stretch.piece();
+            let (src, dst) = (places.src.wrapping_add(piece.src), places.dst.wrapping_add(piece.dst));
+            *item = CopyPiece { src, dst, ..piece };
+            let ends = stretch.ends();
+            (src_end, dst_end) = (src_end.max(ends.0), dst_end.max(ends.1));
+            let len = u64::from(piece.len) * u64::from(piece.rows);
+            (bytes, longest) = (bytes + len, longest.max(len));
+            taken += 1;
         }
-        let taken = self.count - before;
+        (self.count, self.bytes, self.longest) = (self.count + taken, bytes, longest);
         if src_end <= places.src_room && dst_end <= places.dst_room {
             return Ok(taken);
         }
-        runs[..taken].iter().try_for_each(|run| places.check(run))?;
+        stretches[..taken].iter().try_for_each(|stretch| places.check(stretch))?;
         Ok(taken)
+    }
+}
+
+/// What one item of a list copies, of no more than [`CUT_BYTES`].
+trait Stretch {
+    /// With offsets for addresses.
+    fn piece(&self) -> CopyPiece;
+
+    /// The first bytes behind it, at both ends.
+    fn ends(&self) -> (u64, u64);
+}
+
+impl Stretch for Run {
+    fn piece(&self) -> CopyPiece {
+        debug_assert!(self.len <= CUT_BYTES, "cut by whoever asks");
+        let len = u32::try_from(self.len).unwrap_or(0);
+        CopyPiece { src: self.src, dst: self.dst, len, rows: 1, src_step: 0, dst_step: 0 }
+    }
+
+    fn ends(&self) -> (u64, u64) {
+        (self.src.saturating_add(self.len), self.dst.saturating_add(self.len))
+    }
+}
+
+impl Stretch for Rows {
+    fn piece(&self) -> CopyPiece {
+        let Self { src, dst, len, rows, src_step, dst_step } = *self;
+        CopyPiece { src, dst, len, rows, src_step, dst_step }
+    }
+
+    fn ends(&self) -> (u64, u64) {
+        Self::ends(self)
     }
 }
 
@@ -228,10 +278,11 @@ impl<'a> Places<'a> {
         Ok(Self { slice, src, src_room, dst, dst_room })
     }
 
-    fn check(&self, run: &Run) -> Result<(), AccessError> {
+    fn check(&self, stretch: &impl Stretch) -> Result<(), AccessError> {
         let GpuRuns { src, src_offset, dst, dst_offset, .. } = self.slice;
-        src.check(src_offset.saturating_add(run.src), run.len)?;
-        Ok(dst.check(dst_offset.saturating_add(run.dst), run.len)?)
+        let (piece, ends) = (stretch.piece(), stretch.ends());
+        src.check(src_offset.saturating_add(piece.src), ends.0 - piece.src)?;
+        Ok(dst.check(dst_offset.saturating_add(piece.dst), ends.1 - piece.dst)?)
     }
 }
 

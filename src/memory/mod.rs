@@ -22,7 +22,7 @@ pub use gpu::{GpuCopies, GpuDigests, GpuRun, GpuRuns, Launches, Tile};
 pub use host_free::host_free_bytes;
 pub use region::{AccessError, Backing, MemoryKind, OutOfRange, Region, RegionOptions};
 pub use row_digest::{row, row_key};
-pub use runs::{Run, RunSlice};
+pub use runs::{Rows, Run, RunSlice, in_rows};
 
 // Offsets and lengths are `u64` on the wire and in run lists, and `usize` where they meet an address. On the one width we
 // build for the two are the same numbers.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{End, TransportError};
 // Offsets of a run count from the start of its segment's regions.
 pub use crate::memory::Run;
-use crate::memory::{RunSlice, to_u64};
+use crate::memory::{Rows, RunSlice, in_rows, to_u64};
 
 /// All runs between one source region and one destination region. One segment is one post.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -131,6 +131,13 @@ impl RunList {
         RunSlice { runs, skip: piece.skip, spare: piece.spare }
     }
 
+    /// The same as rows, if somebody has found them to be much fewer.
+    pub fn rows(&self, piece: Piece) -> Option<&[Rows]> {
+        let runs = &self.segments[piece.segment].runs;
+        let is_whole = (piece.first, piece.end, piece.skip, piece.spare) == (0, runs.len(), 0, 0);
+        runs.rows.as_deref().filter(|_| is_whole)
+    }
+
     /// The runs of `piece`, cut where it starts and ends.
     pub fn walk(&self, piece: Piece) -> impl Iterator<Item = Run> + '_ {
         self.slice(piece).cut().filter(|run| run.len > 0)
@@ -186,6 +193,8 @@ impl Segment {
 pub struct Runs {
     list: Vec<Run>,
     reach: Reach,
+    /// The same as rows, where that is much shorter.
+    rows: Option<Vec<Rows>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -211,7 +220,8 @@ impl Runs {
         }
         // No number is greater than all bits together: if so many of that do not overflow, neither did an end or the sum.
         let exact = bits.checked_mul(to_u64(list.len()).max(2)).is_some();
-        Self { list, reach: Reach { bytes, runs, src_end, dst_end, exact } }
+        let rows = in_rows(&list, bytes).filter(|_| exact);
+        Self { list, reach: Reach { bytes, runs, src_end, dst_end, exact }, rows }
     }
 }
 

@@ -169,7 +169,7 @@ int cuEventSynchronize(void *event) { return SUCCESS; }
 int cuModuleLoadData(void **module, const void *text) { return *module = malloc(1), SUCCESS; }
 int cuModuleUnload(void *module) { return free(module), SUCCESS; }
 
-typedef struct { Ptr src, dst, len; } Piece;
+typedef struct { Ptr src, dst; unsigned len, rows, src_step, dst_step; } Piece;
 typedef struct { Ptr address, head_stride, token_stride; unsigned heads, tokens, plane, token, content, sum; } Tile;
 
 static const uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
@@ -181,10 +181,12 @@ static uint64_t scatter(unsigned plane, unsigned token) {
     return x ^ (x >> 31);
 }
 static int copy_runs(const Piece *pieces, unsigned count) {
-    for (unsigned i = 0; i < count; i++) {
-        int status = cuMemcpyDtoD_v2(pieces[i].dst, pieces[i].src, pieces[i].len);
-        if (status) return status;
-    }
+    for (const Piece *piece = pieces; piece < pieces + count; piece++)
+        for (unsigned row = 0; row < piece->rows; row++) {
+            Ptr src = piece->src + (Ptr)row * piece->src_step, dst = piece->dst + (Ptr)row * piece->dst_step;
+            int status = cuMemcpyDtoD_v2(dst, src, piece->len);
+            if (status) return status;
+        }
     return SUCCESS;
 }
 static int digest_tiles(const Tile *tiles, unsigned count, uint64_t *sums) {

@@ -20,14 +20,22 @@ const PIECES_MAX: usize = 32 * 1024;
 
 static IDLE: Idle<ListKernel<CopyPiece>> = Idle::new();
 
-/// One stretch to copy; addresses as the GPU sees them.
+/// One stretch to copy, or several of one length; addresses as the GPU sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
 pub struct CopyPiece {
     pub src: u64,
     pub dst: u64,
-    pub len: u64,
+    /// Of one row.
+    pub len: u32,
+    pub rows: u32,
+    /// From one row to the next; of no meaning for one.
+    pub src_step: u32,
+    pub dst_step: u32,
 }
+
+// What the bus carries at once, and what the kernel takes it for.
+const _: () = assert!(size_of::<CopyPiece>() == 32);
 
 /// Our copy kernel on a stream of its own. One launch at a time: the caller is its only user.
 pub struct Copier {
@@ -51,13 +59,13 @@ impl Copier {
         self.kernel.list()
     }
 
-    /// Starts to copy the first `count` pieces of the list, none longer than `longest`, after waiting for those before. They are
+    /// Starts to copy the first `count` pieces of the list, none with more bytes than `longest`, after waiting for those before. They are
     /// there once [`Copier::wait`] has returned. A list that is read `in_place` need not be copied first, but each look of the
     /// kernel at a piece goes over the bus.
     ///
     /// # Safety
-    /// Each piece must name `len` bytes that this GPU can read at `src` and write at `dst` until the wait has returned, or the
-    /// copier is dropped; no destination may overlap another, or a source.
+    /// Each row of each piece must be `len` bytes that this GPU can read and write until the wait has returned, or the
+    /// copier is dropped; no destination may overlap another, or a source. The rows of a piece have less than 4 GiB together.
     pub unsafe fn start(&mut self, count: usize, longest: u64, in_place: bool) -> Result<(), CudaError> {
         self.wait()?;
         let device = Arc::clone(self.kernel.device());

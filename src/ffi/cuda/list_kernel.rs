@@ -41,7 +41,7 @@ impl<T: Copy + Default> ListKernel<T> {
             signal: Signal::new(device)?,
             module: std::ptr::null_mut(),
             kernel: std::ptr::null_mut(),
-            lists: [Pinned::new(device, items_max)?, Pinned::new(device, items_max)?],
+            lists: [Pinned::written_in_order(device, items_max)?, Pinned::written_in_order(device, items_max)?],
             next: 0,
             list: device.allocate(items_max * size_of::<T>())?,
             device: Arc::clone(device),

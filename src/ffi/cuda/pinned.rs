@@ -9,6 +9,8 @@ use super::driver::{CudaError, DevicePtr};
 
 /// Reachable from every context, and from the GPU at the same address.
 const PORTABLE_MAPPED: c_uint = 1 | 2;
+/// Past the processor's caches: it need not get back a line that the GPU has read before it writes it again.
+const WRITE_COMBINED: c_uint = 4;
 
 /// Host memory that the GPU reads and writes directly. For plain numbers and structures of them.
 pub(super) struct Pinned<T> {
@@ -19,10 +21,19 @@ pub(super) struct Pinned<T> {
 
 impl<T: Copy + Default> Pinned<T> {
     pub(super) fn new(device: &Arc<Device>, count: usize) -> Result<Self, CudaError> {
+        Self::of_kind(device, count, PORTABLE_MAPPED)
+    }
+
+    /// What the processor writes in order and hardly ever reads: that is slow.
+    pub(super) fn written_in_order(device: &Arc<Device>, count: usize) -> Result<Self, CudaError> {
+        Self::of_kind(device, count, PORTABLE_MAPPED | WRITE_COMBINED)
+    }
+
+    fn of_kind(device: &Arc<Device>, count: usize, kind: c_uint) -> Result<Self, CudaError> {
         let mut memory: *mut c_void = std::ptr::null_mut();
         device.current(|driver| {
             // SAFETY: writes one pointer to that many bytes of page-aligned memory, freed in `drop`.
-            let status = unsafe { (driver.host_allocate)(&raw mut memory, count * size_of::<T>(), PORTABLE_MAPPED) };
+            let status = unsafe { (driver.host_allocate)(&raw mut memory, count * size_of::<T>(), kind) };
             driver.check("cuMemHostAlloc", status)
         })?;
         let items = memory.cast::<T>();

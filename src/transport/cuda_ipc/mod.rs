@@ -193,6 +193,7 @@ fn carry(flight: &Flight, peer: &Peer, pieces: &[Piece], copies: &mut Copies) ->
             dst: dst.region,
             dst_offset: dst.offset,
             runs: flight.runs.slice(*piece),
+            rows: flight.runs.rows(*piece),
         }
     });
     copies.for_peer(peer).copy_slices(slices).map_err(|error| TransportError::Unreachable {
