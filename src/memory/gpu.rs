@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use super::region::{AccessError, Region};
-use super::runs::{Rows, Run, RunSlice};
+use super::runs::{ROWS_BYTES_MAX, Rows, Run, RunSlice};
 use super::to_u64;
-use crate::ffi::cuda::{Copier, CopyPiece, CudaError, Device, DigestTile, Digester, SUMS_MAX};
+use crate::ffi::cuda::{Copier, CopyKind, CopyRows, CopySlot, CudaError, Device, DigestTile, Digester, SUMS_MAX};
 
 /// Longer runs are cut for the kernel, so that all multiprocessors have work.
-const CUT_BYTES: u64 = 256 << 10;
+const CUT_BYTES: u64 = ROWS_BYTES_MAX;
 
 /// One run of a copy between two regions.
 #[derive(Debug, Clone, Copy)]
@@ -49,9 +49,9 @@ impl Launches {
     pub const ONE: Self = Self { first_bytes: u64::MAX, most_bytes: u64::MAX, in_place: true };
 }
 
-/// Shorter runs are more than the bus is asked for one by one. Measured from 4 KiB on: 64 MiB of those take 47 us with their list in
+/// What copies less for each slot of its list is more than the bus is asked for one by one. Measured from runs of 4 KiB on: 64 MiB of those take 47 us with their list in
 /// place, 61 with a list on the GPU, 43 in one run.
-const IN_PLACE_RUN_BYTES_MIN: u64 = 4 << 10;
+const IN_PLACE_SLOT_BYTES_MIN: u64 = 4 << 10;
 
 /// Lists in the making and at work.
 const LAUNCHES: usize = 2;
@@ -95,7 +95,7 @@ impl GpuCopies {
         // Waits when dropped: whichever way this ends, nothing that is borrowed here is used afterwards.
         let mut started = Started { copies: self, filling };
         put_all(&mut started)?;
-        if started.filling.count > 0 {
+        if started.filling.slots > 0 {
             started.launch()?;
         }
         Ok(started.copies.wait()?)
@@ -116,8 +116,15 @@ struct Started<'c> {
 impl Started<'_> {
     fn put(&mut self, slice: &GpuRuns<'_>) -> Result<(), AccessError> {
         let places = Places::of(slice)?;
-        if let Some(rows) = slice.rows {
-            return self.put_stretches(&places, rows);
+        if let Some(mut rows) = slice.rows {
+            while !rows.is_empty() {
+                let taken = self.put_some(&places, rows)?;
+                if taken == 0 {
+                    return Err(CudaError::Kernel("rows are too long".to_owned()).into());
+                }
+                rows = &rows[taken..];
+            }
+            return Ok(());
         }
         let (first, between, last) = slice.runs.split();
         self.put_runs(&places, first.as_slice())?;
@@ -126,27 +133,31 @@ impl Started<'_> {
     }
 
     fn put_runs(&mut self, places: &Places<'_>, mut runs: &[Run]) -> Result<(), AccessError> {
-        while !runs.is_empty() {
-            let short = runs.iter().position(|run| run.len > CUT_BYTES).unwrap_or(runs.len());
-            self.put_stretches(places, &runs[..short])?;
-            if let Some(long) = runs.get(short) {
-                self.put_long(places, *long)?;
+        while let Some(first) = runs.first() {
+            if first.len > CUT_BYTES {
+                self.put_long(places, *first)?;
+                runs = &runs[1..];
+            } else {
+                runs = &runs[self.put_some(places, runs)?..];
             }
-            runs = runs.get(short + 1..).unwrap_or_default();
         }
         Ok(())
     }
 
-    fn put_stretches<S: Stretch>(&mut self, places: &Places<'_>, mut stretches: &[S]) -> Result<(), AccessError> {
-        while !stretches.is_empty() {
-            let list = self.copies.copiers[self.copies.next].list();
-            let taken = self.filling.take(list, places, stretches)?;
-            stretches = &stretches[taken..];
-            if self.filling.is_full(list) {
+    /// Puts some of these on the list, and says how many. The first is not too long.
+    fn put_some<S: Stretch>(&mut self, places: &Places<'_>, stretches: &[S]) -> Result<usize, AccessError> {
+        if self.filling.kind != S::KIND {
+            if self.filling.slots > 0 {
                 self.launch()?;
             }
+            self.filling.kind = S::KIND;
         }
-        Ok(())
+        let list = self.copies.copiers[self.copies.next].list();
+        let taken = self.filling.take(list, places, stretches)?;
+        if self.filling.is_full(list.len()) {
+            self.launch()?;
+        }
+        Ok(taken)
     }
 
     fn put_long(&mut self, places: &Places<'_>, run: Run) -> Result<(), AccessError> {
@@ -162,11 +173,11 @@ impl Started<'_> {
 
     fn launch(&mut self) -> Result<(), AccessError> {
         let GpuCopies { copiers, next, launches } = &mut *self.copies;
-        let Filling { count, bytes, longest, launch_bytes } = self.filling;
-        let in_place = launches.in_place && bytes / to_u64(count).max(1) >= IN_PLACE_RUN_BYTES_MIN;
-        // SAFETY: every piece was found to lie inside a region of a GPU's memory, which is borrowed for longer than `started`
+        let Filling { kind, slots, bytes, longest, launch_bytes } = self.filling;
+        let in_place = launches.in_place && bytes / to_u64(slots).max(1) >= IN_PLACE_SLOT_BYTES_MIN;
+        // SAFETY: all of it is of one kind, and every run or row was found to lie inside a region of a GPU's memory, which is borrowed for longer than `started`
         // takes; and when that ends, this has been waited for. Overlaps race among plain bytes of the GPU and harm nothing else.
-        unsafe { copiers[*next].start(count, longest, in_place) }?;
+        unsafe { copiers[*next].start(kind, slots, longest, in_place) }?;
         *next = (*next + 1) % LAUNCHES;
         self.filling = Filling::new(launch_bytes.saturating_mul(2).min(launches.most_bytes));
         Ok(())
@@ -182,7 +193,8 @@ impl Drop for Started<'_> {
 
 /// How far the list of the next launch has been made.
 struct Filling {
-    count: usize,
+    kind: CopyKind,
+    slots: usize,
     bytes: u64,
     longest: u64,
     /// The list is launched once it has so many bytes.
@@ -191,37 +203,35 @@ struct Filling {
 
 impl Filling {
     fn new(launch_bytes: u64) -> Self {
-        Self { count: 0, bytes: 0, longest: 0, launch_bytes }
+        Self { kind: CopyKind::Runs, slots: 0, bytes: 0, longest: 0, launch_bytes }
     }
 
-    fn is_full(&self, list: &[CopyPiece]) -> bool {
-        self.count == list.len() || self.bytes >= self.launch_bytes
+    fn is_full(&self, slots_max: usize) -> bool {
+        self.slots + self.kind.slots() > slots_max || self.bytes >= self.launch_bytes
     }
 
-    /// Puts stretches on the list up to where it is full, and says how many. All of them were found to lie where they may when this
-    /// returns `Ok`: there are many thousand, so their outermost ends are looked at.
+    /// Puts stretches on the list up to where it is full, or to one that must be cut, and says how many. All of them were found to
+    /// lie where they may when this returns `Ok`: there are many thousand, so their outermost ends are looked at.
     fn take<S: Stretch>(
         &mut self,
-        list: &mut [CopyPiece],
+        list: &mut [CopySlot],
         places: &Places<'_>,
         stretches: &[S],
     ) -> Result<usize, AccessError> {
         let (mut src_end, mut dst_end, mut taken, mut bytes, mut longest) = (0, 0, 0, self.bytes, self.longest);
         // Each item once and whole: the list lies past the caches.
-        for (item, stretch) in list[self.count..].iter_mut().zip(stretches) {
-            if bytes >= self.launch_bytes {
+        for (slots, stretch) in list[self.slots..].chunks_exact_mut(S::KIND.slots()).zip(stretches) {
+            let len = stretch.bytes();
+            if len > CUT_BYTES || bytes >= self.launch_bytes {
                 break;
             }
-            let piece = stretch.piece();
-            let (src, dst) = (places.src.wrapping_add(piece.src), places.dst.wrapping_add(piece.dst));
-            *item = CopyPiece { src, dst, ..piece };
+            stretch.write(places, slots);
             let ends = stretch.ends();
             (src_end, dst_end) = (src_end.max(ends.0), dst_end.max(ends.1));
-            let len = u64::from(piece.len) * u64::from(piece.rows);
             (bytes, longest) = (bytes + len, longest.max(len));
             taken += 1;
         }
-        (self.count, self.bytes, self.longest) = (self.count + taken, bytes, longest);
+        (self.slots, self.bytes, self.longest) = (self.slots + taken * S::KIND.slots(), bytes, longest);
         if src_end <= places.src_room && dst_end <= places.dst_room {
             return Ok(taken);
         }
@@ -232,18 +242,36 @@ impl Filling {
 
 /// What one item of a list copies, of no more than [`CUT_BYTES`].
 trait Stretch {
-    /// With offsets for addresses.
-    fn piece(&self) -> CopyPiece;
+    const KIND: CopyKind;
+
+    /// Writes the slots of its item.
+    fn write(&self, places: &Places<'_>, slots: &mut [CopySlot]);
+
+    fn bytes(&self) -> u64;
+
+    fn starts(&self) -> (u64, u64);
 
     /// The first bytes behind it, at both ends.
     fn ends(&self) -> (u64, u64);
 }
 
 impl Stretch for Run {
-    fn piece(&self) -> CopyPiece {
+    const KIND: CopyKind = CopyKind::Runs;
+
+    fn write(&self, places: &Places<'_>, slots: &mut [CopySlot]) {
         debug_assert!(self.len <= CUT_BYTES, "cut by whoever asks");
+        let (src, dst) = (places.src.wrapping_add(self.src), places.dst.wrapping_add(self.dst));
         let len = u32::try_from(self.len).unwrap_or(0);
-        CopyPiece { src: self.src, dst: self.dst, len, rows: 1, src_step: 0, dst_step: 0 }
+        // What lies in its region fits: those were looked at. What does not is never launched.
+        slots[0] = CopySlot::run(src, dst, len).unwrap_or_default();
+    }
+
+    fn bytes(&self) -> u64 {
+        self.len
+    }
+
+    fn starts(&self) -> (u64, u64) {
+        (self.src, self.dst)
     }
 
     fn ends(&self) -> (u64, u64) {
@@ -252,9 +280,20 @@ impl Stretch for Run {
 }
 
 impl Stretch for Rows {
-    fn piece(&self) -> CopyPiece {
-        let Self { src, dst, len, rows, src_step, dst_step } = *self;
-        CopyPiece { src, dst, len, rows, src_step, dst_step }
+    const KIND: CopyKind = CopyKind::Rows;
+
+    fn write(&self, places: &Places<'_>, slots: &mut [CopySlot]) {
+        let (src, dst) = (places.src.wrapping_add(self.src), places.dst.wrapping_add(self.dst));
+        let Self { len, rows, src_step, dst_step, .. } = *self;
+        slots.copy_from_slice(&CopySlot::rows(&CopyRows { src, dst, len, rows, src_step, dst_step }));
+    }
+
+    fn bytes(&self) -> u64 {
+        Self::bytes(self)
+    }
+
+    fn starts(&self) -> (u64, u64) {
+        (self.src, self.dst)
     }
 
     fn ends(&self) -> (u64, u64) {
@@ -275,14 +314,18 @@ impl<'a> Places<'a> {
     fn of(slice: &'a GpuRuns<'a>) -> Result<Self, AccessError> {
         let (src, dst) = (start(slice.src, slice.src_offset, 0)?, start(slice.dst, slice.dst_offset, 0)?);
         let (src_room, dst_room) = (slice.src.len() - slice.src_offset, slice.dst.len() - slice.dst_offset);
+        let ends = (src.saturating_add(src_room), dst.saturating_add(dst_room));
+        if CopySlot::run(ends.0, ends.1, 0).is_none() {
+            return Err(CudaError::Kernel("an address has more than 48 bits".to_owned()).into());
+        }
         Ok(Self { slice, src, src_room, dst, dst_room })
     }
 
     fn check(&self, stretch: &impl Stretch) -> Result<(), AccessError> {
         let GpuRuns { src, src_offset, dst, dst_offset, .. } = self.slice;
-        let (piece, ends) = (stretch.piece(), stretch.ends());
-        src.check(src_offset.saturating_add(piece.src), ends.0 - piece.src)?;
-        Ok(dst.check(dst_offset.saturating_add(piece.dst), ends.1 - piece.dst)?)
+        let (starts, ends) = (stretch.starts(), stretch.ends());
+        src.check(src_offset.saturating_add(starts.0), ends.0 - starts.0)?;
+        Ok(dst.check(dst_offset.saturating_add(starts.1), ends.1 - starts.1)?)
     }
 }
 

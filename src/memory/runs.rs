@@ -12,7 +12,7 @@ pub struct Run {
 /// Shorter runs are worth looking for rows among them.
 const ROWS_BELOW_BYTES: u64 = 8 << 10;
 /// Rows of more bytes make two.
-const ROWS_BYTES_MAX: u64 = 256 << 10;
+pub(super) const ROWS_BYTES_MAX: u64 = 256 << 10;
 /// A list of rows is kept if it is so many times as short as that of the runs.
 const ROWS_WORTH: usize = 4;
 

@@ -169,7 +169,8 @@ int cuEventSynchronize(void *event) { return SUCCESS; }
 int cuModuleLoadData(void **module, const void *text) { return *module = malloc(1), SUCCESS; }
 int cuModuleUnload(void *module) { return free(module), SUCCESS; }
 
-typedef struct { Ptr src, dst; unsigned len, rows, src_step, dst_step; } Piece;
+typedef struct { Ptr src, dst; } Run;
+typedef struct { Ptr src, dst; unsigned len, rows, src_step, dst_step; } Rows;
 typedef struct { Ptr address, head_stride, token_stride; unsigned heads, tokens, plane, token, content, sum; } Tile;
 
 static const uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
@@ -180,11 +181,18 @@ static uint64_t scatter(unsigned plane, unsigned token) {
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
     return x ^ (x >> 31);
 }
-static int copy_runs(const Piece *pieces, unsigned count) {
-    for (const Piece *piece = pieces; piece < pieces + count; piece++)
-        for (unsigned row = 0; row < piece->rows; row++) {
-            Ptr src = piece->src + (Ptr)row * piece->src_step, dst = piece->dst + (Ptr)row * piece->dst_step;
-            int status = cuMemcpyDtoD_v2(dst, src, piece->len);
+static int copy_runs(const Run *runs, unsigned count) {
+    const Ptr address = ((Ptr)1 << 48) - 1;
+    for (const Run *run = runs; run < runs + count; run++) {
+        int status = cuMemcpyDtoD_v2(run->dst & address, run->src & address, run->src >> 48 | run->dst >> 48 << 16);
+        if (status) return status;
+    }
+    return SUCCESS;
+}
+static int copy_rows(const Rows *rows, unsigned count) {
+    for (const Rows *of = rows; of < rows + count; of++)
+        for (unsigned row = 0; row < of->rows; row++) {
+            int status = cuMemcpyDtoD_v2(of->dst + (Ptr)row * of->dst_step, of->src + (Ptr)row * of->src_step, of->len);
             if (status) return status;
         }
     return SUCCESS;
@@ -208,7 +216,7 @@ static int digest_tiles(const Tile *tiles, unsigned count, uint64_t *sums) {
 }
 
 int cuModuleGetFunction(void **function, void *module, const char *name) {
-    *function = !strcmp(name, "pdlink_copy_runs") ? (void *)copy_runs : !strcmp(name, "pdlink_digest_tiles") ? (void *)digest_tiles : NULL;
+    *function = !strcmp(name, "pdlink_copy_runs") ? (void *)copy_runs : !strcmp(name, "pdlink_copy_rows") ? (void *)copy_rows : !strcmp(name, "pdlink_digest_tiles") ? (void *)digest_tiles : NULL;
     return *function ? SUCCESS : INVALID_VALUE;
 }
 int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz, unsigned shared,
@@ -217,6 +225,7 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
     void *list = *(void **)arguments[0];
     unsigned count = *(unsigned *)arguments[1];
     if (function == (void *)copy_runs) return copy_runs(list, count);
+    if (function == (void *)copy_rows) return copy_rows(list, count);
     return digest_tiles(list, count, *(uint64_t **)arguments[2]);
 }
 

@@ -15,31 +15,66 @@ const THREADS: c_uint = 1024;
 const WARPS: c_uint = THREADS / 32;
 /// Bytes that one warp takes at a time, as the kernel has it.
 const CHUNK_BYTES: u64 = 4096;
-/// Most pieces of one launch.
-const PIECES_MAX: usize = 32 * 1024;
+/// Most slots of the list of one launch.
+const SLOTS_MAX: usize = 64 * 1024;
+/// A list spends so many bits of a slot's numbers on an address, and the rest on the length.
+const ADDRESS_BITS: u32 = 48;
 
-static IDLE: Idle<ListKernel<CopyPiece>> = Idle::new();
+static IDLE: Idle<ListKernel<CopySlot>> = Idle::new();
 
-/// One stretch to copy, or several of one length; addresses as the GPU sees them.
+/// What a list is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[repr(C)]
-pub struct CopyPiece {
+#[repr(C, align(16))]
+pub struct CopySlot([u64; 2]);
+
+/// What all items of a launch are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CopyKind {
+    /// One slot each.
+    Runs,
+    /// Runs of one length at equal distances: two slots each.
+    Rows,
+}
+
+impl CopyKind {
+    pub fn slots(self) -> usize {
+        match self {
+            Self::Runs => 1,
+            Self::Rows => 2,
+        }
+    }
+}
+
+/// Runs of one length at equal distances; addresses as the GPU sees them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CopyRows {
     pub src: u64,
     pub dst: u64,
     /// Of one row.
     pub len: u32,
     pub rows: u32,
-    /// From one row to the next; of no meaning for one.
+    /// From one row to the next.
     pub src_step: u32,
     pub dst_step: u32,
 }
 
-// What the bus carries at once, and what the kernel takes it for.
-const _: () = assert!(size_of::<CopyPiece>() == 32);
+impl CopySlot {
+    /// One run. `None`: an address or the length has more bits than there is room for.
+    pub fn run(src: u64, dst: u64, len: u32) -> Option<Self> {
+        let fits = (src | dst) >> ADDRESS_BITS == 0;
+        let (low, high) = (u64::from(len & 0xffff), u64::from(len >> 16));
+        fits.then_some(Self([src | low << ADDRESS_BITS, dst | high << ADDRESS_BITS]))
+    }
+
+    pub fn rows(rows: &CopyRows) -> [Self; 2] {
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        [Self([rows.src, rows.dst]), Self([pair(rows.len, rows.rows), pair(rows.src_step, rows.dst_step)])]
+    }
+}
 
 /// Our copy kernel on a stream of its own. One launch at a time: the caller is its only user.
 pub struct Copier {
-    kernel: Lent<ListKernel<CopyPiece>>,
+    kernel: Lent<ListKernel<CopySlot>>,
     blocks: c_uint,
     running: bool,
 }
@@ -48,46 +83,63 @@ impl Copier {
     /// Copies with at most `blocks_max` multiprocessors at once.
     pub fn new(device: &Arc<Device>, blocks_max: u32) -> Result<Self, CudaError> {
         let blocks = device.multiprocessors()?.min(blocks_max).max(1);
-        let is_here = |kernel: &ListKernel<CopyPiece>| kernel.device().ordinal() == device.ordinal();
-        let make = || ListKernel::new(device, KERNEL, c"pdlink_copy_runs", PIECES_MAX);
+        let is_here = |kernel: &ListKernel<CopySlot>| kernel.device().ordinal() == device.ordinal();
+        let make = || ListKernel::new(device, KERNEL, &[c"pdlink_copy_runs", c"pdlink_copy_rows"], SLOTS_MAX);
         let kernel = IDLE.take(is_here, make)?;
         Ok(Self { kernel, blocks, running: false })
     }
 
     /// The list of the next launch, to be filled from its start, while the one before runs.
-    pub fn list(&mut self) -> &mut [CopyPiece] {
+    pub fn list(&mut self) -> &mut [CopySlot] {
         self.kernel.list()
     }
 
-    /// Starts to copy the first `count` pieces of the list, none with more bytes than `longest`, after waiting for those before. They are
-    /// there once [`Copier::wait`] has returned. A list that is read `in_place` need not be copied first, but each look of the
-    /// kernel at a piece goes over the bus.
+    /// Starts to copy what the first `slots` of the list say, no item with more bytes than `longest`, after waiting for what was
+    /// started before. It is there once [`Copier::wait`] has returned. A list that is read `in_place` need not be copied first, but
+    /// each look of the kernel at an item goes over the bus.
     ///
     /// # Safety
-    /// Each row of each piece must be `len` bytes that this GPU can read and write until the wait has returned, or the
-    /// copier is dropped; no destination may overlap another, or a source. The rows of a piece have less than 4 GiB together.
-    pub unsafe fn start(&mut self, count: usize, longest: u64, in_place: bool) -> Result<(), CudaError> {
+    /// All items must be of that kind, and each run or row bytes that this GPU can read and write until the wait has returned, or the
+    /// copier is dropped; no destination may overlap another, or a source. The rows of an item have less than 4 GiB together.
+    pub unsafe fn start(
+        &mut self,
+        kind: CopyKind,
+        slots: usize,
+        longest: u64,
+        in_place: bool,
+    ) -> Result<(), CudaError> {
         self.wait()?;
         let device = Arc::clone(self.kernel.device());
         // SAFETY: as the caller promises.
-        device.current(|driver| unsafe { self.launch(driver, count, longest, in_place) })
+        device.current(|driver| unsafe { self.launch(driver, kind, slots, longest, in_place) })
     }
 
     /// # Safety
     /// As [`Copier::start`].
-    unsafe fn launch(&mut self, driver: &Driver, count: usize, longest: u64, in_place: bool) -> Result<(), CudaError> {
+    unsafe fn launch(
+        &mut self,
+        driver: &Driver,
+        kind: CopyKind,
+        slots: usize,
+        longest: u64,
+        in_place: bool,
+    ) -> Result<(), CudaError> {
         let mut chunks = c_uint::try_from(longest.div_ceil(CHUNK_BYTES)).unwrap_or(c_uint::MAX).max(1);
         // Also if something fails from here on: the list may be on its way.
         self.running = true;
-        let (mut list, mut count) = self.kernel.stage(driver, count, in_place)?;
-        // One number for all chunks of a launch: 32,768 pieces of 256 KiB are 2 M.
+        let (mut list, slots) = self.kernel.stage(driver, slots, in_place)?;
+        let (kernel, mut count) = match kind {
+            CopyKind::Runs => (0, slots),
+            CopyKind::Rows => (1, slots / 2),
+        };
+        // One number for all chunks of a launch: 65,536 pieces of 256 KiB are 4 M.
         let items = count.checked_mul(chunks).ok_or_else(|| CudaError::Kernel("a piece is too long".to_owned()))?;
         let mut arguments =
             [(&raw mut list).cast::<c_void>(), (&raw mut count).cast::<c_void>(), (&raw mut chunks).cast::<c_void>()];
         let blocks = self.blocks.min(items.div_ceil(WARPS)).max(1);
-        // SAFETY: the kernel takes a pointer and two counts, as given, and reads `count` pieces, whose addresses the caller
-        // vouches for until they have been waited for.
-        unsafe { self.kernel.launch(driver, (blocks, THREADS), &mut arguments) }?;
+        // SAFETY: both kernels take a pointer and two counts, as given, and read `count` items of their kind, whose addresses the
+        // caller vouches for until they have been waited for.
+        unsafe { self.kernel.launch(driver, kernel, (blocks, THREADS), &mut arguments) }?;
         self.kernel.signal(driver)
     }
 
@@ -107,5 +159,21 @@ impl Drop for Copier {
         if self.wait().is_err() {
             self.kernel.discard();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_holds_every_address_and_length_that_the_kernel_reads_from_it() {
+        let address = (1_u64 << ADDRESS_BITS) - 1;
+        for len in [0, 1, 0xffff, 0x1_0000, 256 << 10, u32::MAX] {
+            let CopySlot([src, dst]) = CopySlot::run(address - 16, address, len).unwrap();
+            assert_eq!((src & address, dst & address), (address - 16, address));
+            assert_eq!(src >> ADDRESS_BITS | dst >> ADDRESS_BITS << 16, u64::from(len));
+        }
+        assert_eq!((CopySlot::run(address + 1, 0, 1), CopySlot::run(0, address + 1, 1)), (None, None));
     }
 }

@@ -81,7 +81,7 @@ impl Drop for Digester {
 impl Kernel {
     fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
         let blocks_max = device.multiprocessors()?.max(1) * BLOCKS_EACH;
-        let kernel = ListKernel::new(device, KERNEL, c"pdlink_digest_tiles", TILES_MAX)?;
+        let kernel = ListKernel::new(device, KERNEL, &[c"pdlink_digest_tiles"], TILES_MAX)?;
         Ok(Self { kernel, sums: device.allocate(SUMS_MAX * size_of::<u64>())?, blocks_max })
     }
 
@@ -120,7 +120,7 @@ impl Kernel {
         let blocks = self.blocks_max.min((count * PARTS).div_ceil(WARPS)).max(1);
         // SAFETY: the kernel takes a pointer, a count and a pointer, as given, and reads `count` tiles, whose rows and sums the
         // caller vouches for until the wait below has ended.
-        unsafe { self.kernel.launch(driver, (blocks, THREADS), &mut arguments) }?;
+        unsafe { self.kernel.launch(driver, 0, (blocks, THREADS), &mut arguments) }?;
         // Also because a list after the next takes the place of this one.
         self.kernel.signal(driver)?;
         self.kernel.wait(driver)

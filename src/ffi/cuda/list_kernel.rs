@@ -1,4 +1,4 @@
-//! A stream, one kernel of ours, and room for the list that a launch works off.
+//! A stream, kernels of ours, and room for the list that a launch works off.
 
 use std::ffi::{CStr, c_uint, c_void};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ pub(super) struct ListKernel<T> {
     stream: Stream,
     signal: Signal,
     module: Module,
-    kernel: Function,
+    kernels: Vec<Function>,
     /// A list that may be read by the launch that runs, and the next one's.
     lists: [Pinned<T>; 2],
     /// Which of them is the next one's.
@@ -32,34 +32,39 @@ pub(super) struct ListKernel<T> {
 unsafe impl<T: Send> Send for ListKernel<T> {}
 
 impl<T: Copy + Default> ListKernel<T> {
-    /// The kernel `name` of `text`, in the driver's portable language and ended by a zero, for lists of up to `items_max`.
-    pub(super) fn new(device: &Arc<Device>, text: &str, name: &CStr, items_max: usize) -> Result<Self, CudaError> {
+    /// The kernels `names` of `text`, in the driver's portable language and ended by a zero, for lists of up to `items_max`.
+    pub(super) fn new(device: &Arc<Device>, text: &str, names: &[&CStr], items_max: usize) -> Result<Self, CudaError> {
         let text = CStr::from_bytes_with_nul(text.as_bytes());
         let text = text.map_err(|error| CudaError::Kernel(format!("its text is not terminated: {error}")))?;
         let mut made = Self {
             stream: std::ptr::null_mut(),
             signal: Signal::new(device)?,
             module: std::ptr::null_mut(),
-            kernel: std::ptr::null_mut(),
+            kernels: Vec::new(),
             lists: [Pinned::written_in_order(device, items_max)?, Pinned::written_in_order(device, items_max)?],
             next: 0,
             list: device.allocate(items_max * size_of::<T>())?,
             device: Arc::clone(device),
         };
-        device.current(|driver| made.prepare(driver, text, name))?;
+        device.current(|driver| made.prepare(driver, text, names))?;
         Ok(made)
     }
 
-    fn prepare(&mut self, driver: &Driver, text: &CStr, name: &CStr) -> Result<(), CudaError> {
+    fn prepare(&mut self, driver: &Driver, text: &CStr, names: &[&CStr]) -> Result<(), CudaError> {
         // SAFETY: writes one handle, destroyed in `drop`.
         let status = unsafe { (driver.stream_create)(&raw mut self.stream, NON_BLOCKING_STREAM) };
         driver.check("cuStreamCreate", status)?;
         // SAFETY: the text is terminated; writes one handle, unloaded in `drop`.
         let status = unsafe { (driver.module_load)(&raw mut self.module, text.as_ptr().cast::<c_void>()) };
         driver.check("cuModuleLoadData", status)?;
-        // SAFETY: the name is terminated; writes one handle that lives as long as the module.
-        let status = unsafe { (driver.module_function)(&raw mut self.kernel, self.module, name.as_ptr()) };
-        driver.check("cuModuleGetFunction", status)
+        for name in names {
+            let mut kernel: Function = std::ptr::null_mut();
+            // SAFETY: the name is terminated; writes one handle that lives as long as the module.
+            let status = unsafe { (driver.module_function)(&raw mut kernel, self.module, name.as_ptr()) };
+            driver.check("cuModuleGetFunction", status)?;
+            self.kernels.push(kernel);
+        }
+        Ok(())
     }
 
     pub(super) fn device(&self) -> &Arc<Device> {
@@ -98,20 +103,22 @@ impl<T: Copy + Default> ListKernel<T> {
         driver.check("cuMemcpyHtoDAsync", status).map(|()| (list, number))
     }
 
-    /// Starts the kernel.
+    /// Starts one of the kernels, by its place among the names.
     ///
     /// # Safety
-    /// `arguments` must point to what the kernel takes, and whatever these name must stay good until the stream is idle.
+    /// `arguments` must point to what that kernel takes, and whatever these name must stay good until the stream is idle.
     pub(super) unsafe fn launch(
         &mut self,
         driver: &Driver,
+        kernel: usize,
         (blocks, threads): (c_uint, c_uint),
         arguments: &mut [*mut c_void],
     ) -> Result<(), CudaError> {
         let (arguments, none) = (arguments.as_mut_ptr(), std::ptr::null_mut());
         // SAFETY: as the caller promises. The arguments are read before the call returns.
-        let status =
-            unsafe { (driver.launch)(self.kernel, blocks, 1, 1, threads, 1, 1, 0, self.stream, arguments, none) };
+        let status = unsafe {
+            (driver.launch)(self.kernels[kernel], blocks, 1, 1, threads, 1, 1, 0, self.stream, arguments, none)
+        };
         driver.check("cuLaunchKernel", status)
     }
 

@@ -12,7 +12,7 @@ mod pinned;
 mod signal;
 mod survey;
 
-pub use copier::{Copier, CopyPiece};
+pub use copier::{Copier, CopyKind, CopyRows, CopySlot};
 pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped, Pin, allocated_bytes};
 pub use digester::{DigestTile, Digester, SUMS_MAX};
 pub use driver::CudaError;
