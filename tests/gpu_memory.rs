@@ -37,7 +37,8 @@ fn short_runs_arrive_whole_and_nothing_beside_them() {
     let (src, dst) =
         (Region::allocated_on(&device, bytes.len()).unwrap(), Region::allocated_on(&device, bytes.len()).unwrap());
     src.copy_in(0, &bytes).unwrap();
-    for launches in [Launches::ONE, Launches { first_bytes: 64 << 10, most_bytes: 256 << 10, in_place: false }] {
+    for launches in [Launches::ONE, Launches { first_bytes: 64 << 10, most_bytes: 256 << 10, in_place_from: u64::MAX }]
+    {
         let mut copies = GpuCopies::on(&device, 8, launches).unwrap();
         for (len, src_step, dst_step, rows, at) in [
             (1024, 2048, 1024, 16, 0),

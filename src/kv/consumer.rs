@@ -232,7 +232,8 @@ impl Core {
             }
             Ok(mode) => ReceiveEvent::Granted(mode),
         };
-        of_part.granted = Some(granted);
+        // Never another one's word: what is copied is what was granted first.
+        of_part.granted.get_or_insert(granted);
         if receiving.record.dispatch == Dispatch::Concurrent {
             receiving.ready = Some(Instant::now());
         }

@@ -354,5 +354,9 @@ fn look_at(at: BoardAt, path: Path) -> Option<PeerBoard> {
         return None;
     }
     let opened = PeerBoard::open(at);
-    opened.inspect_err(|error| tracing::debug!(%error, "prefill will be asked whether its blocks were held")).ok()
+    opened
+        .inspect_err(
+            |error| tracing::info!(%error, "prefill is asked whether its blocks were held: its memory is closed to us"),
+        )
+        .ok()
 }

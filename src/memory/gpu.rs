@@ -39,19 +39,15 @@ pub struct Launches {
     /// the next list is made; but every launch costs the processor some 14 us.
     pub first_bytes: u64,
     pub most_bytes: u64,
-    /// Whether the kernel reads lists of runs of 4 KiB and more where the processor made them. Worth it where many
+    /// From so many bytes a slot of the list on, the kernel reads it where the processor made it. Worth it where many
     /// multiprocessors copy: a few of them wait for the bus too often.
-    pub in_place: bool,
+    pub in_place_from: u64,
 }
 
 impl Launches {
     /// Everything at once: for copies within a GPU that take little longer than a launch.
-    pub const ONE: Self = Self { first_bytes: u64::MAX, most_bytes: u64::MAX, in_place: true };
+    pub const ONE: Self = Self { first_bytes: u64::MAX, most_bytes: u64::MAX, in_place_from: 16 << 10 };
 }
-
-/// What copies less for each slot of its list is more than the bus is asked for one by one. Measured from runs of 4 KiB on: 64 MiB of those take 47 us with their list in
-/// place, 61 with a list on the GPU, 43 in one run.
-const IN_PLACE_SLOT_BYTES_MIN: u64 = 4 << 10;
 
 /// Lists in the making and at work.
 const LAUNCHES: usize = 2;
@@ -174,7 +170,7 @@ impl Started<'_> {
     fn launch(&mut self) -> Result<(), AccessError> {
         let GpuCopies { copiers, next, launches } = &mut *self.copies;
         let Filling { kind, slots, bytes, longest, launch_bytes } = self.filling;
-        let in_place = launches.in_place && bytes / to_u64(slots).max(1) >= IN_PLACE_SLOT_BYTES_MIN;
+        let in_place = bytes / to_u64(slots).max(1) >= launches.in_place_from;
         // SAFETY: all of it is of one kind, and every run or row was found to lie inside a region of a GPU's memory, which is borrowed for longer than `started`
         // takes; and when that ends, this has been waited for. Overlaps race among plain bytes of the GPU and harm nothing else.
         unsafe { copiers[*next].start(kind, slots, longest, in_place) }?;

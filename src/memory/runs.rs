@@ -29,7 +29,11 @@ pub struct Rows {
 }
 
 impl Rows {
+    /// `None`: it is longer than rows may be.
     fn of(run: Run) -> Option<Self> {
+        if run.len > ROWS_BYTES_MAX {
+            return None;
+        }
         Some(Self { src: run.src, dst: run.dst, len: run.len.try_into().ok()?, rows: 1, src_step: 0, dst_step: 0 })
     }
 
@@ -159,6 +163,12 @@ mod tests {
         let pairs: Vec<Run> = runs.chunks(16).flat_map(|block| [block[0], block[1]]).collect();
         assert_eq!(in_rows(&pairs, 8 << 10), None);
         assert_eq!((in_rows(&runs, 64 * ROWS_BELOW_BYTES), in_rows(&[], 0)), (None, None));
+        // Nor where one is too long to be a row.
+        let mut mixed = runs.clone();
+        mixed.push(Run { src: 6 << 30, dst: 6 << 30, len: ROWS_BYTES_MAX + 1 });
+        assert_eq!(in_rows(&mixed, bytes + ROWS_BYTES_MAX + 1), None);
+        *mixed.last_mut().unwrap() = Run { src: 6 << 30, dst: 6 << 30, len: ROWS_BYTES_MAX };
+        assert_eq!(in_rows(&mixed, bytes + ROWS_BYTES_MAX).map(|rows| rows.len()), Some(5));
     }
 
     #[test]

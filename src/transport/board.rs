@@ -107,7 +107,8 @@ impl PeerBoard {
         readable.map(|_| board)
     }
 
-    /// Whether `word` was up, and the process there, after everything that this thread did or saw before.
+    /// Whether `word` was up, and the process there, after everything that this thread did or saw before. Takes a microsecond; while
+    /// the other process changes its own mappings, as long as that takes.
     pub fn shows(&self, word: Word) -> bool {
         // What was copied before was read before.
         fence(Ordering::SeqCst);

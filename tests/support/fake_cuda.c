@@ -181,20 +181,24 @@ static uint64_t scatter(unsigned plane, unsigned token) {
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
     return x ^ (x >> 31);
 }
-static int copy_runs(const Run *runs, unsigned count) {
+// The kernels copy no more than `chunks` of 4 KiB of an item.
+static int copy_runs(const Run *runs, unsigned count, unsigned chunks) {
     const Ptr address = ((Ptr)1 << 48) - 1;
     for (const Run *run = runs; run < runs + count; run++) {
-        int status = cuMemcpyDtoD_v2(run->dst & address, run->src & address, run->src >> 48 | run->dst >> 48 << 16);
+        Ptr len = run->src >> 48 | run->dst >> 48 << 16;
+        int status = len > chunks * 4096ull ? INVALID_VALUE : cuMemcpyDtoD_v2(run->dst & address, run->src & address, len);
         if (status) return status;
     }
     return SUCCESS;
 }
-static int copy_rows(const Rows *rows, unsigned count) {
-    for (const Rows *of = rows; of < rows + count; of++)
+static int copy_rows(const Rows *rows, unsigned count, unsigned chunks) {
+    for (const Rows *of = rows; of < rows + count; of++) {
+        if ((Ptr)of->len * of->rows > chunks * 4096ull) return INVALID_VALUE;
         for (unsigned row = 0; row < of->rows; row++) {
             int status = cuMemcpyDtoD_v2(of->dst + (Ptr)row * of->dst_step, of->src + (Ptr)row * of->src_step, of->len);
             if (status) return status;
         }
+    }
     return SUCCESS;
 }
 static int digest_tiles(const Tile *tiles, unsigned count, uint64_t *sums) {
@@ -224,8 +228,8 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
     if (!depth) return INVALID_CONTEXT;
     void *list = *(void **)arguments[0];
     unsigned count = *(unsigned *)arguments[1];
-    if (function == (void *)copy_runs) return copy_runs(list, count);
-    if (function == (void *)copy_rows) return copy_rows(list, count);
+    if (function == (void *)copy_runs) return copy_runs(list, count, *(unsigned *)arguments[2]);
+    if (function == (void *)copy_rows) return copy_rows(list, count, *(unsigned *)arguments[2]);
     return digest_tiles(list, count, *(uint64_t **)arguments[2]);
 }
 
