@@ -91,7 +91,7 @@ async fn adapters_reach_vllm_by_its_own_route_and_its_broadcast_is_refused_with_
     let refused = proxy.post("/init_broadcaster", r#"{"host": "10.0.0.9", "port": 29501}"#).await;
     assert_eq!(refused.status, 501);
     let why = refused.error();
-    assert!(why.contains("weight_broadcast.type = \"filesystem\"") && why.contains("WeightPublisher"), "{why}");
+    assert!(why.contains("weight_broadcast.type = \"filesystem\"") && why.contains("weights.vllm_workers"), "{why}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

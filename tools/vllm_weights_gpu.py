@@ -10,13 +10,15 @@ last GPU, prefill on the second of three, else on the first. The trainer publish
 answers through both workers must be those that the same weights gave before, under the version that was published.
 
 Cases: `device`, `host` and `none` are `[weights] staging` with the bytes pulled by `cuda-ipc`; `nccl` is one `ncclBroadcast` a bucket to
-the workers on other GPUs than the trainer's (the rest pull), staged on the device; `vllm` is vLLM's own NCCL engine, packed, into the
+the workers on other GPUs than the trainer's (the rest pull), staged on the device; `prime-rl` is the NCCL stream that PRIME-RL's own
+trainer sends, which wants a GPU for each rank, so three; `vllm` is vLLM's own NCCL engine, packed, into the
 workers on other GPUs, without a proxy, and `vllm-ipc` its engine for one GPU, into those on the trainer's (it imports Ray). What needs a
 second GPU is said and left out on one. Beside them stand what a plain copy on
 the trainer's GPU does for the same bytes, and on several GPUs `ncclBroadcast` alone, in buckets of the same size.
 
 It ends with one table. Exit status 1: an answer was wrong, or something did not start. `--stand-in LIB` runs it without a GPU, on a
-stand-in for the driver (tests/support/fake_cuda.c), with `--shape tiny`: then only that it works means anything.
+stand-in for the driver (tests/support/fake_cuda.c), with `--shape tiny`: then only that it works means anything; `--stand-in-nccl LIB`
+is one for NCCL (fake_nccl.c), for `prime-rl`.
 """
 
 import argparse
@@ -36,7 +38,7 @@ import time
 
 from vllm_processes import Process, free_ports, post
 from vllm_weights_model import SHAPES, write_model
-from vllm_weights_stand_in import STAND_IN
+from vllm_weights_stand_in import STAND_IN, STAND_IN_NCCL
 
 ANSWER_TOKENS = 24
 CACHE_BYTES = 4 << 30
@@ -47,10 +49,11 @@ CASES = {
     "host": {"staging": "host", "paths": ["cuda-ipc"]},
     "none": {"staging": "none", "paths": ["cuda-ipc"]},
     "nccl": {"staging": "device", "paths": ["nccl", "cuda-ipc"]},
+    "prime-rl": {"staging": "device", "paths": ["cuda-ipc"]},
     "vllm": None,
     "vllm-ipc": None,
 }
-BETWEEN_GPUS = ("nccl", "vllm")
+NEEDS_GPUS = {"nccl": 2, "vllm": 2, "prime-rl": 3}
 # What vLLM calls its own engines.
 VLLM_BACKENDS = {"vllm": "nccl", "vllm-ipc": "ipc"}
 
@@ -97,6 +100,8 @@ class Worker(Process):
         else:
             weights = {**CASES[case], "bucket_bytes": args.bucket_mib << 20}
             told = {"http": self.url, "weights": weights}
+            if args.stand_in_nccl:
+                told["kv"] = {"nccl": {"library": os.path.abspath(args.stand_in_nccl)}}
             paths = ["cuda-ipc"]
             extension = "pdlink.vllm.weights.WeightsExtension"
             if args.stand_in:
@@ -235,6 +240,9 @@ def run_case(case, args, trainer, secret):
             urls = [running[-1].url]
             weights = {"paths": CASES[case]["paths"], "bucket_bytes": args.bucket_mib << 20}
             send = {"what": "publish", "url": urls[0], "secret": secret, "weights": weights}
+            if case == "prime-rl":
+                trainer.ask("join_prime_rl", url=urls[0], ranks=len(workers), port=free_ports(1)[0])
+                send = {"what": "send_prime_rl", "url": urls[0]}
         print(f"{case}: up in {time.monotonic() - started:.0f} s", flush=True)
         return measure(case, args, trainer, urls, send)
     finally:
@@ -319,6 +327,7 @@ def main():
     parser.add_argument("--json", default=None)
     parser.add_argument("--logs", default=None)
     parser.add_argument("--stand-in", default=None)
+    parser.add_argument("--stand-in-nccl", default=None)
     args = parser.parse_args()
     # Whoever ends this ends what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -327,6 +336,8 @@ def main():
     os.makedirs(args.logs, exist_ok=True)
     if args.stand_in:
         os.environ[STAND_IN] = os.path.abspath(args.stand_in)
+    if args.stand_in_nccl:
+        os.environ[STAND_IN_NCCL] = os.path.abspath(args.stand_in_nccl)
     with tempfile.TemporaryDirectory(prefix="pdlink-weights-") as work:
         args.model = write_model(os.path.join(work, "model"), args.shape)
         secret = os.path.join(work, "secret")
@@ -338,7 +349,7 @@ def main():
             total = trainer.ask("make", seed=1)["bytes"]
             limits = ceilings(args, trainer, total)
             for case in args.cases:
-                if case in BETWEEN_GPUS and len(set(args.gpus)) == 1:
+                if len(set(args.gpus)) < (0 if args.stand_in else NEEDS_GPUS.get(case, 1)):
                     rows.append({"case": case, "why": "NCCL takes no two ranks on one GPU", "right": True})
                     continue
                 try:

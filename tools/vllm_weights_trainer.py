@@ -6,6 +6,7 @@
 import ctypes
 import json
 import os
+import pickle
 import statistics
 import sys
 import time
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from vllm_processes import post
 from vllm_weights_model import checkpoint_shapes
-from vllm_weights_stand_in import stand_in
+from vllm_weights_stand_in import Communicator, stand_in
 
 
 class Trainer:
@@ -162,6 +163,55 @@ class Trainer:
             list(pool.map(to, urls))
 
         return self._by_vllm(urls, send)
+
+    def join_prime_rl(self, url, ranks, port):
+        """As PRIME-RL's trainer and orchestrator do it: this process is rank 0, and keeps the store."""
+        from vllm.distributed.utils import StatelessProcessGroup
+
+        told = {"host": "127.0.0.1", "port": port, "server_rank": 0, "num_inference_server": 1, "timeout": 120}
+        with ThreadPoolExecutor(1) as pool:
+            joined = pool.submit(post, url + "/init_broadcaster", told)
+            group = StatelessProcessGroup.create("127.0.0.1", port, 0, 1 + ranks, store_timeout=120)
+            if self.library:
+                self.communicator = Communicator(group)
+            else:
+                from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+                self.communicator = PyNcclCommunicator(group, device=self.torch.cuda.current_device())
+            joined.result()
+        self.step = 0
+        return {}
+
+    def send_prime_rl(self, url):
+        """One dictionary of what is outside the layers, and one for each layer."""
+        self.step += 1
+        layers = {}
+        for name, tensor in self.tensors.items():
+            layers.setdefault(name.split(".")[2] if ".layers." in name else "", {})[name] = tensor
+        started = time.perf_counter()
+        with ThreadPoolExecutor(1) as pool:
+            taking = pool.submit(post, url + "/update_weights", {"weight_dir": f"/run/broadcasts/step_{self.step}"})
+            self._cast(self.torch.tensor([len(layers)]))
+            for tensors in sorted(layers.items()):
+                self._cast_dictionary(tensors[1])
+            self._settle()
+            _, done = taking.result()
+        return {"seconds": time.perf_counter() - started, "staging": done["staging_s"], "pause": done["paused_s"],
+                "version": done["version"], "behind": done["behind"]}
+
+    def _cast_dictionary(self, tensors):
+        by_dtype = {}
+        for name, tensor in tensors.items():
+            by_dtype.setdefault(tensor.dtype, []).append((name, tensor))
+        described = {dtype: [(name, one.shape, one.numel()) for name, one in named] for dtype, named in by_dtype.items()}
+        pickled = bytearray(pickle.dumps(described))
+        self._cast(self.torch.tensor([len(pickled)]))
+        self._cast(self.torch.frombuffer(pickled, dtype=self.torch.uint8))
+        for named in by_dtype.values():
+            self._cast(self.torch.cat([one.flatten() for _, one in named]))
+
+    def _cast(self, tensor):
+        self.communicator.broadcast(tensor if self.library else tensor.cuda(), src=0)
 
     def _by_vllm(self, urls, send):
         """What vLLM wants round an update, at all workers at once."""

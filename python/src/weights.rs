@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use pdlink::config::{InFlight, KvConfig, Staging, WeightsConfig};
-use pdlink::control::WeightsDoor;
+use pdlink::control::{TrainerGroup, WeightsDoor};
 use pdlink::memory::Region;
 use pdlink::weights::{
     Arrived, Listening, Manifest, NewWeights, Paths, ReceiverSetup, Staged, Stream, WeightTarget, WeightsMetrics,
@@ -45,12 +45,13 @@ struct ReceiverSettings {
 enum Answer {
     Paused(Box<dyn FnOnce() + Send>),
     Committed(Box<dyn FnOnce(Result<(), String>) + Send>),
+    Met(Box<dyn FnOnce(Result<Vec<u8>, String>) + Send>),
 }
 
 /// What the engine is to do.
 #[pyclass(frozen, module = "pdlink")]
 pub(crate) struct Order {
-    /// `pause`, `commit` or `resume`.
+    /// `pause`, `commit`, `resume` or `meet`.
     #[pyo3(get)]
     kind: &'static str,
     /// Of a pause: what becomes of answers in flight.
@@ -63,6 +64,8 @@ pub(crate) struct Order {
     version: u64,
     staged: Option<Arc<Staged>>,
     stream: Option<Arc<Stream>>,
+    /// Whom to meet.
+    group: Option<TrainerGroup>,
     answer: Mutex<Option<Answer>>,
 }
 
@@ -75,7 +78,23 @@ impl Order {
         match answer {
             Some(Answer::Paused(done)) => done(),
             Some(Answer::Committed(done)) => done(error.map_or(Ok(()), Err)),
+            Some(Answer::Met(done)) => done(Err(error.unwrap_or_else(|| "nothing was found there".to_owned()))),
             None => {}
+        }
+    }
+
+    /// Of a meeting: the host and port of a trainer's store, this rank, how many ranks there are, and seconds that they may take.
+    #[getter]
+    fn group(&self) -> Option<(String, u16, u32, u32, f64)> {
+        let group = self.group.as_ref()?;
+        let within_s = Duration::from_millis(group.timeout_ms).as_secs_f64();
+        Some((group.host.clone(), group.port, group.rank, group.ranks, within_s))
+    }
+
+    /// Of a meeting: what was found in the store, pickled as it is.
+    fn met(&self, name: Vec<u8>) {
+        if let Some(Answer::Met(done)) = self.answer.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            done(Ok(name));
         }
     }
 
@@ -161,7 +180,8 @@ impl Target {
 }
 
 fn order(kind: &'static str, answer: Option<Answer>) -> Order {
-    Order { kind, in_flight: None, update: 0, version: 0, staged: None, stream: None, answer: Mutex::new(answer) }
+    let answer = Mutex::new(answer);
+    Order { kind, in_flight: None, update: 0, version: 0, staged: None, stream: None, group: None, answer }
 }
 
 impl WeightTarget for Target {
@@ -176,6 +196,10 @@ impl WeightTarget for Target {
 
     fn resume(&self) {
         self.order(order("resume", None));
+    }
+
+    fn meet(&self, group: TrainerGroup, done: Box<dyn FnOnce(Result<Vec<u8>, String>) + Send>) {
+        self.order(Order { group: Some(group), ..order("meet", Some(Answer::Met(done))) });
     }
 }
 

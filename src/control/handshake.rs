@@ -34,7 +34,7 @@ pub struct Versions {
 }
 
 /// What this build speaks.
-pub const VERSIONS: Versions = Versions { min: 6, max: 6 };
+pub const VERSIONS: Versions = Versions { min: 7, max: 7 };
 
 /// Who is at one end, said after both have proved that they belong to the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

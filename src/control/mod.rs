@@ -29,6 +29,7 @@ pub use messages::{
 };
 pub use transfer_id::{BadTransferId, TransferId};
 pub use weights::{
-    WeightSource, WeightsDoor, WeightsFailure, WeightsOffer, WeightsPhase, WeightsRequest, WeightsStatus,
+    TrainerGroup, TrainerLink, TrainerState, WeightSource, WeightsDoor, WeightsFailure, WeightsOffer, WeightsPhase,
+    WeightsRequest, WeightsStatus,
 };
 pub use wire::{FRAME_BYTES_MAX, Frame, FrameBuffer, WireError, from_body, to_body};

@@ -36,6 +36,8 @@ pub enum WeightSource {
     Folder(String),
     /// What the worker was started with.
     Base,
+    /// From the trainer whose NCCL group this worker has joined, which sends once for each step.
+    Trainer { group: u64, step: String },
 }
 
 impl std::fmt::Display for WeightSource {
@@ -44,6 +46,7 @@ impl std::fmt::Display for WeightSource {
             Self::Peer(address) => write!(f, "{address}"),
             Self::Folder(folder) => write!(f, "{folder}"),
             Self::Base => f.write_str("what the worker was started with"),
+            Self::Trainer { step, .. } => write!(f, "the trainer's NCCL group, {step}"),
         }
     }
 }
@@ -61,6 +64,35 @@ pub struct WeightsOffer {
     /// How long staging may take, in milliseconds, and how long the worker waits in each later phase for the next word.
     pub stage_ms: u64,
     pub hold_ms: u64,
+}
+
+/// A trainer's NCCL group, and a rank's place in it. The trainer is rank 0, and keeps the store where all meet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrainerGroup {
+    /// Names the group here.
+    pub id: u64,
+    pub host: String,
+    pub port: u16,
+    pub rank: u32,
+    pub ranks: u32,
+    /// How long all may take to come.
+    pub timeout_ms: u64,
+}
+
+/// How far a rank has come with a trainer's group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TrainerState {
+    Joining,
+    Joined,
+    /// It is not in it, or not any more.
+    Broken(String),
+}
+
+/// The group that a rank was last told to join.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrainerLink {
+    pub group: u64,
+    pub state: TrainerState,
 }
 
 /// What is asked of a worker.
@@ -86,6 +118,8 @@ pub enum WeightsRequest {
         update: u64,
         why: String,
     },
+    /// Join a trainer's group. It is no part of an update.
+    Join(TrainerGroup),
 }
 
 /// Where a worker stands in an update.
@@ -148,4 +182,6 @@ pub struct WeightsStatus {
     pub staging: Staging,
     /// The last update that was given up.
     pub failure: Option<WeightsFailure>,
+    /// The trainer's group that it is in, or was to join.
+    pub trainer: Option<TrainerLink>,
 }

@@ -221,14 +221,21 @@ async fn init_broadcaster(State(lane): State<Arc<Lane>>, request: Request) -> Re
     let places =
         broadcaster_bodies(&given, &lane.shared.workers.iter().map(|worker| worker.address.tp).collect::<Vec<_>>());
     let answer = call.send(&lane, |number| places[number].clone()).await;
-    if answer.status() == StatusCode::NOT_FOUND { no_broadcaster().into_response() } else { answer }
+    if answer.status() != StatusCode::NOT_FOUND {
+        return answer;
+    }
+    match weights::join_trainer(&lane.shared, &body).await {
+        Some(Ok(())) => axum::Json(json!({"status": "ok"})).into_response(),
+        Some(Err(error)) => error.into_response(),
+        None => no_broadcaster().into_response(),
+    }
 }
 
 /// PRIME-RL's trainer would wait for workers that never join, and its orchestrator takes a 404 for a warning.
 fn no_broadcaster() -> ApiError {
-    let why = "no worker here has /init_broadcaster: PRIME-RL's own NCCL stream is spoken by its own inference servers alone; set \
-               weight_broadcast.type = \"filesystem\", or publish from the trainer with pdlink.trainer.WeightPublisher(url, \
-               weights={\"paths\": [\"nccl\", \"cuda-ipc\", \"tcp\"]}), which broadcasts over NCCL";
+    let why = "no worker here joins a trainer's NCCL group: neither has it /init_broadcaster, nor does it take weights from pdlink; set \
+               weight_broadcast.type = \"filesystem\", or let the workers take weights: weights.vllm_workers = true, or, without \
+               `pdlink up`, the addresses that docs/weights.md names";
     ApiError::new(StatusCode::NOT_IMPLEMENTED, why)
 }
 

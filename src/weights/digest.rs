@@ -30,12 +30,14 @@ pub struct TensorDigest(pub u64);
 pub struct WeightsDigest(pub [u8; 16]);
 
 impl WeightsDigest {
-    /// Of a manifest and the digest of each of its tensors.
+    /// Of a manifest and the digest of each of its tensors, in whichever order they came.
     pub fn of(manifest: &Manifest, digests: &[TensorDigest]) -> Self {
         assert_eq!(manifest.tensors().len(), digests.len(), "a digest for each tensor");
         let mut hasher = Sha256::new();
         hasher.update(b"pdlink weights");
-        for (tensor, digest) in manifest.tensors().iter().zip(digests) {
+        let mut named: Vec<_> = manifest.tensors().iter().zip(digests).collect();
+        named.sort_by(|(one, _), (other, _)| one.name.cmp(&other.name));
+        for (tensor, digest) in named {
             let described = postcard::to_stdvec(tensor).expect("plain data always encodes");
             hasher.update(to_u64(described.len()).to_le_bytes());
             hasher.update(described);

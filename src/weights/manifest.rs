@@ -1,11 +1,12 @@
 //! What one set of weights consists of: names, dtypes and shapes, and where each tensor lies in the stream of bytes.
 //!
-//! Tensors are in order of their names, so that a checkpoint has one manifest however it was cut into files. The stream is
-//! their bytes one after the other, each on a boundary of [`ALIGN`], so that a receiver can hand out views of what it
-//! staged. What is not known until the bytes were read, a digest for each tensor, comes with the bytes.
+//! The stream is the tensors' bytes one after the other, each on a boundary of [`ALIGN`], so that a receiver can hand out views of
+//! what it staged. Senders of ours put tensors in order of their names, however a checkpoint was cut into files; what another sender
+//! sends has its own order. What is not known until the bytes were read, a digest for each tensor, comes with the bytes.
 //!
 //! Every number is checked before anything is allocated for it: a manifest comes from another process.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
@@ -86,15 +87,15 @@ pub enum ManifestError {
     TooMany { count: usize },
     #[error("tensor {number} has a name of {bytes} bytes, 1 to {NAME_BYTES_MAX} are allowed")]
     Name { number: usize, bytes: usize },
-    #[error("tensor `{name}` is not behind `{before}` in order of names, or is there twice")]
-    Order { name: String, before: String },
+    #[error("tensor `{name}` is there twice")]
+    Twice { name: String },
     #[error("tensor `{name}` of {dimensions} dimensions has no size in bytes that can be ({dtype:?})")]
     Shape { name: String, dimensions: usize, dtype: Dtype },
     #[error("the tensors take more than {STREAM_BYTES_MAX} bytes")]
     TooLong,
 }
 
-/// Checked: names in order and different, sizes that can be.
+/// Checked: names that differ, sizes that can be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
     tensors: Vec<Tensor>,
@@ -104,7 +105,7 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    /// `tensors` in order of their names.
+    /// `tensors` in order of their bytes.
     pub fn new(tensors: Vec<Tensor>) -> Result<Self, ManifestError> {
         if tensors.is_empty() {
             return Err(ManifestError::Empty);
@@ -114,10 +115,11 @@ impl Manifest {
         }
         let mut starts = Vec::with_capacity(tensors.len());
         let mut end = 0_u64;
+        let mut names = HashSet::with_capacity(tensors.len());
         for (number, tensor) in tensors.iter().enumerate() {
             let bytes = checked(number, tensor)?;
-            if let Some(before) = tensors[..number].last().filter(|before| before.name >= tensor.name) {
-                return Err(ManifestError::Order { name: tensor.name.clone(), before: before.name.clone() });
+            if !names.insert(tensor.name.as_str()) {
+                return Err(ManifestError::Twice { name: tensor.name.clone() });
             }
             let start = end.next_multiple_of(ALIGN);
             end = start.checked_add(bytes).filter(|&end| end <= STREAM_BYTES_MAX).ok_or(ManifestError::TooLong)?;
@@ -238,7 +240,7 @@ mod tests {
         let refused = |tensors: Vec<Tensor>| Manifest::new(tensors).unwrap_err().to_string();
         assert_eq!(refused(vec![]), "there are no tensors");
         let twice = vec![tensor("a", Dtype::U8, &[1]), tensor("a", Dtype::U8, &[1])];
-        assert!(refused(twice).contains("`a` is not behind `a`"));
+        assert!(refused(twice).contains("`a` is there twice"));
         assert!(refused(vec![tensor("", Dtype::U8, &[1])]).contains("name of 0 bytes"));
         assert!(refused(vec![tensor("a", Dtype::F64, &[u64::MAX, 2])]).contains("no size in bytes"));
         assert!(refused(vec![tensor("a", Dtype::F4, &[3])]).contains("no size in bytes"), "half a byte");

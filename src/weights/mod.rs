@@ -3,7 +3,8 @@
 //! - *what is sent*: `manifest` (names, dtypes, shapes, and the stream that their bytes make), `digest`, `tensors` (where
 //!   bytes come from), `checkpoint` (one such place: safetensors on disk);
 //! - *how it comes*: `messages` over a control connection, `ring`, `source` and `sender` on the sending side, `pull` and `stage` on the
-//!   receiving one, `room` for it in memory, `staged` is what came of it, or a `stream` that an engine takes as it comes;
+//!   receiving one, `room` for it in memory, `staged` is what came of it, or a `stream` that an engine takes as it comes; `prime_rl`, the stream of a
+//!   trainer that knows nothing of us;
 //! - *when it serves*: `session`, one worker's part in an update as a pure machine, and `receiver`, the thread that owns it;
 //!   `listening`, the way to it where there is no KV runtime.
 //!
@@ -21,6 +22,7 @@ mod manifest;
 mod messages;
 mod metrics;
 mod paths;
+mod prime_rl;
 mod pull;
 mod receiver;
 mod ring;

@@ -249,7 +249,8 @@ impl Pull {
             paths.casts.take(group.token).ok_or_else(|| self.malformed("it speaks of a group that is not there"))?
         } else {
             drop(paths.casts.take_any());
-            let seat = Seat { name: group.name, rank: group.rank, ranks: group.ranks, device: device.clone() };
+            let seat =
+                Seat { name: group.name, rank: group.rank, ranks: group.ranks, device: device.clone(), greets: false };
             let (done, made) = oneshot::channel();
             let caster =
                 Caster::start(&setup, seat, Box::new(move |result| drop(done.send(result)))).map_err(failed)?;

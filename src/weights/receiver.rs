@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 
 use super::metrics::WeightsMetrics;
 use super::paths::Paths;
+use super::prime_rl::{JoinError, Joined, Trainer, join};
 use super::room::Leftover;
 use super::session::{Act, Heard, Session};
 use super::source::Source;
@@ -22,8 +23,8 @@ use super::staged::Staged;
 use super::stream::{self, Stream};
 use crate::config::{InFlight, KvMemory, Staging};
 use crate::control::{
-    AdminAnswer, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello, Sink, WeightSource,
-    WeightsDoor, WeightsOffer, WeightsPhase, WeightsRequest, WeightsStatus,
+    AdminAnswer, AdminHandler, AdminReply, AdminRequest, Connection, ControlError, Hello, Sink, TrainerGroup,
+    WeightSource, WeightsDoor, WeightsOffer, WeightsPhase, WeightsRequest, WeightsStatus,
 };
 
 /// What an engine takes over at a commit.
@@ -48,6 +49,12 @@ pub trait WeightTarget: Send + Sync {
 
     /// Go on.
     fn resume(&self);
+
+    /// Meet a trainer's group in the store that it keeps, and tell what its first rank has put there for all others: NCCL's name for the
+    /// group, as it was pickled.
+    fn meet(&self, _group: TrainerGroup, done: Box<dyn FnOnce(Result<Vec<u8>, String>) + Send>) {
+        done(Err("this engine meets no trainer's group; use weight_broadcast.type = \"filesystem\"".to_owned()));
+    }
 }
 
 /// What a worker's part in updates is started with.
@@ -69,7 +76,7 @@ enum Event {
     Ask(WeightsRequest, Answer),
     Staged {
         update: u64,
-        result: Result<Option<Staged>, StageError>,
+        result: Result<Option<Arc<Staged>>, StageError>,
     },
     /// Ready to be taken as they come.
     Streams {
@@ -79,6 +86,11 @@ enum Event {
     Heard(Heard),
     /// What serves lies where it is kept.
     Settled(Arc<Staged>),
+    /// How joining a trainer's group ended.
+    Joined {
+        group: u64,
+        result: Result<Joined, JoinError>,
+    },
     Stop,
 }
 
@@ -107,6 +119,10 @@ impl WeightsReceiver {
             left: Arc::default(),
             progress: Arc::default(),
             paused_at: None,
+            trainer: None,
+            received: None,
+            step: None,
+            joining: JoinSet::new(),
             staging: JoinSet::new(),
             sources: JoinSet::new(),
         };
@@ -188,6 +204,13 @@ struct Driver {
     left: Arc<Leftover>,
     progress: Arc<StageProgress>,
     paused_at: Option<Instant>,
+    /// The trainer's group that this rank was told to join.
+    trainer: Option<Trainer>,
+    /// What such a group has brought, until it serves: a trainer does not send a step again.
+    received: Option<(WeightSource, Arc<Staged>)>,
+    /// What it brings now.
+    step: Option<WeightSource>,
+    joining: JoinSet<()>,
     staging: JoinSet<()>,
     sources: JoinSet<()>,
 }
@@ -213,6 +236,7 @@ impl Driver {
 
     fn handle(&mut self, event: Event) {
         match event {
+            Event::Ask(WeightsRequest::Join(group), answer) => answer(self.join(group).map(|()| self.status())),
             Event::Ask(request, answer) => {
                 let asked = self.session.ask(&request, Instant::now());
                 let answered =
@@ -234,6 +258,7 @@ impl Driver {
                 let acts = self.session.hear(heard, Instant::now());
                 self.act(acts);
                 if self.session.phase() == WeightsPhase::Committed {
+                    self.received = None;
                     self.replaced = std::mem::replace(&mut self.serving, self.staged.take());
                     if let Some(stream) = self.stream.take() {
                         self.session.serves(stream.digest());
@@ -241,6 +266,11 @@ impl Driver {
                     self.setup.metrics.ended("committed");
                     self.setup.metrics.version(self.session.version());
                     tracing::info!(version = self.session.version(), digest = ?self.session.digest(), "new weights taken");
+                }
+            }
+            Event::Joined { group, result } => {
+                if let Some(trainer) = &mut self.trainer {
+                    trainer.joined(group, result);
                 }
             }
             Event::Settled(staged) => {
@@ -253,14 +283,36 @@ impl Driver {
         }
     }
 
-    fn staged(&mut self, update: u64, result: Result<Option<Staged>, StageError>) {
-        let result = result.map(|staged| staged.map(Arc::new)).map_err(|error| error.to_string());
+    /// Another group than before is left.
+    fn join(&mut self, group: TrainerGroup) -> Result<(), String> {
+        let phase = self.session.phase();
+        if phase != WeightsPhase::Serving {
+            return Err(format!("an update is under way here ({}); let it end first", phase.name()));
+        }
+        if self.trainer.as_ref().is_some_and(|trainer| trainer.link().group == group.id) {
+            return Ok(());
+        }
+        self.joining = JoinSet::new();
+        (self.trainer, self.received) = (Some(Trainer::joining(group.id)), None);
+        let (target, paths) = (Arc::clone(&self.setup.target), self.setup.paths.clone());
+        let events = self.events.clone();
+        self.joining.spawn(async move {
+            let id = group.id;
+            let result = join(group, target, paths).await;
+            let _ = events.send(Event::Joined { group: id, result });
+        });
+        Ok(())
+    }
+
+    fn staged(&mut self, update: u64, result: Result<Option<Arc<Staged>>, StageError>) {
+        let result = result.map_err(|error| error.to_string());
         let heard = result.as_ref().map(|staged| staged.as_ref().map(|staged| staged.digest())).map_err(Clone::clone);
         if let Err(why) = &heard {
             tracing::warn!(why, "weights were not staged");
         }
         if self.session.update() == Some(update) && self.session.phase() == WeightsPhase::Staging {
             self.staged = result.ok().flatten();
+            self.received = self.step.clone().zip(self.staged.clone());
         }
         let acts = self.session.hear(Heard::Staged { update, result: heard }, Instant::now());
         self.act(acts);
@@ -311,8 +363,18 @@ impl Driver {
         let deadline = Instant::now() + Duration::from_millis(offer.stage_ms);
         let (update, paths, progress) = (offer.update, self.setup.paths.clone(), Arc::clone(&self.progress));
         let base = self.setup.base.clone();
-        let stage = Stage { offer, base, paths, progress, left: Arc::clone(&self.left), deadline };
         let events = self.events.clone();
+        self.step = matches!(offer.source, WeightSource::Trainer { .. }).then(|| offer.source.clone());
+        if let Some((_, received)) = self.received.as_ref().filter(|(source, _)| *source == offer.source) {
+            let _ = events.send(Event::Staged { update, result: Ok(Some(Arc::clone(received))) });
+            return;
+        }
+        self.received = None;
+        let trainer = match (&offer.source, &self.trainer) {
+            (WeightSource::Trainer { group, .. }, Some(trainer)) => trainer.of(*group),
+            _ => None,
+        };
+        let stage = Stage { offer, base, paths, progress, left: Arc::clone(&self.left), deadline, trainer };
         let streams = stage.paths.streams && stage.paths.weights.staging == Staging::None;
         self.staging.spawn(async move {
             let result = match stage.offer.source.clone() {
@@ -325,6 +387,7 @@ impl Driver {
                 },
                 _ => stage.run().await,
             };
+            let result = result.map(|staged| staged.map(Arc::new));
             let _ = events.send(Event::Staged { update, result });
         });
     }
@@ -400,6 +463,7 @@ impl Driver {
             ranks: self.setup.ranks.clone(),
             staging: self.setup.paths.weights.staging,
             failure: session.failure().cloned(),
+            trainer: self.trainer.as_ref().map(Trainer::link),
         }
     }
 }

@@ -82,29 +82,11 @@ impl Room {
     /// May take a while: much memory is made ready, or waited for. Not to be called where tokio's tasks run.
     pub(super) fn of(paths: &Paths, left: &Leftover, buckets: Buckets, stream_bytes: u64) -> Result<Self, StageError> {
         let gpu = paths.device()?;
-        // Weights that an engine could take as they come, but come from a folder, are staged like any others.
-        let staging = match paths.weights.staging {
-            Staging::None if gpu.is_some() || paths.streams => Staging::Host,
-            staging => staging,
-        };
-        let most = paths.weights.staging_bytes_max.unwrap_or(u64::MAX);
-        let bytes = stream_bytes.max(1);
-        let (lie, region) = match (staging, &gpu) {
-            (Staging::Device, None) => return Err(StageError::NoGpu),
-            (Staging::Device, Some(gpu)) => {
-                let region = on_gpu(bytes, gpu, most).or_else(|_| {
-                    left.wait();
-                    on_gpu(bytes, gpu, most)
-                })?;
-                (Lie::Whole, region)
-            }
-            (Staging::Host, _) => match left.take(bytes) {
-                Some(region) => (Lie::Whole, region),
-                None => (Lie::Whole, in_memory(bytes, most, gpu.as_ref())?),
-            },
-            (Staging::None, _) => (Lie::InTurn, in_memory(buckets.bucket_bytes() * 2, most, gpu.as_ref())?),
-        };
-        Ok(Self { region, lie, buckets })
+        if staging(paths, gpu.as_ref()) == Staging::None {
+            let region = in_memory(buckets.bucket_bytes() * 2, most(paths), gpu.as_ref())?;
+            return Ok(Self { region, lie: Lie::InTurn, buckets });
+        }
+        Ok(Self { region: whole(paths, left, stream_bytes.max(1))?, lie: Lie::Whole, buckets })
     }
 
     /// For weights that an engine takes as they come.
@@ -134,6 +116,36 @@ impl Room {
     pub(super) fn staged(&self, manifest: Arc<Manifest>, digests: Vec<TensorDigest>) -> Staged {
         Staged::new(manifest, digests, (self.lie == Lie::Whole).then(|| Arc::clone(&self.region)))
     }
+}
+
+/// Memory for all of a set of weights. May take a while, as [`Room::of`].
+pub(super) fn whole(paths: &Paths, left: &Leftover, bytes: u64) -> Result<Arc<Region>, StageError> {
+    let gpu = paths.device()?;
+    let most = most(paths);
+    match (staging(paths, gpu.as_ref()), &gpu) {
+        (Staging::Device, None) => Err(StageError::NoGpu),
+        (Staging::Device, Some(gpu)) => on_gpu(bytes, gpu, most).or_else(|_| {
+            left.wait();
+            on_gpu(bytes, gpu, most)
+        }),
+        (Staging::Host | Staging::None, _) => match left.take(bytes) {
+            Some(region) => Ok(region),
+            None => in_memory(bytes, most, gpu.as_ref()),
+        },
+    }
+}
+
+/// Where weights are staged. Those that an engine could take as they come, but that come from elsewhere than a sender of ours, are staged
+/// like any others.
+fn staging(paths: &Paths, gpu: Option<&Arc<Device>>) -> Staging {
+    match paths.weights.staging {
+        Staging::None if gpu.is_some() || paths.streams => Staging::Host,
+        staging => staging,
+    }
+}
+
+fn most(paths: &Paths) -> u64 {
+    paths.weights.staging_bytes_max.unwrap_or(u64::MAX)
 }
 
 /// On a GPU, or in host memory that `reader` copies from.

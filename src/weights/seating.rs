@@ -87,7 +87,7 @@ impl Seating {
         let (token, name) = (rand::random(), group_name(&self.setup)?);
         let told = seats(members, token, &name);
         let ranks = u32::try_from(members.len() + 1).unwrap_or(u32::MAX);
-        let seat = Seat { name, rank: 0, ranks, device: self.region.device().cloned() };
+        let seat = Seat { name, rank: 0, ranks, device: self.region.device().cloned(), greets: false };
         let caster = Arc::new(Caster::start(&self.setup, seat, made)?);
         tracing::info!(ranks, "a group for weights is being made");
         Ok((Held { token, caster, members: members.iter().map(|(_, wish)| wish.process).collect() }, told))

@@ -106,7 +106,8 @@ impl Session {
     /// The coordinator asks. `Err`: refused, and nothing has changed.
     pub(super) fn ask(&mut self, request: &WeightsRequest, now: Instant) -> Result<Vec<Act>, String> {
         match request {
-            WeightsRequest::Status => Ok(Vec::new()),
+            // What joins a trainer's group is the driver's.
+            WeightsRequest::Status | WeightsRequest::Join(_) => Ok(Vec::new()),
             WeightsRequest::Offer(offer) => self.offer(offer, now),
             WeightsRequest::Pause { update, in_flight } => self.pause(*update, *in_flight, now),
             WeightsRequest::Commit { update } => self.commit(*update),

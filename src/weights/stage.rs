@@ -12,6 +12,7 @@ use super::checkpoint::{Checkpoint, CheckpointError};
 use super::digest::{StreamDigests, WeightsDigest};
 use super::manifest::{Buckets, ManifestError};
 use super::paths::Paths;
+use super::prime_rl::{Joined, receive};
 use super::pull::Pull;
 use super::room::{Leftover, Room};
 use super::staged::Staged;
@@ -58,6 +59,13 @@ pub enum StageError {
     Task(#[from] tokio::task::JoinError),
     #[error("it was given up")]
     GivenUp,
+    #[error("{what} of {bytes} bytes did not come from the trainer: {why}")]
+    Broadcast { what: &'static str, bytes: u64, why: TransportError },
+    #[error(
+        "this rank is not in the trainer's NCCL group any more, and the trainer cannot be told to begin again: restart it, so that it \
+         calls /init_broadcaster anew"
+    )]
+    NoTrainer,
 }
 
 /// How far a worker's staging is.
@@ -88,12 +96,18 @@ pub(super) struct Stage {
     pub(super) left: Arc<Leftover>,
     /// By when all of it must be there.
     pub(super) deadline: Instant,
+    /// The trainer's group that the weights come from, if they come from one.
+    pub(super) trainer: Option<Arc<Joined>>,
 }
 
 impl Stage {
     /// Runs to the end. `None`: the offer is of what the worker was started with, and there is nothing to stage.
-    pub(super) async fn run(self) -> Result<Option<Staged>, StageError> {
+    pub(super) async fn run(mut self) -> Result<Option<Staged>, StageError> {
         match self.offer.source.clone() {
+            WeightSource::Trainer { .. } => match self.trainer.take() {
+                Some(joined) => receive(self, joined).await.map(Some),
+                None => Err(StageError::NoTrainer),
+            },
             WeightSource::Peer(address) => self.pulled(&address).await.map(Some),
             WeightSource::Folder(folder) => self.read(folder).await.map(Some),
             WeightSource::Base => match self.base.clone() {

@@ -112,6 +112,19 @@ static int spread(Comm *comm, const int *fds, Op op) {
     return SUCCESS;
 }
 
+/* Of one number of each rank: the first adds them up and tells the sum. */
+static int sum(Comm *comm, const int *fds, Op op) {
+    float *all = op.place, one;
+    if (comm->rank) return push(comm, fds[0], all, sizeof one) && pull(comm, fds[0], all, sizeof one) ? SUCCESS : REMOTE_ERROR;
+    for (int i = 0; i < comm->ranks - 1; i++) {
+        if (!pull(comm, fds[i], &one, sizeof one)) return REMOTE_ERROR;
+        *all += one;
+    }
+    for (int i = 0; i < comm->ranks - 1; i++)
+        if (!push(comm, fds[i], all, sizeof one)) return REMOTE_ERROR;
+    return SUCCESS;
+}
+
 /* Both ranks say which half they do and of how much: what does not fit together would hang in NCCL. */
 static int move(Comm *comm, int fd, Op op) {
     uint64_t ours[2] = { op.half, op.bytes }, theirs[2];
@@ -158,7 +171,7 @@ static void *run(void *with) {
         Op op = comm->queue[0];
         pthread_mutex_unlock(&comm->lock);
         state = injected(comm->rank);
-        if (state == SUCCESS) state = op.half == 'B' ? spread(comm, fds, op) : move(comm, fds[0], op);
+        if (state == SUCCESS) state = op.half == 'B' ? spread(comm, fds, op) : op.half == 'A' ? sum(comm, fds, op) : move(comm, fds[0], op);
         if (state == SUCCESS) tell("fake_cuda_done", op.stream);
         pthread_mutex_lock(&comm->lock);
         if (state == SUCCESS) memmove(comm->queue, comm->queue + 1, sizeof(Op) * --comm->queued);
@@ -199,14 +212,25 @@ static Comm *make(int rank, int ranks, int blocking, const char *name, size_t na
     return comm;
 }
 
+static Comm *join(int ranks, const ncclUniqueId *id, int rank, int blocking) {
+    char name[65];
+    for (int i = 0; i < 32; i++) sprintf(name + 2 * i, "%02x", (unsigned char)id->internal[i]);
+    return make(rank, ranks, blocking, name, 64);
+}
+
+/* As trainers make theirs, who wait for all others however long they take. */
+int ncclCommInitRank(Comm **made, int ranks, ncclUniqueId id, int rank) {
+    if (ranks < 2 || ranks > RANKS_MAX || rank < 0 || rank >= ranks) return INVALID_ARGUMENT;
+    *made = join(ranks, &id, rank, 1);
+    return SUCCESS;
+}
+
 int ncclCommInitRankConfig(Comm **made, int ranks, ncclUniqueId id, int rank, Config *config) {
     /* Blocking, it could not be given up. */
     if (ranks < 2 || ranks > RANKS_MAX || rank < 0 || rank >= ranks || !fits(config) || config->blocking != 0) return INVALID_ARGUMENT;
     int code = injected(rank);
     if (code != SUCCESS) return code;
-    char name[65];
-    for (int i = 0; i < 32; i++) sprintf(name + 2 * i, "%02x", (unsigned char)id.internal[i]);
-    *made = make(rank, ranks, 0, name, 64);
+    *made = join(ranks, &id, rank, 0);
     return IN_PROGRESS;
 }
 
@@ -237,7 +261,12 @@ int ncclCommGetAsyncError(Comm *comm, int *state) {
 }
 
 static int post(Comm *comm, Op op, int type, int peer) {
-    if (type != 1 || (op.half == 'B' ? peer != 0 : comm->ranks != 2 || peer != 1 - comm->rank)) return INVALID_ARGUMENT;
+    /* Bytes of an element, by NCCL's numbers of types. */
+    static const int sizes[] = { 1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1 };
+    int to_all = op.half == 'B' || op.half == 'A';
+    if (type < 0 || type >= (int)(sizeof sizes / sizeof *sizes)) return INVALID_ARGUMENT;
+    if (to_all ? peer != 0 : comm->ranks != 2 || peer != 1 - comm->rank) return INVALID_ARGUMENT;
+    op.bytes *= sizes[type];
     pthread_mutex_lock(&comm->lock);
     int code = comm->state != SUCCESS ? comm->state : comm->queued == QUEUE_MAX ? INVALID_USAGE : IN_PROGRESS;
     if (code == IN_PROGRESS) {
@@ -260,6 +289,11 @@ int ncclRecv(void *into, size_t count, int type, int peer, Comm *comm, void *str
 
 int ncclBroadcast(const void *from, void *into, size_t count, int type, int root, Comm *comm, void *stream) {
     return post(comm, (Op){ 'B', comm->rank ? into : (void *)from, count, stream }, type, root);
+}
+
+int ncclAllReduce(const void *from, void *into, size_t count, int type, int operation, Comm *comm, void *stream) {
+    if (from != into || count != 1 || type != 7 || operation != 0) return INVALID_ARGUMENT;
+    return post(comm, (Op){ 'A', into, count, stream }, type, 0);
 }
 
 int ncclCommAbort(Comm *comm) {

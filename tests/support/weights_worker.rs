@@ -8,7 +8,7 @@ use std::time::Duration;
 use pdlink::config::{InFlight, KvConfig, WeightsConfig};
 use pdlink::control::{
     self, AdminAnswer, AdminClient, AdminHandler, AdminReply, AdminRequest, Hello, Identity, Liveness, Part, Role,
-    RuntimeStatus, VERSIONS, WeightSource, WeightsOffer, WeightsPhase, WeightsRequest, WeightsStatus,
+    RuntimeStatus, TrainerGroup, VERSIONS, WeightSource, WeightsOffer, WeightsPhase, WeightsRequest, WeightsStatus,
 };
 use pdlink::security::Secret;
 use pdlink::weights::{NewWeights, Paths, ReceiverSetup, WeightTarget, WeightsMetrics, WeightsReceiver};
@@ -37,6 +37,8 @@ pub(crate) struct Notes {
     pub(crate) weights: Mutex<Option<NewWeights>>,
     trouble: Mutex<Option<Trouble>>,
     dead: Arc<AtomicBool>,
+    /// What a trainer has put into its store, once there is one.
+    pub(crate) name: Mutex<Option<Vec<u8>>>,
     /// What is never called must not be dropped either.
     kept: Mutex<Vec<Box<dyn std::any::Any + Send>>>,
 }
@@ -90,6 +92,11 @@ impl WeightTarget for Notes {
 
     fn resume(&self) {
         self.note("resume");
+    }
+
+    fn meet(&self, group: TrainerGroup, done: Box<dyn FnOnce(Result<Vec<u8>, String>) + Send>) {
+        self.note(&format!("meet {} of {}", group.rank, group.ranks));
+        done(self.name.lock().unwrap().clone().ok_or_else(|| "connection refused".to_owned()));
     }
 }
 

@@ -6,7 +6,7 @@ use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
 use super::communicator::{Buffer, Handle};
-use super::library::{BYTES, CONFIG_MAGIC, Config, FLOOR, Library, NcclError, UNSET, UniqueId};
+use super::library::{BYTES, CONFIG_MAGIC, Config, FLOATS, FLOOR, Library, NcclError, SUM, Status, UNSET, UniqueId};
 use crate::ffi::cuda::{Device, Mark, OrderedStream};
 
 /// How a group is to be, and who of it this process is.
@@ -74,23 +74,41 @@ impl Group {
         len: u64,
         gives_up: &dyn Fn() -> bool,
     ) -> Result<(), NcclError> {
+        let Handle { library, comm, .. } = self.handle;
+        let count = usize::try_from(len).unwrap_or(usize::MAX);
+        self.post("ncclBroadcast", (buffer, offset, len), gives_up, |place, stream| {
+            // SAFETY: the bytes are the buffer's, which is held until the broadcast is done or nothing of the communicator runs.
+            unsafe { (library.broadcast)(place, place, count, BYTES, 0, comm, stream) }
+        })
+    }
+
+    /// Posts the sum of one number of each rank, which lies at the beginning of `buffer` and is replaced.
+    pub fn sum(&self, buffer: &Arc<dyn Buffer>, gives_up: &dyn Fn() -> bool) -> Result<(), NcclError> {
+        let Handle { library, comm, .. } = self.handle;
+        self.post("ncclAllReduce", (buffer, 0, size_of::<f32>() as u64), gives_up, |place, stream| {
+            // SAFETY: as above, of one number.
+            unsafe { (library.all_reduce)(place, place, 1, FLOATS, SUM, comm, stream) }
+        })
+    }
+
+    fn post(
+        &self,
+        call: &'static str,
+        (buffer, offset, len): (&Arc<dyn Buffer>, u64, u64),
+        gives_up: &dyn Fn() -> bool,
+        posts: impl FnOnce(*mut c_void, *mut c_void) -> Status,
+    ) -> Result<(), NcclError> {
         let (address, buffer_len) = buffer.span();
-        let call = "ncclBroadcast";
         if offset.checked_add(len).is_none_or(|end| end > buffer_len) {
             return Err(NcclError::OutOfRange { call, offset, len, buffer_len });
         }
         let mark = self.stream.as_ref().map(|stream| Mark::new(stream.device())).transpose()?;
         let stream = self.stream.as_ref().map_or(std::ptr::null_mut(), OrderedStream::raw);
         let place = std::ptr::without_provenance_mut::<c_void>(usize::try_from(address + offset).unwrap_or(0));
-        let count = usize::try_from(len).unwrap_or(usize::MAX);
-        let Handle { library, comm, .. } = self.handle;
         // Held before it is posted: what is posted runs until it is done, or the communicator is ended.
         self.posted.borrow_mut().push_back((mark, buffer.clone()));
-        let status = self.handle.within(|| {
-            // SAFETY: the bytes are the buffer's, which is held until the broadcast is done or nothing of the communicator runs.
-            unsafe { (library.broadcast)(place, place, count, BYTES, 0, comm, stream) }
-        })?;
-        library.begun(call, status)?;
+        let status = self.handle.within(|| posts(place, stream))?;
+        self.handle.library.begun(call, status)?;
         // Until the call has ended there must be no other, and nothing of it is in the stream for sure.
         self.handle.settle(gives_up)?;
         if let (Some(stream), Some((Some(mark), _))) = (&self.stream, self.posted.borrow().back()) {

@@ -17,6 +17,10 @@ pub(super) const SUCCESS: Status = 0;
 pub(super) const IN_PROGRESS: Status = 7;
 /// `ncclUint8`.
 pub(super) const BYTES: c_int = 1;
+/// `ncclFloat32`.
+pub(super) const FLOATS: c_int = 7;
+/// `ncclSum`.
+pub(super) const SUM: c_int = 0;
 
 /// Oldest version that is used, as `ncclGetVersion` counts.
 pub const FLOOR: u32 = 21_800;
@@ -120,6 +124,7 @@ functions! {
     abort = b"ncclCommAbort\0" (Comm);
     send = b"ncclSend\0" (*const c_void, usize, c_int, c_int, Comm, Stream);
     broadcast = b"ncclBroadcast\0" (*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream);
+    all_reduce = b"ncclAllReduce\0" (*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream);
     receive = b"ncclRecv\0" (*mut c_void, usize, c_int, c_int, Comm, Stream);
 }
 

@@ -79,7 +79,7 @@ fn told(done: &Done) -> Value {
 }
 
 /// 502 is what PRIME-RL's orchestrator tries again.
-fn error_of(refused: &Refused) -> ApiError {
+pub(super) fn error_of(refused: &Refused) -> ApiError {
     let status = match refused {
         Refused::Busy { .. } | Refused::NotNewer { .. } => StatusCode::CONFLICT,
         Refused::NoMembers { .. } => StatusCode::NOT_IMPLEMENTED,
@@ -155,7 +155,11 @@ pub(crate) async fn update_weights(State(lane): State<Arc<Lane>>, request: Reque
     let body = serde_json::from_slice::<Value>(&text).unwrap_or_default();
     match body.get("weight_dir").and_then(Value::as_str) {
         Some(folder) => {
-            let source = WeightSource::Folder(folder.to_owned());
+            // Of a trainer whose group all workers are in, the folder holds markers, and its name the step.
+            let source = match lane.shared.weights.trainer() {
+                Some(group) => WeightSource::Trainer { group, step: folder.to_owned() },
+                None => WeightSource::Folder(folder.to_owned()),
+            };
             for_all(&lane, source, step_of(folder), call, text).await
         }
         None => to_all_workers(&lane, call, text).await,

@@ -22,6 +22,9 @@ const LOOK: Duration = Duration::from_micros(20);
 /// How long it waits for something to do before it looks whether it is still wanted.
 const IDLE: Duration = Duration::from_millis(200);
 
+/// One number, in memory as it is handed out.
+const GREETING_BYTES: usize = 256;
+
 /// Told once how it ended.
 pub type Ended = Box<dyn FnOnce(Result<(), TransportError>) + Send>;
 
@@ -34,6 +37,8 @@ pub struct Seat {
     pub ranks: u32,
     /// The GPU of this rank. `None`: host memory, which only a stand-in for the library moves.
     pub device: Option<Arc<Device>>,
+    /// All ranks add up one number once they have met, as vLLM's communicators do.
+    pub greets: bool,
 }
 
 struct Cast {
@@ -54,6 +59,17 @@ pub struct Caster {
 fn library(setup: &NcclSetup) -> Result<&'static Library, TransportError> {
     let search = Search { library: setup.library.as_deref(), environments: &setup.environments };
     Library::open(&search).map_err(|error| unusable(Path::Nccl, error.to_string()))
+}
+
+fn greeting(device: Option<&Arc<Device>>) -> Result<Arc<Region>, TransportError> {
+    let failed =
+        |error: &dyn std::fmt::Display| unusable(Path::Nccl, format!("no memory to greet a group with: {error}"));
+    let region = match device {
+        Some(device) => Region::allocated_on(device, GREETING_BYTES).map_err(|error| failed(&error))?,
+        None => Region::shared(GREETING_BYTES).map_err(|error| failed(&error))?,
+    };
+    region.copy_in(0, &[0; GREETING_BYTES]).map_err(|error| failed(&error))?;
+    Ok(region)
 }
 
 /// A name for a new group.
@@ -80,12 +96,14 @@ impl Caster {
             multiprocessors_max: setup.multiprocessors_max,
             device: seat.device,
         };
+        // What is added up: a zero of each.
+        let greeting = seat.greets.then(|| greeting(settings.device.as_ref())).transpose()?;
         let (casts, queue) = channel();
         let (given_up, broken) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let work = Work { ranks: seat.ranks, queue, given_up: given_up.clone(), under_way: VecDeque::new() };
         let (ends, connect_max) = (broken.clone(), setup.connect_max);
         let run = move || {
-            work.run(library, &settings, connect_max, made);
+            work.run(library, &settings, (connect_max, greeting), made);
             ends.store(true, Ordering::Release);
         };
         std::thread::Builder::new()
@@ -105,14 +123,40 @@ impl Caster {
 
     /// Whether more can be broadcast. False for good once something has gone wrong.
     pub fn is_sound(&self) -> bool {
-        !self.broken.load(Ordering::Acquire)
+        !self.broken.load(Ordering::Acquire) && !self.given_up.load(Ordering::Acquire)
+    }
+
+    /// Ends it for whoever else holds it too.
+    pub fn give_up(&self) {
+        self.given_up.store(true, Ordering::Release);
     }
 }
 
 impl Drop for Caster {
     fn drop(&mut self) {
-        self.given_up.store(true, Ordering::Release);
+        self.give_up();
     }
+}
+
+/// The group, once all of it are there.
+fn meet(
+    library: &'static Library,
+    settings: &GroupSettings,
+    greeting: Option<Arc<Region>>,
+    gives_up: &dyn Fn() -> bool,
+) -> Result<Group, NcclError> {
+    let group = Group::make(library, settings, gives_up)?;
+    if let Some(greeting) = greeting {
+        let greeting: Arc<dyn Buffer> = greeting;
+        group.sum(&greeting, gives_up)?;
+        while group.under_way()? > 0 {
+            if gives_up() {
+                return Err(NcclError::GivenUp);
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+    Ok(group)
 }
 
 struct Work {
@@ -134,11 +178,17 @@ impl Work {
         TransportError::Unreachable { path: "nccl", peer: format!("the group of {} ranks", self.ranks), reason }
     }
 
-    fn run(mut self, library: &'static Library, settings: &GroupSettings, connect_max: Duration, made: Ended) {
+    fn run(
+        mut self,
+        library: &'static Library,
+        settings: &GroupSettings,
+        (connect_max, greeting): (Duration, Option<Arc<Region>>),
+        made: Ended,
+    ) {
         let until = Instant::now() + connect_max;
         let wanted = self.given_up.clone();
         let gives_up = || wanted.load(Ordering::Acquire) || Instant::now() >= until;
-        let group = match Group::make(library, settings, &gives_up) {
+        let group = match meet(library, settings, greeting, &gives_up) {
             Ok(group) => group,
             Err(error) => return made(Err(self.failed("making it", &error))),
         };

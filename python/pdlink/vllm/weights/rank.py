@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from vllm.logger import init_logger
 
 from ... import _native
+from . import meeting
 from .lead import Lead
 from .load import load
 from .settings import Settings
@@ -77,6 +78,9 @@ class Rank:
                 logger.exception("an order about new weights (%s) was not carried out", order.kind)
 
     def _one(self, order: _native.Order) -> None:
+        if order.kind == "meet":
+            meeting.meet(order)
+            return
         if order.kind == "commit":
             self._expect(order)
         if self._lead is not None:
