@@ -1,6 +1,8 @@
 //! Concurrent dispatch between two runtimes: decode claims and names its blocks while prefill computes, and is pushed part
 //! after part.
 
+#[path = "support/fake_nccl.rs"]
+mod fake_nccl;
 #[path = "support/kv_cache.rs"]
 mod kv_cache;
 #[path = "support/kv_worker.rs"]
@@ -17,15 +19,15 @@ use pdlink::kv::{
 };
 use pdlink::security::Secret;
 use pdlink::telemetry::TransferOutcome;
-use pdlink::transport::{LoopbackHub, Transport};
+use pdlink::transport::{LoopbackHub, Nccl, Transport};
 
 const TOKENS: u32 = 30;
 const SEED: u64 = 7;
 /// Tokens of each chunk of the prompt: not a whole number of blocks.
 const CHUNK: u32 = 11;
 
-/// A path that two workers of one process can take; the last cannot take its permission to write back, as with `shm`.
-const WAYS: [Option<Path>; 3] = [None, Some(Path::Shm), Some(Path::Tcp)];
+/// A path that two workers of one process can take: loopback, if none. With `shm` a permission to write cannot be taken back.
+const WAYS: [Option<Path>; 4] = [None, Some(Path::Shm), Some(Path::Tcp), Some(Path::Nccl)];
 
 fn plan(name: &'static str, role: Role) -> Plan {
     let mut plan = Plan::new(name, role);
@@ -39,6 +41,12 @@ fn pair(way: Option<Path>, mut prefill: Plan, mut decode: Plan) -> (Worker, Work
     for plan in [&mut prefill, &mut decode] {
         let hub = Arc::clone(&hub);
         match way {
+            // Over a stand-in for the library, which moves host memory; NCCL does not, so no worker would offer it.
+            Some(Path::Nccl) => {
+                plan.transports = Some(Box::new(|cache: &Cache| -> Vec<Arc<dyn Transport>> {
+                    vec![Arc::new(Nccl::new(&cache.regions, &Secret::loopback(), &fake_nccl::setup()).unwrap())]
+                }));
+            }
             Some(path) => plan.kv.paths = Some(vec![path]),
             None => {
                 plan.transports = Some(Box::new(move |cache: &Cache| -> Vec<Arc<dyn Transport>> {
@@ -50,9 +58,16 @@ fn pair(way: Option<Path>, mut prefill: Plan, mut decode: Plan) -> (Worker, Work
     (prefill.start(), decode.start())
 }
 
-fn one_pair() -> (Worker, Worker) {
-    pair(Some(Path::Tcp), plan("prefill", Role::Prefill), plan("decode", Role::Decode))
+fn a_pair(way: Option<Path>) -> (Worker, Worker) {
+    pair(way, plan("prefill", Role::Prefill), plan("decode", Role::Decode))
 }
+
+fn one_pair() -> (Worker, Worker) {
+    a_pair(Some(Path::Tcp))
+}
+
+/// Paths on which whoever writes can be kept out.
+const FENCED: [Option<Path>; 2] = [Some(Path::Tcp), Some(Path::Nccl)];
 
 /// One request on both sides.
 struct Request<'a> {
@@ -229,25 +244,69 @@ fn unequal_ranks_blocks_and_layouts_change_nothing() {
 
 #[test]
 fn parts_arrive_while_the_rest_is_computed_and_posts_are_few() {
-    let pair = one_pair();
-    let request = Request::of(&pair, 0);
-    request.begin();
-    request.fetch(request.claim());
-    request.compute_all();
-    until("all whole blocks have arrived", || request.holds(28));
-    assert!(request.decode.reports.try_recv().is_err(), "KV-3: nothing is reported before prefill's word");
-    request.offer();
-    request.arrives("in parts");
-    let record = request.prefill.runtime.record(request.id).unwrap();
-    let layers = u64::from(request.prefill.cache.shape.layers);
-    assert!((2..=2 * layers + 1).contains(&record.posts), "{record:?}");
-    assert_eq!(record.bytes, request.decode.runtime.record(request.id).unwrap().bytes, "each byte once");
+    for pair in FENCED.map(a_pair) {
+        let request = Request::of(&pair, 0);
+        request.begin();
+        request.fetch(request.claim());
+        request.compute_all();
+        until("all whole blocks have arrived", || request.holds(28));
+        assert!(request.decode.reports.try_recv().is_err(), "KV-3: nothing is reported before prefill's word");
+        request.offer();
+        request.arrives("in parts");
+        let record = request.prefill.runtime.record(request.id).unwrap();
+        let layers = u64::from(request.prefill.cache.shape.layers);
+        assert!((2..=2 * layers + 1).contains(&record.posts), "{record:?}");
+        assert_eq!(record.bytes, request.decode.runtime.record(request.id).unwrap().bytes, "each byte once");
+    }
+}
+
+/// Two workers that prefill for each other: parts of both go out at once, over one path.
+#[test]
+fn parts_of_many_requests_in_both_directions_at_once_all_arrive() {
+    const EACH_WAY: u32 = 8;
+    for way in WAYS {
+        let both = |name| {
+            let mut plan = plan(name, Role::Both);
+            plan.shape.num_blocks = 2 * EACH_WAY * 8;
+            plan
+        };
+        let (one, other) = pair(way, both("one"), both("other"));
+        let blocks = |n: u32| (8 * n..8 * (n + 1)).map(BlockId).collect::<Vec<_>>();
+        let mut requests = Vec::new();
+        for n in 0..EACH_WAY {
+            for (prefill, decode) in [(&one, &other), (&other, &one)] {
+                let (src, dst) = (blocks(n), blocks(2 * EACH_WAY - 1 - n));
+                requests.push((
+                    u64::from(n),
+                    Request { prefill, decode, id: TransferId::random(), src, dst, first_token: 0 },
+                ));
+            }
+        }
+        for (_, request) in &requests {
+            request.begin();
+            request.fetch(request.claim());
+        }
+        for from in (0..TOKENS).step_by(CHUNK as usize) {
+            requests.iter().for_each(|(seed, request)| request.compute(from..(from + CHUNK).min(TOKENS), *seed));
+        }
+        requests.iter().for_each(|(_, request)| request.offer());
+        for worker in [&one, &other] {
+            let mut ends: Vec<_> = (0..2 * EACH_WAY).map(|_| worker.report().end).collect();
+            ends.sort_by_key(|end| *end == End::Received);
+            let half = EACH_WAY as usize;
+            assert_eq!(ends, [vec![End::Sent; half], vec![End::Received; half]].concat(), "{way:?}");
+        }
+        for (seed, request) in &requests {
+            assert!(request.decode.cache.holds_tokens(&request.dst, 0, TOKENS, *seed), "byte for byte: {way:?}");
+            request.at_rest();
+        }
+    }
 }
 
 #[test]
 fn what_was_preempted_is_pushed_again() {
-    let pair = one_pair();
-    for arrives_before in [false, true] {
+    for (way, arrives_before) in FENCED.into_iter().flat_map(|way| [false, true].map(|before| (way, before))) {
+        let pair = a_pair(way);
         let mut request = Request::of(&pair, 0);
         request.begin();
         request.fetch(request.claim());
@@ -389,8 +448,8 @@ fn what_decode_has_already_is_let_go_of() {
 
 #[test]
 fn kv_8_a_worker_that_goes_ends_what_was_begun() {
-    for stage in 2..STAGES {
-        let (prefill, decode) = one_pair();
+    for (way, stage) in FENCED.into_iter().flat_map(|way| (2..STAGES).map(move |stage| (way, stage))) {
+        let (prefill, decode) = a_pair(way);
         let pair = (prefill, decode);
         let request = Request::of(&pair, 0);
         come_to(&request, stage);
@@ -398,11 +457,11 @@ fn kv_8_a_worker_that_goes_ends_what_was_begun() {
         let (prefill, decode) = pair;
         prefill.runtime.shutdown();
         let end = decode.end_of(id);
-        assert!(matches!(end, End::Failed { fenced: true, .. }), "stage {stage}: {end:?}");
+        assert!(matches!(end, End::Failed { fenced: true, .. }), "{way:?}, stage {stage}: {end:?}");
         decode.assert_at_rest();
     }
-    for stage in 2..STAGES {
-        let (prefill, decode) = one_pair();
+    for (way, stage) in FENCED.into_iter().flat_map(|way| (2..STAGES).map(move |stage| (way, stage))) {
+        let (prefill, decode) = a_pair(way);
         let pair = (prefill, decode);
         let request = Request::of(&pair, 0);
         come_to(&request, stage);
@@ -415,7 +474,7 @@ fn kv_8_a_worker_that_goes_ends_what_was_begun() {
         until("prefill has let go", || prefill.runtime.status().transfers_active == 0);
         let offer = Offer { transfer_id: id, request_id: String::new(), blocks: vec![src], tokens: TOKENS };
         prefill.runtime.offer(offer).unwrap();
-        assert_eq!(prefill.end_of(id), End::Aborted, "stage {stage}");
+        assert_eq!(prefill.end_of(id), End::Aborted, "{way:?}, stage {stage}");
         prefill.assert_at_rest();
     }
 }

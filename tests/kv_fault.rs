@@ -1,6 +1,8 @@
 //! A path that goes wrong, leases that end, and clients that leave: every transfer is reported once on each side, no
 //! block stays held, and no byte that is wrong is ever called received.
 
+#[path = "support/fake_nccl.rs"]
+mod fake_nccl;
 #[path = "support/kv_cache.rs"]
 mod kv_cache;
 #[path = "support/kv_worker.rs"]
@@ -17,15 +19,21 @@ use pdlink::control::{AbortAnswer, AdminClient};
 use pdlink::kv::{BlockId, End, KvLink, Offer, TransferFailure, TransferId};
 use pdlink::security::Secret;
 use pdlink::telemetry::{Side, TransferOutcome};
-use pdlink::transport::{Fault, FaultPlan, Faulty, LoopbackHub, Shm, Tcp, TcpSetup, Transport, When};
+use pdlink::transport::{Fault, FaultPlan, Faulty, LoopbackHub, Nccl, Shm, Tcp, TcpSetup, Transport, When};
 
 const MODES: [KvSendType; 2] = [KvSendType::Get, KvSendType::PutAsync];
+const PATHS: [Path; 3] = [Path::Shm, Path::Tcp, Path::Nccl];
 const SRC: [BlockId; 2] = [BlockId(4), BlockId(9)];
 const DST: [BlockId; 2] = [BlockId(11), BlockId(2)];
 
 fn real(path: Path, cache: &Cache) -> Arc<dyn Transport> {
-    if path == Path::Shm {
-        return Arc::new(Shm::new(&cache.regions, 2).unwrap());
+    match path {
+        Path::Shm => return Arc::new(Shm::new(&cache.regions, 2).unwrap()),
+        // Over a stand-in for the library, which moves host memory.
+        Path::Nccl => {
+            return Arc::new(Nccl::new(&cache.regions, &Secret::loopback(), &fake_nccl::setup()).unwrap());
+        }
+        _ => {}
     }
     let setup = TcpSetup {
         bind: "127.0.0.1".parse().unwrap(),
@@ -51,7 +59,7 @@ fn faulty(path: Path, send_type: KvSendType, faults: &[(When, Fault)], edit: imp
 }
 
 fn each_way(mut test: impl FnMut(Path, KvSendType)) {
-    for path in [Path::Shm, Path::Tcp] {
+    for path in PATHS {
         for send_type in MODES {
             test(path, send_type);
         }

@@ -1,6 +1,8 @@
 //! Two processes, one of which is killed: the other notices at once, frees what it held, and works with the one that
 //! comes back at the same address, without a restart of its own (KV-8).
 
+#[path = "support/fake_nccl.rs"]
+mod fake_nccl;
 #[path = "support/kv_cache.rs"]
 mod kv_cache;
 #[path = "support/kv_worker.rs"]
@@ -21,15 +23,21 @@ use pdlink::kv::{
     TransferParams,
 };
 use pdlink::security::Secret;
-use pdlink::transport::{Fault, FaultPlan, Faulty, Shm, Tcp, TcpSetup, Transport, When};
+use pdlink::transport::{Fault, FaultPlan, Faulty, Nccl, Shm, Tcp, TcpSetup, Transport, When};
 
 const CHILD_ENV: &str = "PDLINK_TEST_KV_CHILD";
+const PATHS: [Path; 3] = [Path::Shm, Path::Tcp, Path::Nccl];
 const SRC: [BlockId; 2] = [BlockId(4), BlockId(9)];
 const DST: [BlockId; 2] = [BlockId(11), BlockId(2)];
 
 fn transport(path: Path, cache: &kv_cache::Cache) -> Arc<dyn Transport> {
-    if path == Path::Shm {
-        return Arc::new(Shm::new(&cache.regions, 2).unwrap());
+    match path {
+        Path::Shm => return Arc::new(Shm::new(&cache.regions, 2).unwrap()),
+        // Over a stand-in for the library, which moves host memory.
+        Path::Nccl => {
+            return Arc::new(Nccl::new(&cache.regions, &Secret::loopback(), &fake_nccl::setup()).unwrap());
+        }
+        _ => {}
     }
     let setup = TcpSetup {
         bind: "127.0.0.1".parse().unwrap(),
@@ -140,7 +148,7 @@ fn child() {
     let Ok(spec) = std::env::var(CHILD_ENV) else { return };
     let words: Vec<&str> = spec.split(' ').collect();
     let role = if words[0] == "prefill" { Role::Prefill } else { Role::Decode };
-    let path = if words[1] == "shm" { Path::Shm } else { Path::Tcp };
+    let path = PATHS.into_iter().find(|path| path.name() == words[1]).unwrap();
     let send_type = if words[2] == "GET" { KvSendType::Get } else { KvSendType::PutAsync };
     let ranks = (words[5].parse().unwrap(), words[6].parse().unwrap());
     let listener = TcpListener::bind(words[4]).unwrap();
@@ -186,7 +194,7 @@ fn parse(params: &str) -> TransferParams {
 }
 
 fn each_way(test: impl Fn(Path, KvSendType)) {
-    for path in [Path::Shm, Path::Tcp] {
+    for path in PATHS {
         for send_type in [KvSendType::Get, KvSendType::PutAsync] {
             test(path, send_type);
         }
@@ -209,7 +217,7 @@ fn fetch_from(other: &mut Other, decode: &Worker, seed: u64) {
 
 #[test]
 fn kv_8_prefill_killed_while_it_computes_what_decode_has_claimed() {
-    for path in [Path::Shm, Path::Tcp] {
+    for path in PATHS {
         // A part is on its way when it dies, or has just arrived.
         for delay_ms in [60_000, 0] {
             let decode = here(Role::Decode, path, KvSendType::PutAsync, 0);

@@ -1,5 +1,7 @@
 //! KV moves between two runtimes, whatever the path, the send type, the layout and the number of ranks.
 
+#[path = "support/fake_nccl.rs"]
+mod fake_nccl;
 #[path = "support/kv_cache.rs"]
 mod kv_cache;
 #[path = "support/kv_worker.rs"]
@@ -11,8 +13,9 @@ use kv_cache::{Arrangement, Cache, Shape};
 use kv_worker::{Plan, Worker};
 use pdlink::config::{DigestPolicy, KvSendType, Path, Role};
 use pdlink::kv::{BlockId, End, KvLink, TransferFailure, TransferId};
+use pdlink::security::Secret;
 use pdlink::telemetry::{Side, TransferOutcome};
-use pdlink::transport::{LoopbackHub, Transport};
+use pdlink::transport::{LoopbackHub, Nccl, Transport};
 
 const SEND_TYPES: [KvSendType; 3] = [KvSendType::Get, KvSendType::Put, KvSendType::PutAsync];
 
@@ -21,9 +24,11 @@ const SEND_TYPES: [KvSendType; 3] = [KvSendType::Get, KvSendType::Put, KvSendTyp
 enum Way {
     Loopback,
     Real(Path),
+    /// Over a stand-in for the library, which moves host memory; NCCL does not, so no worker would offer it.
+    Nccl,
 }
 
-const WAYS: [Way; 3] = [Way::Loopback, Way::Real(Path::Shm), Way::Real(Path::Tcp)];
+const WAYS: [Way; 4] = [Way::Loopback, Way::Real(Path::Shm), Way::Real(Path::Tcp), Way::Nccl];
 
 fn pair(way: Way, mut prefill: Plan, mut decode: Plan) -> (Worker, Worker) {
     match way {
@@ -40,9 +45,19 @@ fn pair(way: Way, mut prefill: Plan, mut decode: Plan) -> (Worker, Worker) {
                 }));
             }
         }
+        Way::Nccl => {
+            for plan in [&mut prefill, &mut decode] {
+                plan.transports = Some(Box::new(|cache: &Cache| -> Vec<Arc<dyn Transport>> {
+                    vec![Arc::new(Nccl::new(&cache.regions, &Secret::loopback(), &fake_nccl::setup()).unwrap())]
+                }));
+            }
+        }
     }
     (prefill.start(), decode.start())
 }
+
+/// A path that copies by itself, and one to which both sides must say in one order what comes next.
+const ALONE_AND_TOGETHER: [Way; 2] = [Way::Real(Path::Shm), Way::Nccl];
 
 /// Moves `tokens` tokens once, and checks every byte, both reports and both records.
 fn move_once(prefill: &Worker, decode: &Worker, tokens: u32, first_token: u32, seed: u64) {
@@ -104,7 +119,7 @@ fn unequal_ranks_layouts_and_block_sizes_meet_byte_for_byte() {
             let mut decode = Plan::new("decode", Role::Decode);
             decode.shape = shape(dst_tp, dst_block);
             decode.arrangement = dst_arrangement;
-            let (prefill, decode) = pair(WAYS[seed % 3], prefill, decode);
+            let (prefill, decode) = pair(WAYS[seed % WAYS.len()], prefill, decode);
             move_once(&prefill, &decode, 29, 0, seed as u64);
             move_once(&prefill, &decode, 29, 16, seed as u64);
         }
@@ -124,14 +139,15 @@ fn mla_latents_move() {
 
 #[test]
 fn many_transfers_at_once_all_arrive_also_beyond_the_bound_in_flight() {
-    for send_type in SEND_TYPES {
+    for (way, send_type) in ALONE_AND_TOGETHER.into_iter().flat_map(|way| SEND_TYPES.map(|send_type| (way, send_type)))
+    {
         let mut prefill = Plan::new("prefill", Role::Prefill);
         prefill.send_type = send_type;
         prefill.shape.num_blocks = 400;
         let mut decode = Plan::new("decode", Role::Decode);
         decode.shape.num_blocks = 400;
         decode.kv.inflight_max = 3;
-        let (prefill, decode) = pair(Way::Real(Path::Shm), prefill, decode);
+        let (prefill, decode) = pair(way, prefill, decode);
         let blocks = |n: u32| [BlockId(2 * n), BlockId(2 * n + 1)];
         let mut expected = Vec::new();
         for n in 0..200 {
@@ -157,6 +173,38 @@ fn many_transfers_at_once_all_arrive_also_beyond_the_bound_in_flight() {
         }
         prefill.assert_at_rest();
         decode.assert_at_rest();
+    }
+}
+
+/// Each worker prefills for the other, many requests at once: what one side posts meets what the other posts at that moment.
+#[test]
+fn transfers_in_both_directions_at_once_all_arrive() {
+    for (way, send_type) in WAYS.into_iter().flat_map(|way| SEND_TYPES.map(|send_type| (way, send_type))) {
+        let plan = |name| {
+            let mut plan = Plan::new(name, Role::Both);
+            (plan.send_type, plan.shape.num_blocks) = (send_type, 200);
+            plan
+        };
+        let (one, other) = pair(way, plan("one"), plan("other"));
+        let blocks = |n: u32| [BlockId(2 * n), BlockId(2 * n + 1)];
+        // What is offered lies in the first half of a cache, what comes in the second.
+        let ways = [(&one, &other), (&other, &one)];
+        for n in 0..50 {
+            for (prefill, decode) in ways {
+                let params = prefill.offer(&blocks(n), 7, n.into());
+                decode.fetch(decode.expect(&params), &blocks(99 - n), 0);
+            }
+        }
+        for worker in [&one, &other] {
+            let mut ended: Vec<_> = (0..100).map(|_| worker.report()).map(|report| (report.side, report.end)).collect();
+            ended.sort_by_key(|(side, _)| *side);
+            let want = [vec![(Side::Prefill, End::Sent); 50], vec![(Side::Decode, End::Received); 50]].concat();
+            assert_eq!(ended, want, "{way:?} {send_type:?}");
+            let holds = (0..50).all(|n| worker.cache.holds_tokens(&blocks(99 - n), 0, 7, n.into()));
+            assert!(holds, "byte for byte: {way:?} {send_type:?}");
+        }
+        one.assert_at_rest();
+        other.assert_at_rest();
     }
 }
 

@@ -4,6 +4,7 @@
 mod links;
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,22 +26,72 @@ fn peer_process() {
 /// What goes wrong is set for the whole process: one test at a time.
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
+    static LOGS: std::sync::Once = std::sync::Once::new();
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    fake_nccl::fail_at(0, 0);
+    LOGS.call_once(|| tracing_subscriber::fmt().with_ansi(false).with_writer(|| Log).init());
+    LOGGED.lock().unwrap().clear();
+    fake_nccl::fail_at(0, 0, 0);
     turn
 }
+
+/// What was logged since the test began. The side that serves has nobody else to tell.
+static LOGGED: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+struct Log;
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        LOGGED.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Waits for a line of the log that has all of these.
+fn logs(words: &[&str]) {
+    let until = soon();
+    loop {
+        let logged = String::from_utf8_lossy(&LOGGED.lock().unwrap()).into_owned();
+        if logged.lines().any(|line| words.iter().all(|word| line.contains(word))) {
+            return;
+        }
+        assert!(Instant::now() < until, "no line has {words:?}: {logged}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Ranks of a link's communicator: who connects, and who serves.
+const OURS: i32 = 0;
+const THEIRS: i32 = 1;
+
+/// The name under which we know the other end.
+fn name_of(transport: &dyn Transport) -> String {
+    let (_, host, port, ..): Exported = postcard::from_bytes(transport.export().as_bytes()).unwrap();
+    format!("{host}:{port}")
+}
+
+/// What an export says.
+type Exported = ([u8; 16], String, u16, Option<[u8; 16]>, Vec<u64>);
 
 #[test]
 fn a_communicator_that_cannot_be_made_is_named_and_the_next_one_serves() {
     let _turn = alone();
+    const NAMED: &str = "ncclCommInitRankConfig failed: unhandled system error (2); made to fail";
     let pair = Pair::new(Kind::Nccl, &[MIB], &[MIB]);
-    fake_nccl::fail_at(1, SYSTEM_ERROR);
-    let error = pair.ours.connect(&pair.theirs.export(), soon()).err().unwrap().to_string();
-    // The first to make its side is whichever thread comes first.
-    let named = error.contains("ncclCommInitRankConfig failed: unhandled system error (2); made to fail");
-    assert!(named || error.contains("is closed") || error.contains("connection"), "{error}");
-    assert_eq!(pair.transfer(Direction::Pull, whole(MIB)).unwrap().bytes, to_u64(MIB), "the first link goes on");
-    pair.ours.connect(&pair.theirs.export(), soon()).unwrap();
+    for rank in [OURS, THEIRS] {
+        fake_nccl::fail_at(rank, 1, SYSTEM_ERROR);
+        let error = pair.ours.connect(&pair.theirs.export(), soon()).err().unwrap().to_string();
+        assert!(error.contains(&name_of(&*pair.theirs)), "rank {rank}: {error}");
+        match rank {
+            OURS => assert!(error.contains(NAMED), "{error}"),
+            _ => logs(&[NAMED, "an nccl connection is given up", "127.0.0.1:"]),
+        }
+        assert_eq!(pair.transfer(Direction::Pull, whole(MIB)).unwrap().bytes, to_u64(MIB), "the first link goes on");
+        pair.ours.connect(&pair.theirs.export(), soon()).unwrap();
+    }
     pair.link.close();
     pair.close();
     drop(pair);
@@ -55,15 +106,19 @@ fn a_communicator_that_cannot_be_made_is_named_and_the_next_one_serves() {
 #[test]
 fn an_error_in_the_middle_fails_the_transfer_by_name_and_the_next_link_serves() {
     let _turn = alone();
-    for direction in BOTH {
+    const NAMED: &str = "what was posted (ncclCommGetAsyncError) failed: unhandled system error (2); made to fail";
+    for (direction, rank) in BOTH.into_iter().flat_map(|direction| [(direction, OURS), (direction, THEIRS)]) {
         let mut pair = Pair::new(Kind::Nccl, &[16 * MIB], &[16 * MIB]);
-        fake_nccl::fail_at(3, SYSTEM_ERROR);
+        LOGGED.lock().unwrap().clear();
+        fake_nccl::fail_at(rank, 2, SYSTEM_ERROR);
         let error = pair.transfer(direction, whole(16 * MIB)).unwrap_err();
         let (text, fenced) = (error.to_string(), error.fenced());
-        // As the side that failed says it, or as the other side hears of it.
-        let named = ["unhandled system error (2)", "remote process exited (6)", "is closed", "end of file"];
-        let named = named.iter().any(|name| text.contains(name));
-        assert!(named && fenced == (direction == Direction::Pull), "{direction:?}: {text}");
+        assert_eq!(fenced, direction == Direction::Pull, "{direction:?}, rank {rank}: {text}");
+        assert!(text.contains(&name_of(&*pair.theirs)), "{direction:?}, rank {rank}: {text}");
+        match rank {
+            OURS => assert!(text.contains(NAMED), "{direction:?}: {text}"),
+            _ => logs(&[NAMED, "an nccl connection is given up", "127.0.0.1:"]),
+        }
         assert!(!pair.link.usable());
         pair.link = pair.ours.connect(&pair.theirs.export(), soon()).unwrap();
         for direction in BOTH {
@@ -127,8 +182,7 @@ fn what_a_peer_asks_for_is_held_against_what_there_is() {
     let _turn = alone();
     let pair = Pair::new(Kind::Nccl, &[MIB], &[4096]);
     // Our own checks believe these lengths; the peer knows better.
-    let (id, host, port, gpu, _): ([u8; 16], String, u16, Option<[u8; 16]>, Vec<u64>) =
-        postcard::from_bytes(pair.theirs.export().as_bytes()).unwrap();
+    let (id, host, port, gpu, _): Exported = postcard::from_bytes(pair.theirs.export().as_bytes()).unwrap();
     let lie = postcard::to_stdvec(&(id, host, port, gpu, vec![to_u64(MIB)])).unwrap();
     let lie = pdlink::transport::Export::from_bytes(lie);
     let before = (contents(&pair.our_regions), contents(&pair.their_regions));
@@ -155,4 +209,31 @@ fn a_library_that_is_not_there_is_named_with_the_mend() {
     let regions = [Region::shared(4096).unwrap()];
     let error = Nccl::new(&regions, &Secret::generate().unwrap(), &setup).err().unwrap().to_string();
     assert!(error.contains("/nowhere/libnccl.so.2"), "{error}");
+}
+
+const OLD_ENV: &str = "PDLINK_TEST_OLD_NCCL";
+
+/// What the test below runs in a process of its own: a library is opened once in a process.
+#[test]
+fn open_an_old_library() {
+    if std::env::var_os(OLD_ENV).is_none() {
+        return;
+    }
+    let regions = [Region::shared(4096).unwrap()];
+    let opened = Nccl::new(&regions, &Secret::generate().unwrap(), &nccl_setup(Kind::Nccl));
+    println!("opened: {}", opened.err().map_or_else(|| "yes".to_owned(), |error| error.to_string()));
+}
+
+#[test]
+fn a_library_below_the_floor_is_refused_with_both_versions() {
+    for (version, want) in [("21705", "libnccl.so.2 is NCCL 2.17.5; 2.18 or newer is needed"), ("21800", "opened: yes")]
+    {
+        let opened = Command::new(std::env::current_exe().unwrap())
+            .args(["open_an_old_library", "--exact", "--nocapture"])
+            .envs([(OLD_ENV, "1"), ("FAKE_NCCL_VERSION", version)])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&opened.stdout);
+        assert!(opened.status.success() && said.contains(want), "{version}: {said}");
+    }
 }

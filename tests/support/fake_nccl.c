@@ -1,7 +1,10 @@
 /* A stand-in for libnccl.so.2 that moves host memory between two ranks over a socket, or from the first of several to all others. It keeps NCCL's habits that callers
  * must cope with: nothing ends at once, both halves must be posted in the same order, an abort ends what hangs, and errors
- * are found by asking. What to do wrong is set by fake_nccl_fail_at. */
+ * are found by asking. What to do wrong is set by fake_nccl_fail_at, and which version it is by FAKE_NCCL_VERSION.
+ *
+ * With streams it moves memory of a GPU's stand-in, which is the host's too, and tells that what is on them and when it is done. */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
@@ -20,7 +23,7 @@ enum { ID_BYTES = 128, TICK_MS = 5, QUEUE_MAX = 64, VERSION = 22809, RANKS_MAX =
 
 typedef struct { char internal[ID_BYTES]; } ncclUniqueId;
 typedef struct { size_t size; unsigned magic, version; int blocking, cga, min_ctas, max_ctas; const char *net; int share; } Config;
-typedef struct { char half; void *place; size_t bytes; } Op;
+typedef struct { char half; void *place; size_t bytes; void *stream; } Op;
 typedef struct Comm {
     pthread_t thread;
     pthread_mutex_t lock;
@@ -33,25 +36,34 @@ typedef struct Comm {
     struct Comm *child;
 } Comm;
 
-/* The how manieth operation from now on fails, and how; 0: none. */
-static int fail_countdown, fail_code;
+/* The how manieth operation of that rank from now on fails, and how; 0: none. */
+static int fail_rank, fail_countdown, fail_code;
 static pthread_mutex_t fail_lock = PTHREAD_MUTEX_INITIALIZER;
 static int living;
 
-void fake_nccl_fail_at(int operations, int code) {
+void fake_nccl_fail_at(int rank, int operations, int code) {
     pthread_mutex_lock(&fail_lock);
-    fail_countdown = operations, fail_code = code;
+    fail_rank = rank, fail_countdown = operations, fail_code = code;
     pthread_mutex_unlock(&fail_lock);
 }
 
 /* Communicators that were made and not ended. */
 int fake_nccl_living(void) { return __atomic_load_n(&living, __ATOMIC_SEQ_CST); }
 
-static int injected(void) {
+static int injected(int rank) {
     pthread_mutex_lock(&fail_lock);
-    int code = fail_countdown > 0 && --fail_countdown == 0 ? fail_code : SUCCESS;
+    int code = rank == fail_rank && fail_countdown > 0 && --fail_countdown == 0 ? fail_code : SUCCESS;
     pthread_mutex_unlock(&fail_lock);
     return code;
+}
+
+/* Tells the stand-in for the driver, which is in the process already if there are streams. */
+static void tell(const char *name, void *stream) {
+    if (!stream) return;
+    void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+    void (*of_stream)(void *) = (void (*)(void *))dlsym(driver, name);
+    of_stream(stream);
+    dlclose(driver);
 }
 
 static int stopped(Comm *comm) { return __atomic_load_n(&comm->stop, __ATOMIC_SEQ_CST); }
@@ -145,10 +157,11 @@ static void *run(void *with) {
         }
         Op op = comm->queue[0];
         pthread_mutex_unlock(&comm->lock);
-        state = injected();
+        state = injected(comm->rank);
         if (state == SUCCESS) state = op.half == 'B' ? spread(comm, fds, op) : move(comm, fds[0], op);
+        if (state == SUCCESS) tell("fake_cuda_done", op.stream);
         pthread_mutex_lock(&comm->lock);
-        memmove(comm->queue, comm->queue + 1, sizeof(Op) * --comm->queued);
+        if (state == SUCCESS) memmove(comm->queue, comm->queue + 1, sizeof(Op) * --comm->queued);
         comm->state = state;
     }
     pthread_mutex_unlock(&comm->lock);
@@ -158,7 +171,10 @@ static void *run(void *with) {
     return NULL;
 }
 
-int ncclGetVersion(int *version) { return *version = VERSION, SUCCESS; }
+int ncclGetVersion(int *version) {
+    const char *said = getenv("FAKE_NCCL_VERSION");
+    return *version = said ? atoi(said) : VERSION, SUCCESS;
+}
 
 int ncclGetUniqueId(ncclUniqueId *id) {
     memset(id, 0, sizeof *id);
@@ -186,7 +202,7 @@ static Comm *make(int rank, int ranks, int blocking, const char *name, size_t na
 int ncclCommInitRankConfig(Comm **made, int ranks, ncclUniqueId id, int rank, Config *config) {
     /* Blocking, it could not be given up. */
     if (ranks < 2 || ranks > RANKS_MAX || rank < 0 || rank >= ranks || !fits(config) || config->blocking != 0) return INVALID_ARGUMENT;
-    int code = injected();
+    int code = injected(rank);
     if (code != SUCCESS) return code;
     char name[65];
     for (int i = 0; i < 32; i++) sprintf(name + 2 * i, "%02x", (unsigned char)id.internal[i]);
@@ -225,6 +241,7 @@ static int post(Comm *comm, Op op, int type, int peer) {
     pthread_mutex_lock(&comm->lock);
     int code = comm->state != SUCCESS ? comm->state : comm->queued == QUEUE_MAX ? INVALID_USAGE : IN_PROGRESS;
     if (code == IN_PROGRESS) {
+        tell("fake_cuda_issue", op.stream);
         comm->queue[comm->queued++] = op;
         pthread_cond_signal(&comm->work);
         if (comm->blocking) code = SUCCESS;
@@ -234,18 +251,15 @@ static int post(Comm *comm, Op op, int type, int peer) {
 }
 
 int ncclSend(const void *from, size_t count, int type, int peer, Comm *comm, void *stream) {
-    (void)stream;
-    return post(comm, (Op){ 'S', (void *)from, count }, type, peer);
+    return post(comm, (Op){ 'S', (void *)from, count, stream }, type, peer);
 }
 
 int ncclRecv(void *into, size_t count, int type, int peer, Comm *comm, void *stream) {
-    (void)stream;
-    return post(comm, (Op){ 'R', into, count }, type, peer);
+    return post(comm, (Op){ 'R', into, count, stream }, type, peer);
 }
 
 int ncclBroadcast(const void *from, void *into, size_t count, int type, int root, Comm *comm, void *stream) {
-    (void)stream;
-    return post(comm, (Op){ 'B', comm->rank ? into : (void *)from, count }, type, root);
+    return post(comm, (Op){ 'B', comm->rank ? into : (void *)from, count, stream }, type, root);
 }
 
 int ncclCommAbort(Comm *comm) {
@@ -254,6 +268,8 @@ int ncclCommAbort(Comm *comm) {
     pthread_cond_signal(&comm->work);
     pthread_mutex_unlock(&comm->lock);
     pthread_join(comm->thread, NULL);
+    /* What was posted and not done is off the stream from here on. */
+    for (int i = 0; i < comm->queued; i++) tell("fake_cuda_done", comm->queue[i].stream);
     pthread_mutex_destroy(&comm->lock);
     pthread_cond_destroy(&comm->work);
     free(comm);

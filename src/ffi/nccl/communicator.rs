@@ -215,7 +215,7 @@ impl Handle {
         if state == IN_PROGRESS {
             return Ok(false);
         }
-        self.library.check("NCCL", state).map(|()| true)
+        self.library.check("what was posted (ncclCommGetAsyncError)", state).map(|()| true)
     }
 
     pub(super) fn settle(&self, gives_up: &dyn Fn() -> bool) -> Result<(), NcclError> {
