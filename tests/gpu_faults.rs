@@ -36,8 +36,11 @@ fn over_nccl(ordinal: i32, len: usize, secret: &Secret) -> (Arc<Region>, Arc<dyn
     (region, Arc::new(transport))
 }
 
-/// One end over `cuda-ipc` here, on GPU 0, and what connecting to a peer that is like that comes to.
-fn connect(peer: &PeerProcess) -> Result<(Arc<dyn Link>, Arc<Region>, CudaIpc), TransportError> {
+/// A link, and what it is made over, in the order in which it may go.
+type Reached = (Arc<dyn Link>, Arc<Region>, CudaIpc);
+
+/// One end over `cuda-ipc` here, on GPU 0, and what connecting to that peer comes to.
+fn connect(peer: &PeerProcess) -> Result<Reached, TransportError> {
     let region = on_gpu(0, MIB);
     let ours = CudaIpc::new(std::slice::from_ref(&region)).unwrap();
     Ok((ours.connect(&peer.export, soon())?, region, ours))

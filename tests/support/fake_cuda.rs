@@ -2,8 +2,13 @@
 //! loads the driver's library once, by its name.
 #![allow(dead_code, reason = "shared by crates of which each uses its part")]
 
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// No run of tests takes longer.
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Which drivers there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,8 +76,29 @@ pub(crate) fn streams() -> (i32, i32) {
 /// Runs tests of this binary over the stand-in, ignored ones too: all whose names contain one of `tests`. There must be `count`.
 pub(crate) fn pass(driver: Driver, switches: &[(&str, &str)], tests: &[&str], count: usize) {
     assert!(!is_here(), "{tests:?} name the test that runs them");
-    let ran = again(driver, switches).arg("--include-ignored").args(tests).output().unwrap();
-    let (said, more) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
-    let passed = ran.status.success() && said.contains(&format!("{count} passed; 0 failed"));
-    assert!(passed, "{tests:?} over the stand-in, {switches:?}: {said}{more}");
+    let mut output = tempfile::tempfile().unwrap();
+    let mut child = again(driver, switches)
+        .arg("--include-ignored")
+        .args(tests)
+        .stdout(output.try_clone().unwrap())
+        .stderr(output.try_clone().unwrap())
+        .spawn()
+        .unwrap();
+    let until = Instant::now() + PATIENCE;
+    let ended = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break Some(status),
+            None if Instant::now() < until => std::thread::sleep(Duration::from_millis(10)),
+            None => break None,
+        }
+    };
+    if ended.is_none() {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let mut said = String::new();
+    output.rewind().unwrap();
+    output.read_to_string(&mut said).unwrap();
+    let passed = ended.is_some_and(|status| status.success()) && said.contains(&format!("{count} passed; 0 failed"));
+    assert!(passed, "{tests:?} over the stand-in, {switches:?}, ended: {ended:?}: {said}");
 }
