@@ -1,30 +1,47 @@
 //! Copies between host memory and a GPU's, over a stand-in for NVIDIA's driver, whose GPU memory is the host's.
 
-use std::process::Command;
+#[path = "support/fake_cuda.rs"]
+mod fake_cuda;
 
-use pdlink::memory::{Device, GpuCopies, GpuRuns, Launches, Region, Run, RunSlice, in_rows};
+use fake_cuda::Driver;
+use pdlink::ffi::cuda::OrderedStream;
+use pdlink::memory::{Device, GpuCopies, GpuDigests, GpuRuns, Launches, Region, Run, RunSlice, in_rows};
 
 /// Longer than what goes in one part, and no multiple of it.
 const BYTES: u64 = (20 << 20) + 77;
 
-/// The driver's library is loaded by name once in a process: so the copies are made in one that was told where the stand-in is.
 #[test]
 fn what_a_gpu_does_is_right_over_a_stand_in_too() {
-    let folder = tempfile::tempdir().unwrap();
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/fake_cuda.c");
-    let compiled = Command::new(std::env::var_os("CC").unwrap_or_else(|| "cc".into()))
-        .args(["-shared", "-fPIC", "-O2", "-pthread", "-Wl,-soname,libcuda.so.1", source, "-o"])
-        .arg(folder.path().join("libcuda.so.1"))
-        .status()
-        .expect("a C compiler");
-    assert!(compiled.success());
-    let copied = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored"])
-        .env("LD_LIBRARY_PATH", folder.path())
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&copied.stdout);
-    assert!(copied.status.success() && said.contains("2 passed"), "{said}{}", String::from_utf8_lossy(&copied.stderr));
+    fake_cuda::pass(Driver::New, &[], &["short_runs_arrive", "copies_both_ways"], 2);
+}
+
+/// Without numbers written by streams, and without priorities of them: by asking, and by the usual one.
+#[test]
+fn and_over_a_driver_that_lacks_what_came_later_or_a_gpu_that_cannot_do_it() {
+    fake_cuda::pass(Driver::Old, &[], &["short_runs_arrive", "copies_both_ways"], 2);
+    fake_cuda::pass(Driver::New, &[("FAKE_CUDA_NO_WRITES", "1")], &["short_runs_arrive", "copies_both_ways"], 2);
+}
+
+#[test]
+fn what_the_model_computes_comes_before_what_we_copy() {
+    fake_cuda::pass(Driver::New, &[("FAKE_CUDA_LEAST", "2")], &["streams_of_ours_are_the_lowest"], 1);
+}
+
+/// What the test above runs over a stand-in, whose lowest priority is another than the usual one.
+#[test]
+fn streams_of_ours_are_the_lowest() {
+    if !fake_cuda::is_here() {
+        return;
+    }
+    let device = Device::open(0).unwrap();
+    // Copies of KV, digests, NCCL's, and those between a GPU and the host.
+    let _copies = GpuCopies::on(&device, 8, Launches::ONE).unwrap();
+    let _digests = GpuDigests::on(&device).unwrap();
+    let _stream = OrderedStream::new(&device).unwrap();
+    let (host, gpu) = (Region::shared(4096).unwrap(), Region::allocated_on(&device, 4096).unwrap());
+    host.copy_to(0, &gpu, 0, 4096).unwrap();
+    let (lowest, others) = fake_cuda::streams();
+    assert!(lowest >= 5 && others == 0, "{lowest} streams of the lowest priority, {others} of others");
 }
 
 /// Heads of tokens: many short runs at equal distances, of lengths and places that suit the GPU and that do not.

@@ -1,6 +1,8 @@
 //! Two processes, one of which is killed: the other notices at once, frees what it held, and works with the one that
 //! comes back at the same address, without a restart of its own (KV-8).
 
+#[path = "support/fake_cuda.rs"]
+mod fake_cuda;
 #[path = "support/fake_nccl.rs"]
 mod fake_nccl;
 #[path = "support/kv_cache.rs"]
@@ -23,17 +25,27 @@ use pdlink::kv::{
     TransferParams,
 };
 use pdlink::security::Secret;
-use pdlink::transport::{Fault, FaultPlan, Faulty, Nccl, Shm, Tcp, TcpSetup, Transport, When};
+use pdlink::transport::{CudaIpc, Fault, FaultPlan, Faulty, Nccl, Shm, Tcp, TcpSetup, Transport, When};
 
 const CHILD_ENV: &str = "PDLINK_TEST_KV_CHILD";
-const PATHS: [Path; 3] = [Path::Shm, Path::Tcp, Path::Nccl];
 const SRC: [BlockId; 2] = [BlockId(4), BlockId(9)];
 const DST: [BlockId; 2] = [BlockId(11), BlockId(2)];
+
+/// Paths of host memory, `nccl` over a stand-in for its library; and where the driver is a stand-in, those of its GPUs: each
+/// worker sees one of its own.
+fn paths() -> &'static [Path] {
+    if fake_cuda::is_here() { &[Path::CudaIpc, Path::Nccl] } else { &[Path::Shm, Path::Tcp, Path::Nccl] }
+}
+
+#[test]
+fn all_of_it_holds_on_gpus_of_a_stand_in() {
+    fake_cuda::pass(fake_cuda::Driver::New, &[], &["kv_8"], 4);
+}
 
 fn transport(path: Path, cache: &kv_cache::Cache) -> Arc<dyn Transport> {
     match path {
         Path::Shm => return Arc::new(Shm::new(&cache.regions, 2).unwrap()),
-        // Over a stand-in for the library, which moves host memory.
+        Path::CudaIpc => return Arc::new(CudaIpc::new(&cache.regions).unwrap()),
         Path::Nccl => {
             return Arc::new(Nccl::new(&cache.regions, &Secret::loopback(), &fake_nccl::setup()).unwrap());
         }
@@ -64,7 +76,7 @@ fn rank_worker(
 ) -> Worker {
     let mut plan = Plan::new(role.name(), role);
     plan.shape = Shape { tp_size, held: Some(rank), ..plan.shape };
-    plan.send_type = send_type;
+    (plan.send_type, plan.gpu) = (send_type, fake_cuda::is_here().then_some(0));
     (plan.kv.digest, plan.kv.part_bytes_min) = (DigestPolicy::Every, 0);
     plan.transports = Some(Box::new(move |cache| -> Vec<Arc<dyn Transport>> {
         let delay = (When::Always, Fault::Delay(Duration::from_millis(delay_ms)));
@@ -98,6 +110,7 @@ impl Other {
         let (path, send_type) = (path.name(), send_type.name());
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "child", "--nocapture", "--test-threads=1"])
+            .env("FAKE_CUDA_FIRST", "1")
             .env(CHILD_ENV, format!("{} {path} {send_type} {delay_ms} {address} {tp_size} {rank}", role.name()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -148,7 +161,7 @@ fn child() {
     let Ok(spec) = std::env::var(CHILD_ENV) else { return };
     let words: Vec<&str> = spec.split(' ').collect();
     let role = if words[0] == "prefill" { Role::Prefill } else { Role::Decode };
-    let path = PATHS.into_iter().find(|path| path.name() == words[1]).unwrap();
+    let path = *paths().iter().find(|path| path.name() == words[1]).unwrap();
     let send_type = if words[2] == "GET" { KvSendType::Get } else { KvSendType::PutAsync };
     let ranks = (words[5].parse().unwrap(), words[6].parse().unwrap());
     let listener = TcpListener::bind(words[4]).unwrap();
@@ -194,7 +207,7 @@ fn parse(params: &str) -> TransferParams {
 }
 
 fn each_way(test: impl Fn(Path, KvSendType)) {
-    for path in PATHS {
+    for &path in paths() {
         for send_type in [KvSendType::Get, KvSendType::PutAsync] {
             test(path, send_type);
         }
@@ -217,7 +230,7 @@ fn fetch_from(other: &mut Other, decode: &Worker, seed: u64) {
 
 #[test]
 fn kv_8_prefill_killed_while_it_computes_what_decode_has_claimed() {
-    for path in PATHS {
+    for &path in paths() {
         // A part is on its way when it dies, or has just arrived.
         for delay_ms in [60_000, 0] {
             let decode = here(Role::Decode, path, KvSendType::PutAsync, 0);

@@ -3,10 +3,12 @@
 #[path = "support/links.rs"]
 mod links;
 
+use std::process::Command;
 use std::sync::Mutex;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use links::fake_cuda::Driver;
 use links::*;
 use pdlink::memory::{to_u64, to_usize};
 use pdlink::transport::{Direction, RunList, TransferRequest, TransportError};
@@ -325,6 +327,28 @@ conformance! {
     faultless = Kind::Faultless;
 }
 
+/// Two GPUs of a stand-in for the driver, and NCCL's.
+fn stand_ins<'a>() -> [(&'a str, &'a str); 3] {
+    let nccl = fake_nccl::library().to_str().unwrap();
+    [("FAKE_CUDA_GPUS", "2"), ("PDLINK_TEST_GPUS", "0,1"), ("PDLINK_TEST_NCCL", nccl)]
+}
+
+#[test]
+fn gpus_of_a_stand_in_show_it_too() {
+    fake_cuda::pass(Driver::New, &stand_ins(), &["cuda_ipc::"], 11);
+}
+
+#[test]
+fn gpus_of_a_stand_in_show_it_over_nccl_too() {
+    fake_cuda::pass(Driver::New, &stand_ins(), &["nccl_gpus::"], 11);
+}
+
+#[test]
+fn and_so_does_one_gpu_alone() {
+    let bytes = ["cuda_ipc::bytes_arrive", "cuda_ipc::random_run_lists", "cuda_ipc::concurrent"];
+    fake_cuda::pass(Driver::New, &[], &bytes, 3);
+}
+
 /// Threads, descriptors and mapped regions of this process.
 fn holdings() -> (usize, usize, usize) {
     let count = |folder: &str| std::fs::read_dir(folder).unwrap().count();
@@ -343,7 +367,7 @@ const ALONE_ENV: &str = "PDLINK_TEST_ALONE";
 #[test]
 fn open_use_and_close_everything() {
     let kinds = match std::env::var(ALONE_ENV).as_deref() {
-        Ok("nccl") => vec![Kind::NcclGpus],
+        Ok("gpus") => vec![Kind::CudaIpc, Kind::NcclGpus],
         Ok("nixl") => vec![Kind::Nixl, Kind::NixlSockets, Kind::NixlPacked],
         Ok(_) => vec![Kind::Loopback, Kind::ShmFile, Kind::ShmBorrowed, Kind::Tcp, Kind::Nccl, Kind::Faultless],
         Err(_) => return,
@@ -371,8 +395,8 @@ fn open_use_and_close_everything() {
     }
 }
 
-fn leaves_nothing_behind(what: &str) {
-    let alone = std::process::Command::new(std::env::current_exe().unwrap())
+fn leaves_nothing_behind(mut again: Command, what: &str) {
+    let alone = again
         .args(["open_use_and_close_everything", "--exact", "--test-threads=1"])
         .env(ALONE_ENV, what)
         .output()
@@ -380,13 +404,22 @@ fn leaves_nothing_behind(what: &str) {
     assert!(alone.status.success(), "{}", String::from_utf8_lossy(&alone.stdout));
 }
 
+fn this_binary() -> Command {
+    Command::new(std::env::current_exe().unwrap())
+}
+
 #[test]
 fn nothing_is_left_behind() {
-    leaves_nothing_behind("built in");
+    leaves_nothing_behind(this_binary(), "built in");
+}
+
+#[test]
+fn nothing_is_left_behind_on_gpus_of_a_stand_in() {
+    leaves_nothing_behind(fake_cuda::again(Driver::New, &stand_ins()), "gpus");
 }
 
 #[test]
 #[ignore = "needs NIXL's wheel"]
 fn nothing_is_left_behind_by_nixl() {
-    leaves_nothing_behind("nixl");
+    leaves_nothing_behind(this_binary(), "nixl");
 }

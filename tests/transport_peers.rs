@@ -127,6 +127,92 @@ fn a_killed_peer_over_cuda_ipc() {
     a_killed_peer_fails_its_transfers_and_its_successor_serves(Kind::CudaIpc);
 }
 
+#[test]
+fn what_holds_on_gpus_holds_over_a_stand_in_for_the_driver() {
+    let gpus = [("FAKE_CUDA_GPUS", "2"), ("PDLINK_TEST_GPUS", "0,1")];
+    fake_cuda::pass(fake_cuda::Driver::New, &gpus, &["peer_over_cuda_ipc"], 3);
+}
+
+/// Whoever copies is killed in the middle: the owner of the memory goes on, keeps it once no grant is left, and serves others.
+fn a_killed_copying_peer_harms_nobody(kind: Kind) {
+    let len = 4 * MIB;
+    let mut apart = Apart::new(kind, len);
+    let filled = |apart: &Apart, byte: u8| contents(std::slice::from_ref(&apart.region))[0] == vec![byte; len];
+    for _ in 0..2 {
+        apart.region.fill(0, to_u64(len), 0).unwrap();
+        let grant = apart.ours.grant(&whole(len)).unwrap();
+        apart.peer.copy_for(&*apart.ours, grant.token());
+        let until = soon();
+        while apart.region.to_vec(0, 1).unwrap()[0] != pattern(2, 0, 0) {
+            assert!(Instant::now() < until, "nothing is copied");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        apart.peer.signal(libc::SIGKILL);
+        apart.peer.child.wait().unwrap();
+        drop(grant);
+        apart.region.fill(0, to_u64(len), 0x55).unwrap();
+        // The link to what was killed ends, and its memory goes with it.
+        apart.link.close();
+        apart.peer = PeerProcess::start(kind, len, &apart.secret_file);
+        assert!(filled(&apart, 0x55), "TR-3: nothing of the dead peer's lands any more");
+        apart.link = apart.ours.connect(&apart.peer.export, soon()).unwrap();
+        apart.pull(len).unwrap();
+        apart.arrived();
+    }
+}
+
+#[test]
+fn a_killed_copying_peer_over_mapped_shm() {
+    a_killed_copying_peer_harms_nobody(Kind::ShmFile);
+}
+
+#[test]
+fn a_killed_copying_peer_over_tcp() {
+    a_killed_copying_peer_harms_nobody(Kind::Tcp);
+}
+
+#[test]
+fn a_killed_copying_peer_over_nccl() {
+    a_killed_copying_peer_harms_nobody(Kind::Nccl);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_killed_copying_peer_over_cuda_ipc() {
+    a_killed_copying_peer_harms_nobody(Kind::CudaIpc);
+}
+
+/// Where whoever submits copies alone, an owner of memory that hangs holds up nobody, and closing neither.
+fn a_hung_owner_holds_up_nobody(kind: Kind) {
+    let len = 4 * MIB;
+    let apart = Apart::new(kind, len);
+    apart.peer.stop();
+    apart.pull(len).unwrap();
+    apart.arrived();
+    once(&apart.start(Direction::Push, whole(len), soon())).unwrap();
+    assert!(apart.link.usable() && !apart.link.peer_gone());
+    let in_flight: Vec<_> = (0..4).map(|_| apart.start(Direction::Pull, whole(len), soon())).collect();
+    apart.link.close();
+    for told in &in_flight {
+        let outcome = once(told);
+        assert!(matches!(outcome, Ok(_) | Err(TransportError::Cancelled)), "{outcome:?}");
+    }
+    apart.region.fill(0, to_u64(len), 0x66).unwrap();
+    apart.peer.signal(libc::SIGCONT);
+    assert!(contents(std::slice::from_ref(&apart.region))[0] == vec![0x66; len], "TR-3: nothing lands after the close");
+}
+
+#[test]
+fn a_hung_peer_over_mapped_shm() {
+    a_hung_owner_holds_up_nobody(Kind::ShmFile);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_hung_peer_over_cuda_ipc() {
+    a_hung_owner_holds_up_nobody(Kind::CudaIpc);
+}
+
 /// A dead peer's memory is free for its successor: the mappings of one that was killed go with its links.
 #[test]
 #[ignore = "needs a GPU"]

@@ -2,6 +2,8 @@
 
 #[path = "support/checkpoints.rs"]
 mod checkpoints;
+#[path = "support/fake_cuda.rs"]
+mod fake_cuda;
 #[path = "support/weights_worker.rs"]
 mod weights_worker;
 
@@ -208,4 +210,36 @@ async fn without_staging_the_bytes_are_checked_all_the_same() {
     worker.commit(2).await;
     assert!(worker.notes.weights.lock().unwrap().as_ref().unwrap().staged.as_ref().unwrap().region().is_none());
     assert!(!worker.ask(WeightsRequest::Status).await.serves_peers);
+}
+
+#[test]
+fn weights_that_do_not_fit_on_a_gpu_are_refused_with_numbers_and_a_mend() {
+    fake_cuda::pass(fake_cuda::Driver::New, &[("FAKE_CUDA_BYTES", "5000")], &["inner_weights_beyond_a_gpu"], 1);
+}
+
+/// What the test above runs over a stand-in for the driver, whose GPU has 5,000 bytes.
+#[tokio::test]
+async fn inner_weights_beyond_a_gpu() {
+    if !fake_cuda::is_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut tasks = JoinSet::new();
+    let sender = paths(WeightsConfig { paths: vec![Path::Tcp], ..small_buckets() });
+    let cases = [
+        // The whole of them, and two buckets.
+        (Staging::Device, false, "bytes of GPU memory, and 5000 are available", "weights.staging = \"host\""),
+        (Staging::None, true, "take 8192 bytes of GPU memory, and 5000 are available", "weights.bucket_bytes"),
+    ];
+    for (staging, streams, numbers, mend) in cases {
+        let (_source, address) = send(&mut tasks, 1, checkpoint(folder.path(), 1), &sender).await;
+        let weights = WeightsConfig { staging, paths: vec![Path::Tcp], ..small_buckets() };
+        let worker = Worker::start(Paths { gpu: Some(0), streams, ..paths(weights) }).await;
+        worker.offer(1, WeightSource::Peer(address), 0, 1).await;
+        let status = worker.staged().await;
+        let why = status.failure.unwrap().why;
+        assert!(why.contains(numbers) && why.contains(mend), "{why}");
+        assert_eq!((status.phase, status.version), (WeightsPhase::Serving, 0), "WT-1: the old ones serve on");
+        assert!(worker.notes.said().is_empty(), "WT-2: nothing was paused");
+    }
 }

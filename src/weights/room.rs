@@ -156,7 +156,11 @@ fn two_buckets(
 ) -> Result<Arc<Region>, StageError> {
     let bytes = buckets.bucket_bytes() * 2;
     match gpu {
-        Some(gpu) => Ok(Region::allocated_on(gpu, to_usize(bytes))?),
+        Some(gpu) => {
+            let mend = "let vLLM leave more (--gpu-memory-utilization), or have the sender lower weights.bucket_bytes";
+            fits(bytes, gpu.free_bytes()?, "GPU", mend)?;
+            Ok(Region::allocated_on(gpu, to_usize(bytes))?)
+        }
         None => on_host(bytes, reader),
     }
 }

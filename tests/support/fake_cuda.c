@@ -1,6 +1,16 @@
 /* A stand-in for libcuda.so.1 whose GPU memory is host memory: what pdlink calls of the driver, done at once, and its two
  * kernels in C. Memory is a memory file, so that other processes map it as they map a GPU's. Strict where the driver is:
- * memory is touched only with a context current, and only where something was allocated or mapped. */
+ * memory is touched only with a context current, and only where something was allocated or mapped.
+ *
+ * What it is like is said in the environment of each process:
+ *   FAKE_CUDA_GPUS=2     so many GPUs are visible (1)
+ *   FAKE_CUDA_FIRST=1    and the first of them is the machine's second, as CUDA_VISIBLE_DEVICES=1 makes it (0)
+ *   FAKE_CUDA_BYTES=n    each has so much memory (4 GiB)
+ *   FAKE_CUDA_NO_PEERS=1 no GPU reaches another
+ *   FAKE_CUDA_APART=1    memory of a GPU that is not visible cannot be opened: MIG, or another container's
+ *   FAKE_CUDA_NO_WRITES=1  streams write no numbers
+ *   FAKE_CUDA_LEAST=2    the lowest priority of a stream (0)
+ * Compiled with OLD, it lacks what older drivers lack. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
@@ -12,32 +22,42 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700 };
-enum { BLOCKS_MAX = 4096, GPUS_MAX = 8 };
+enum {
+    SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, PEERS_UNSUPPORTED = 217,
+    INVALID_HANDLE = 400, NOT_READY = 600, ILLEGAL_ADDRESS = 700, LAUNCH_TIMEOUT = 702, NOT_SUPPORTED = 801,
+};
+enum { BLOCKS_MAX = 4096, GPUS_MAX = 8, CONTEXTS_MAX = 16, PRIORITIES = 8, WAIT_MAX_MS = 30000 };
 
 typedef uint64_t Ptr;
-typedef struct { char bytes[64]; } Handle;
-typedef struct { Ptr at; size_t len; int fd; } Block;
+/* Which file of which process, and on which of the machine's GPUs. */
+typedef struct { int pid, fd, gpu; char rest[52]; } Handle;
+typedef struct { Ptr at; size_t len; int fd, gpu; } Block;
+/* How many things others put on it, and how many of them are done. What this file does is done at once. */
+typedef struct { uint64_t issued, done; int priority; } Stream;
+typedef struct { Stream *stream; uint64_t issued; } Event;
 
 static Block blocks[BLOCKS_MAX];
-static size_t taken;
+static size_t taken[GPUS_MAX];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static _Thread_local int depth;
+/* Streams that were made, by priority from the lowest number on. */
+static int made_with[PRIORITIES];
+static _Thread_local int depth, contexts[CONTEXTS_MAX];
 
-static size_t memory(void) {
-    const char *said = getenv("FAKE_CUDA_BYTES");
-    return said ? strtoull(said, NULL, 10) : (size_t)4 << 30;
+static long said(const char *name, long otherwise) {
+    const char *text = getenv(name);
+    return text ? strtol(text, NULL, 10) : otherwise;
 }
-static int gpus(void) {
-    const char *said = getenv("FAKE_CUDA_GPUS");
-    return said ? atoi(said) : 1;
-}
+static size_t memory(void) { return said("FAKE_CUDA_BYTES", (size_t)4 << 30); }
+static int gpus(void) { return said("FAKE_CUDA_GPUS", 1); }
+static int current(void) { return depth ? contexts[depth - 1] : 0; }
+/* Of the machine's numbers, the one of a GPU that is visible here. */
+static int of_machine(int gpu) { return said("FAKE_CUDA_FIRST", 0) + gpu; }
 
 static int keep(void *at, size_t len, int fd, Ptr *made) {
     pthread_mutex_lock(&lock);
     int place = 0;
     while (place < BLOCKS_MAX && blocks[place].at) place++;
-    if (place < BLOCKS_MAX) blocks[place] = (Block){ (Ptr)(uintptr_t)at, len, fd };
+    if (place < BLOCKS_MAX) blocks[place] = (Block){ (Ptr)(uintptr_t)at, len, fd, current() };
     pthread_mutex_unlock(&lock);
     *made = (Ptr)(uintptr_t)at;
     return place < BLOCKS_MAX ? SUCCESS : OUT_OF_MEMORY;
@@ -48,7 +68,7 @@ static int let_go(Ptr at, int ours) {
     for (int i = 0; i < BLOCKS_MAX && at; i++) {
         if (blocks[i].at != at || (blocks[i].fd >= 0) != ours) continue;
         munmap((void *)(uintptr_t)at, blocks[i].len);
-        if (ours) close(blocks[i].fd), taken -= blocks[i].len;
+        if (ours) close(blocks[i].fd), taken[blocks[i].gpu] -= blocks[i].len;
         blocks[i].at = 0, found = SUCCESS;
         break;
     }
@@ -71,37 +91,45 @@ static int usable(Ptr at, size_t len) {
     return within(at, len, NULL) ? SUCCESS : ILLEGAL_ADDRESS;
 }
 
-int cuInit(unsigned flags) { return flags ? INVALID_VALUE : SUCCESS; }
+int cuInit(unsigned flags) { return flags ? INVALID_VALUE : gpus() > 0 ? SUCCESS : NO_DEVICE; }
 int cuDriverGetVersion(int *version) { return *version = 13000, SUCCESS; }
 int cuDeviceGetCount(int *count) { return *count = gpus(), SUCCESS; }
 int cuDeviceGetName(char *name, int len, int device) { return snprintf(name, len, "Stand-in %d", device), SUCCESS; }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { return *bytes = memory(), device < gpus() ? SUCCESS : INVALID_DEVICE; }
-int cuDeviceGetP2PAttribute(int *value, int attribute, int one, int other) { return *value = 1, SUCCESS; }
+int cuDeviceGetP2PAttribute(int *value, int attribute, int one, int other) {
+    return *value = !said("FAKE_CUDA_NO_PEERS", 0), one != other ? SUCCESS : INVALID_DEVICE;
+}
 int cuDeviceGet(int *device, int ordinal) {
     return *device = ordinal, ordinal >= 0 && ordinal < gpus() ? SUCCESS : INVALID_DEVICE;
 }
 int cuDeviceGetAttribute(int *value, int attribute, int device) { return *value = 4, SUCCESS; }
-int cuDeviceGetUuid_v2(char uuid[16], int device) { return memset(uuid, 'a' + device, 16), SUCCESS; }
+int cuDeviceGetUuid_v2(char uuid[16], int device) { return memset(uuid, 'a' + of_machine(device), 16), SUCCESS; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = (void *)(uintptr_t)(device + 1), SUCCESS; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return SUCCESS; }
-int cuCtxPushCurrent_v2(void *context) { return depth++, context ? SUCCESS : INVALID_CONTEXT; }
-int cuCtxPopCurrent_v2(void **context) { return *context = NULL, depth-- > 0 ? SUCCESS : INVALID_CONTEXT; }
+int cuCtxPushCurrent_v2(void *context) {
+    if (!context || depth == CONTEXTS_MAX) return INVALID_CONTEXT;
+    return contexts[depth++] = (int)(uintptr_t)context - 1, SUCCESS;
+}
+int cuCtxPopCurrent_v2(void **context) { return *context = NULL, depth > 0 ? depth--, SUCCESS : INVALID_CONTEXT; }
 
 int cuMemAlloc_v2(Ptr *made, size_t len) {
     if (!depth) return INVALID_CONTEXT;
     if (!len) return INVALID_VALUE;
-    if (taken + len > memory()) return OUT_OF_MEMORY;
+    pthread_mutex_lock(&lock);
+    int fits = taken[current()] + len <= memory();
+    if (fits) taken[current()] += len;
+    pthread_mutex_unlock(&lock);
+    if (!fits) return OUT_OF_MEMORY;
     int fd = memfd_create("fake-cuda", MFD_CLOEXEC);
     if (fd < 0 || ftruncate(fd, len)) return OUT_OF_MEMORY;
     void *at = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (at == MAP_FAILED) return OUT_OF_MEMORY;
     memset(at, 0xA5, len);
-    taken += len;
     return keep(at, len, fd, made);
 }
 int cuMemFree_v2(Ptr at) { return depth ? let_go(at, 1) : INVALID_CONTEXT; }
 int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
-    return *total = memory(), *free_bytes = memory() - taken, depth ? SUCCESS : INVALID_CONTEXT;
+    return *total = memory(), *free_bytes = memory() - taken[current()], depth ? SUCCESS : INVALID_CONTEXT;
 }
 int cuMemGetAddressRange_v2(Ptr *base, size_t *len, Ptr at) {
     Block block;
@@ -139,33 +167,74 @@ int cuMemHostUnregister(void *at) { return at ? SUCCESS : INVALID_VALUE; }
 int cuIpcGetMemHandle(Handle *handle, Ptr at) {
     Block block;
     if (!within(at, 1, &block) || block.at != at || block.fd < 0) return INVALID_VALUE;
-    memset(handle, 0, sizeof *handle);
-    snprintf(handle->bytes, sizeof handle->bytes, "/proc/%d/fd/%d", (int)getpid(), block.fd);
+    *handle = (Handle){ getpid(), block.fd, of_machine(block.gpu) };
     return SUCCESS;
 }
 int cuIpcOpenMemHandle_v2(Ptr *made, Handle handle, unsigned flags) {
     struct stat stat;
-    int fd = open(handle.bytes, O_RDWR | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &stat)) return INVALID_HANDLE;
-    void *at = mmap(NULL, stat.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    char path[64];
+    int first = of_machine(0), visible = handle.gpu >= first && handle.gpu < first + gpus();
+    if (!visible && said("FAKE_CUDA_APART", 0)) return INVALID_DEVICE;
+    if (handle.gpu != of_machine(current()) && said("FAKE_CUDA_NO_PEERS", 0)) return PEERS_UNSUPPORTED;
+    /* The driver lets no process open what is its own. */
+    if (handle.pid == getpid()) return INVALID_VALUE;
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.pid, handle.fd);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0) return INVALID_HANDLE;
+    void *at = fstat(fd, &stat) ? MAP_FAILED : mmap(NULL, stat.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     close(fd);
-    return at == MAP_FAILED ? OUT_OF_MEMORY : keep(at, stat.st_size, -1, made);
+    return at == MAP_FAILED ? INVALID_HANDLE : keep(at, stat.st_size, -1, made);
 }
 int cuIpcCloseMemHandle(Ptr at) { return let_go(at, 0); }
 
-int cuStreamCreate(void **stream, unsigned flags) { return *stream = malloc(1), SUCCESS; }
-int cuStreamDestroy_v2(void *stream) { return free(stream), SUCCESS; }
-int cuStreamSynchronize(void *stream) { return SUCCESS; }
-int cuStreamQuery(void *stream) { return SUCCESS; }
-int cuStreamWriteValue32_v2(void *stream, Ptr at, uint32_t value, unsigned flags) {
+/* For a stand-in of NCCL, which takes its time: what it puts on a stream, and when each of those is done. */
+void fake_cuda_issue(Stream *stream) { __atomic_add_fetch(&stream->issued, 1, __ATOMIC_SEQ_CST); }
+void fake_cuda_done(Stream *stream) { __atomic_add_fetch(&stream->done, 1, __ATOMIC_SEQ_CST); }
+static uint64_t issued(Stream *stream) { return stream ? __atomic_load_n(&stream->issued, __ATOMIC_SEQ_CST) : 0; }
+static int is_done(Stream *stream, uint64_t count) { return !stream || __atomic_load_n(&stream->done, __ATOMIC_SEQ_CST) >= count; }
+static int wait_for(Stream *stream, uint64_t count) {
+    for (int waited = 0; !is_done(stream, count); waited++) {
+        /* The driver would wait for ever; a test is to fail. */
+        if (waited == WAIT_MAX_MS * 10) return LAUNCH_TIMEOUT;
+        usleep(100);
+    }
+    return SUCCESS;
+}
+
+static int least(void) { return said("FAKE_CUDA_LEAST", 0); }
+static int make_stream(Stream **stream, int priority) {
+    /* As the driver does: what lies outside is moved to the nearest that there is. */
+    int place = priority > least() ? PRIORITIES - 1 : priority <= least() - PRIORITIES ? 0 : PRIORITIES - 1 - (least() - priority);
+    __atomic_add_fetch(&made_with[place], 1, __ATOMIC_SEQ_CST);
+    *stream = calloc(1, sizeof **stream);
+    return (*stream)->priority = priority, depth ? SUCCESS : INVALID_CONTEXT;
+}
+/* How many streams have been made so far: of the lowest priority, and of any other. */
+void fake_cuda_streams(int *lowest, int *others) {
+    *lowest = made_with[PRIORITIES - 1], *others = 0;
+    for (int i = 0; i < PRIORITIES - 1; i++) *others += made_with[i];
+}
+int cuStreamCreate(Stream **stream, unsigned flags) { return make_stream(stream, 0); }
+#ifndef OLD
+int cuCtxGetStreamPriorityRange(int *lowest, int *highest) {
+    return *lowest = least(), *highest = least() - PRIORITIES + 1, depth ? SUCCESS : INVALID_CONTEXT;
+}
+int cuStreamCreateWithPriority(Stream **stream, unsigned flags, int priority) { return make_stream(stream, priority); }
+int cuStreamWriteValue32_v2(Stream *stream, Ptr at, uint32_t value, unsigned flags) {
+    if (said("FAKE_CUDA_NO_WRITES", 0)) return NOT_SUPPORTED;
     __atomic_store_n((uint32_t *)(uintptr_t)at, value, __ATOMIC_SEQ_CST);
     return SUCCESS;
 }
-int cuEventCreate(void **event, unsigned flags) { return *event = malloc(1), SUCCESS; }
-int cuEventDestroy_v2(void *event) { return free(event), SUCCESS; }
-int cuEventRecord(void *event, void *stream) { return SUCCESS; }
-int cuEventQuery(void *event) { return SUCCESS; }
-int cuEventSynchronize(void *event) { return SUCCESS; }
+#endif
+/* Kept: events may still ask about it. */
+int cuStreamDestroy_v2(Stream *stream) { return __atomic_store_n(&stream->done, UINT64_MAX, __ATOMIC_SEQ_CST), SUCCESS; }
+int cuStreamSynchronize(Stream *stream) { return wait_for(stream, issued(stream)); }
+int cuStreamQuery(Stream *stream) { return is_done(stream, issued(stream)) ? SUCCESS : NOT_READY; }
+int cuEventCreate(Event **event, unsigned flags) { return *event = calloc(1, sizeof **event), SUCCESS; }
+int cuEventDestroy_v2(Event *event) { return free(event), SUCCESS; }
+int cuEventRecord(Event *event, Stream *stream) { return *event = (Event){ stream, issued(stream) }, SUCCESS; }
+int cuEventQuery(Event *event) { return is_done(event->stream, event->issued) ? SUCCESS : NOT_READY; }
+int cuEventSynchronize(Event *event) { return wait_for(event->stream, event->issued); }
 int cuModuleLoadData(void **module, const void *text) { return *module = malloc(1), SUCCESS; }
 int cuModuleUnload(void *module) { return free(module), SUCCESS; }
 
@@ -233,5 +302,30 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
     return digest_tiles(list, count, *(uint64_t **)arguments[2]);
 }
 
-int cuGetErrorName(int status, const char **text) { return *text = "STAND_IN", SUCCESS; }
-int cuGetErrorString(int status, const char **text) { return *text = "of the stand-in", SUCCESS; }
+static const struct { int status; const char *name, *text; } answers[] = {
+    { SUCCESS, "CUDA_SUCCESS", "no error" },
+    { INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "invalid argument" },
+    { OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory" },
+    { NO_DEVICE, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected" },
+    { INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal" },
+    { INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context" },
+    { PEERS_UNSUPPORTED, "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED", "peer access is not supported between these two devices" },
+    { INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle" },
+    { NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready" },
+    { ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered" },
+    { LAUNCH_TIMEOUT, "CUDA_ERROR_LAUNCH_TIMEOUT", "the launch timed out and was terminated" },
+    { NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported" },
+};
+static int answer(int status) {
+    for (size_t i = 0; i < sizeof answers / sizeof *answers; i++)
+        if (answers[i].status == status) return i;
+    return -1;
+}
+int cuGetErrorName(int status, const char **text) {
+    int at = answer(status);
+    return at < 0 ? INVALID_VALUE : (*text = answers[at].name, SUCCESS);
+}
+int cuGetErrorString(int status, const char **text) {
+    int at = answer(status);
+    return at < 0 ? INVALID_VALUE : (*text = answers[at].text, SUCCESS);
+}

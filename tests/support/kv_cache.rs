@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use pdlink::kv::{BlockId, Extent, Geometry, GroupGeometry, GroupKind, LayerPlacement, Layout, MemoryMap, RankMemory};
-use pdlink::memory::Region;
+use pdlink::memory::{Device, Region};
 
 /// Orders of the dimensions in memory, widest stride first; content innermost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,22 +183,34 @@ pub struct Cache {
 
 impl Cache {
     pub fn new(shape: &Shape, arrangement: Arrangement) -> Self {
+        Self::of(shape, arrangement, |len| Region::shared(len).unwrap())
+    }
+
+    /// In memory of a GPU.
+    pub fn on(device: &Arc<Device>, shape: &Shape, arrangement: Arrangement) -> Self {
+        Self::of(shape, arrangement, |len| Region::allocated_on(device, len).unwrap())
+    }
+
+    fn of(shape: &Shape, arrangement: Arrangement, memory: impl Fn(usize) -> Arc<Region>) -> Self {
         let layout = shape.layout(arrangement);
-        let regions =
-            layout.map().region_lens.iter().map(|len| Region::shared(usize::try_from(*len).unwrap()).unwrap());
+        let regions = layout.map().region_lens.iter().map(|len| memory(usize::try_from(*len).unwrap()));
         Self { shape: shape.clone(), regions: regions.collect(), layout }
     }
 
     /// Every byte set by its place: elements by their logical place (replicas agree), all else by its offset.
     pub fn patterned(shape: &Shape, arrangement: Arrangement, seed: u64) -> Self {
         let cache = Self::new(shape, arrangement);
-        cache.scribble(seed);
-        for block in 0..shape.num_blocks {
-            for token in 0..if shape.state { 1 } else { shape.block_size } {
-                cache.write(BlockId(block), token, u64::from(block) << 32 | u64::from(token), seed);
+        cache.pattern(seed);
+        cache
+    }
+
+    pub fn pattern(&self, seed: u64) {
+        self.scribble(seed);
+        for block in 0..self.shape.num_blocks {
+            for token in 0..if self.shape.state { 1 } else { self.shape.block_size } {
+                self.write(BlockId(block), token, u64::from(block) << 32 | u64::from(token), seed);
             }
         }
-        cache
     }
 
     /// The KV of tokens `0..tokens` of one request in `blocks`, the same for every arrangement; all else scribbled.

@@ -11,6 +11,7 @@ use pdlink::kv::{
     BlockId, End, KvLink, KvMetrics, KvRuntime, Offer, Report, RuntimeConfig, TransferHandle, TransferId,
     TransferParams,
 };
+use pdlink::memory::Device;
 use pdlink::security::Secret;
 use pdlink::transport::Transport;
 
@@ -34,6 +35,8 @@ pub struct Plan {
     pub weight_version: u64,
     pub model: Option<String>,
     pub siblings: Vec<String>,
+    /// The GPU that the cache lies on; in host memory, if none.
+    pub gpu: Option<i32>,
     /// Built from the cache, so that they know its regions.
     pub transports: Option<MakeTransports>,
 }
@@ -51,6 +54,7 @@ impl Plan {
             weight_version: 1,
             model: None,
             siblings: Vec::new(),
+            gpu: None,
             transports: None,
         }
     }
@@ -65,7 +69,11 @@ impl Plan {
     }
 
     pub fn start_on(self, listener: TcpListener) -> Worker {
-        let cache = Cache::patterned(&self.shape, self.arrangement, u64::from(self.role == Role::Prefill));
+        let cache = match self.gpu {
+            Some(gpu) => Cache::on(&Device::open(gpu).unwrap(), &self.shape, self.arrangement),
+            None => Cache::new(&self.shape, self.arrangement),
+        };
+        cache.pattern(u64::from(self.role == Role::Prefill));
         let (sender, reports) = channel();
         let mut geometry = self.shape.geometry();
         geometry.model = self.model.unwrap_or(geometry.model);

@@ -1,6 +1,8 @@
 //! Two ends of a path, in one process or in two, with memory whose every byte depends on where it is.
 #![allow(dead_code, unreachable_pub, reason = "shared by test binaries, each of which uses its own part")]
 
+#[path = "fake_cuda.rs"]
+pub mod fake_cuda;
 #[path = "fake_nccl.rs"]
 pub mod fake_nccl;
 #[path = "nixl.rs"]
@@ -120,20 +122,9 @@ pub fn tcp_setup() -> TcpSetup {
 }
 
 pub fn nccl_setup(kind: Kind) -> NcclSetup {
-    let library = match kind {
-        Kind::NcclGpus => std::env::var_os("PDLINK_TEST_NCCL").expect("PDLINK_TEST_NCCL names the library").into(),
-        _ => fake_nccl::library().to_owned(),
-    };
-    NcclSetup {
-        library: Some(library),
-        environments: Vec::new(),
-        staging_bytes: 32 << 20,
-        multiprocessors_max: 16,
-        bind: Ipv4Addr::LOCALHOST.into(),
-        advertise_host: "127.0.0.1".to_owned(),
-        stall_max: Duration::from_secs(10),
-        connect_max: PATIENCE,
-    }
+    let real = || std::env::var_os("PDLINK_TEST_NCCL").expect("PDLINK_TEST_NCCL names the library").into();
+    let stand_in = fake_nccl::setup();
+    NcclSetup { library: if kind == Kind::NcclGpus { Some(real()) } else { stand_in.library }, ..stand_in }
 }
 
 pub fn nixl_setup(kind: Kind) -> NixlSetup {
@@ -340,10 +331,16 @@ impl PeerProcess {
 
     /// Runs this test binary again, as `peer_process`, a test that must call [`be_peer`].
     pub fn of_regions(kind: Kind, lens: &[usize], secret: &std::path::Path) -> Self {
+        Self::that_has(kind, lens, secret, &[])
+    }
+
+    /// One with something of its own in its environment.
+    pub fn that_has(kind: Kind, lens: &[usize], secret: &std::path::Path, environment: &[(&str, &str)]) -> Self {
         let lens: Vec<_> = lens.iter().map(usize::to_string).collect();
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["peer_process", "--exact", "--nocapture"])
             .env(PEER_ENV, format!("{kind:?} {} {}", lens.join(","), secret.display()))
+            .envs(environment.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -353,6 +350,12 @@ impl PeerProcess {
         let mut next = || said.next().expect("the peer says what it has");
         let (handles, export) = (next(), next());
         Self { child, export: Export::from_bytes(export), handles: postcard::from_bytes(&handles).unwrap() }
+    }
+
+    /// Has it copy all of its first region into that of `owner` and back, over and over, until it is killed.
+    pub fn copy_for(&mut self, owner: &dyn Transport, grant: GrantToken) {
+        let order = format!("{} {}", hex::encode(owner.export().as_bytes()), hex::encode(grant.0));
+        writeln!(self.child.stdin.as_mut().unwrap(), "{order}").unwrap();
     }
 
     pub fn signal(&self, signal: i32) {
@@ -411,5 +414,23 @@ pub fn be_peer() {
     println!("peer says {}", hex::encode(postcard::to_stdvec(&handles).unwrap()));
     println!("peer says {}", hex::encode(transport.export().as_bytes()));
     std::io::stdout().flush().unwrap();
-    let _ = std::io::stdin().lines().count();
+    for order in std::io::stdin().lines().map_while(Result::ok) {
+        copy_on(&*transport, regions[0].len(), &order);
+    }
+}
+
+/// What [`PeerProcess::copy_for`] asks for.
+fn copy_on(transport: &dyn Transport, len: u64, order: &str) {
+    let (export, grant) = order.split_once(' ').unwrap();
+    let link = transport.connect(&Export::from_bytes(hex::decode(export).unwrap()), soon()).unwrap();
+    let grant = GrantToken(hex::decode(grant).unwrap().try_into().unwrap());
+    for direction in [Direction::Push, Direction::Pull].into_iter().cycle() {
+        let (tell, told) = mpsc::channel();
+        let done = Box::new(move |outcome| drop(tell.send(outcome)));
+        link.submit(request(direction, whole(to_usize(len)), Some(grant)), done);
+        // Its owner may go first.
+        if once(&told).is_err() {
+            return;
+        }
+    }
 }

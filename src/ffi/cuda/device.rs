@@ -4,12 +4,14 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::driver::{Context, CudaError, DevicePtr, Driver, RawIpcHandle, Stream};
+use super::driver::{
+    Context, CudaError, DevicePtr, Driver, INVALID_DEVICE, OUT_OF_MEMORY, RawIpcHandle, Status, Stream, visible_devices,
+};
+use super::{sight, stream};
 
 const MULTIPROCESSOR_COUNT: i32 = 16;
 /// Lets a mapped peer GPU be reached over NVLink or PCIe without a call of its own.
 const LAZY_PEER_ACCESS: u32 = 1;
-const NON_BLOCKING_STREAM: u32 = 1;
 /// Fixed for every context of the process.
 const PORTABLE: u32 = 1;
 
@@ -56,9 +58,7 @@ impl Device {
     /// The GPU of number `ordinal` among those that `CUDA_VISIBLE_DEVICES` leaves.
     pub fn open(ordinal: i32) -> Result<Arc<Self>, CudaError> {
         let driver = Driver::get()?;
-        let mut handle = 0;
-        // SAFETY: writes one int.
-        driver.check("cuDeviceGet", unsafe { (driver.device_get)(&raw mut handle, ordinal) })?;
+        let handle = sight::handle(driver, ordinal).map_err(|error| no_such_gpu(driver, ordinal, error))?;
         let mut context: Context = std::ptr::null_mut();
         // SAFETY: writes one pointer; released when the device is dropped.
         let status = unsafe { (driver.primary_retain)(&raw mut context, handle) };
@@ -72,10 +72,15 @@ impl Device {
 
     /// The number that names this GPU on any machine.
     pub fn uuid(&self) -> Result<[u8; 16], CudaError> {
-        let mut uuid = [0; 16];
-        // SAFETY: writes sixteen bytes.
-        let status = unsafe { (self.driver.device_uuid)(&raw mut uuid, self.handle) };
-        self.driver.check("cuDeviceGetUuid", status).map(|()| uuid)
+        sight::uuid_of(self.driver, self.handle)
+    }
+
+    pub(super) fn driver(&self) -> &'static Driver {
+        self.driver
+    }
+
+    pub(super) fn handle(&self) -> i32 {
+        self.handle
     }
 
     pub fn multiprocessors(&self) -> Result<u32, CudaError> {
@@ -135,12 +140,7 @@ impl Device {
 
     /// Bytes of this GPU's memory that nobody has.
     pub fn free_bytes(&self) -> Result<u64, CudaError> {
-        self.current(|driver| {
-            let (mut free, mut total) = (0, 0_usize);
-            // SAFETY: writes two numbers.
-            let status = unsafe { (driver.memory_info)(&raw mut free, &raw mut total) };
-            driver.check("cuMemGetInfo", status).map(|()| free as u64)
-        })
+        self.current(|driver| memory_info(driver).map(|(free, _)| free))
     }
 
     /// `len` bytes of this GPU's memory.
@@ -149,10 +149,20 @@ impl Device {
             let mut address = 0;
             // SAFETY: writes one address; freed once, when `DeviceMemory` is dropped.
             let status = unsafe { (driver.memory_allocate)(&raw mut address, len) };
+            if status == OUT_OF_MEMORY {
+                return Err(self.no_room(driver, len, status));
+            }
             driver.check("cuMemAlloc", status)?;
             ALLOCATED_BYTES.fetch_add(len as u64, Ordering::Relaxed);
             Ok(DeviceMemory { device: Arc::clone(self), address, len: len as u64 })
         })
+    }
+
+    fn no_room(&self, driver: &Driver, len: usize, status: Status) -> CudaError {
+        // Where the driver cannot say either, that nothing is free is as good as known.
+        let (free, total) = memory_info(driver).unwrap_or((0, 0));
+        let (ordinal, bytes, name) = (self.ordinal, len as u64, driver.name(status));
+        CudaError::NoRoom { ordinal, bytes, free, total, code: status, name }
     }
 
     /// Fixes host memory in place, for copies at the full speed of the bus.
@@ -219,10 +229,7 @@ impl Device {
     /// Puts work on a new stream, which waits for no other, and waits for it.
     fn beside(&self, work: impl FnOnce(&Driver, Stream) -> Result<(), CudaError>) -> Result<(), CudaError> {
         self.current(|driver| {
-            let mut stream: Stream = std::ptr::null_mut();
-            // SAFETY: writes one handle, destroyed below.
-            let status = unsafe { (driver.stream_create)(&raw mut stream, NON_BLOCKING_STREAM) };
-            driver.check("cuStreamCreate", status)?;
+            let stream = stream::create(driver)?;
             let begun = work(driver, stream);
             // SAFETY: the handle is ours. Also if the work failed: part of it may run.
             let status = unsafe { (driver.stream_synchronize)(stream) };
@@ -264,6 +271,24 @@ impl Drop for Device {
     fn drop(&mut self) {
         // SAFETY: retained once, in `open`. At the end of the process the driver may be gone already, and says so.
         let _ = unsafe { (self.driver.primary_release)(self.handle) };
+    }
+}
+
+/// What is free of the current GPU's memory, and all of it.
+fn memory_info(driver: &Driver) -> Result<(u64, u64), CudaError> {
+    let (mut free, mut total) = (0, 0_usize);
+    // SAFETY: writes two numbers.
+    let status = unsafe { (driver.memory_info)(&raw mut free, &raw mut total) };
+    driver.check("cuMemGetInfo", status).map(|()| (free as u64, total as u64))
+}
+
+/// The error of asking for a GPU, which says what there is if it is that there is none of that number.
+fn no_such_gpu(driver: &Driver, ordinal: i32, error: CudaError) -> CudaError {
+    match (error, sight::count(driver)) {
+        (CudaError::Call { code: INVALID_DEVICE, .. }, Ok(visible)) => {
+            CudaError::NoSuchGpu { ordinal, visible, variable: visible_devices() }
+        }
+        (error, _) => error,
     }
 }
 

@@ -7,10 +7,10 @@ use super::device::{Device, DeviceMemory};
 use super::driver::{CudaError, DevicePtr, Driver, Function, Module, Stream};
 use super::pinned::Pinned;
 use super::signal::Signal;
+use super::stream;
 
 /// Lists up to this long are read where they are; longer ones are worth a copy into the GPU's memory first.
 const ITEMS_IN_PLACE_MAX: usize = 32;
-const NON_BLOCKING_STREAM: c_uint = 1;
 
 /// One launch at a time: the caller is its only user.
 pub(super) struct ListKernel<T> {
@@ -51,9 +51,7 @@ impl<T: Copy + Default> ListKernel<T> {
     }
 
     fn prepare(&mut self, driver: &Driver, text: &CStr, names: &[&CStr]) -> Result<(), CudaError> {
-        // SAFETY: writes one handle, destroyed in `drop`.
-        let status = unsafe { (driver.stream_create)(&raw mut self.stream, NON_BLOCKING_STREAM) };
-        driver.check("cuStreamCreate", status)?;
+        self.stream = stream::create(driver)?;
         // SAFETY: the text is terminated; writes one handle, unloaded in `drop`.
         let status = unsafe { (driver.module_load)(&raw mut self.module, text.as_ptr().cast::<c_void>()) };
         driver.check("cuModuleLoadData", status)?;

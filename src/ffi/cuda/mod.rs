@@ -9,7 +9,9 @@ mod idle;
 mod list_kernel;
 mod ordered_stream;
 mod pinned;
+mod sight;
 mod signal;
+mod stream;
 mod survey;
 
 pub use copier::{Copier, CopyKind, CopyRows, CopySlot};
@@ -17,4 +19,22 @@ pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped, Pin, alloc
 pub use digester::{DigestTile, Digester, SUMS_MAX};
 pub use driver::CudaError;
 pub use ordered_stream::{Mark, OrderedStream};
+pub use sight::{Sight, uuid_text};
 pub use survey::{Gpu, Pair, Survey, survey};
+
+#[cfg(test)]
+#[path = "../../../tests/support/fake_cuda.rs"]
+mod fake_cuda;
+
+#[cfg(test)]
+mod tests {
+    use super::fake_cuda::{Driver, pass};
+
+    /// KV-4 and WT-5: a GPU's kernel digests as the processor does. The stand-in's are those kernels in C.
+    #[test]
+    fn digests_of_a_gpu_are_those_of_the_processor_over_a_stand_in_too() {
+        for driver in [Driver::New, Driver::Old] {
+            pass(driver, &[], &["a_gpu_makes_the_same_digest", "a_gpu_digests_like_the_processor"], 2);
+        }
+    }
+}

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::device::Device;
 use super::driver::{CudaError, Event, NOT_READY, Stream};
+use super::stream;
 
-const NON_BLOCKING_STREAM: u32 = 1;
 /// Marks take no time stamps.
 const ASKED_ABOUT: u32 = 2;
 /// Who waits for a mark sleeps, and leaves the processor to others. Such a mark costs the GPU an interrupt.
@@ -24,12 +24,7 @@ unsafe impl Send for OrderedStream {}
 
 impl OrderedStream {
     pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
-        let mut stream: Stream = std::ptr::null_mut();
-        device.current(|driver| {
-            // SAFETY: writes one handle, destroyed in `drop`.
-            let status = unsafe { (driver.stream_create)(&raw mut stream, NON_BLOCKING_STREAM) };
-            driver.check("cuStreamCreate", status)
-        })?;
+        let stream = device.current(stream::create)?;
         Ok(Self { device: Arc::clone(device), stream })
     }
 

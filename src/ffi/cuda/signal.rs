@@ -37,10 +37,14 @@ impl Signal {
     /// `stream` must be a stream of the device, which is current, and idle before `self` goes.
     pub(super) unsafe fn set(&mut self, driver: &Driver, stream: Stream) -> Result<(), CudaError> {
         self.last = self.last.wrapping_add(1);
-        // SAFETY: the stream is good, as the caller says; four aligned bytes are there until `self` goes.
-        match unsafe { (driver.stream_write)(stream, self.number.address(), self.last, WITH_BARRIER) } {
+        let status = driver.stream_write.map_or(NOT_SUPPORTED, |write| {
+            // SAFETY: the stream is good, as the caller says; four aligned bytes are there until `self` goes.
+            unsafe { write(stream, self.number.address(), self.last, WITH_BARRIER) }
+        });
+        match status {
             0 => Ok(()),
             status => {
+                // A driver or a GPU that cannot do it is no harm: then the driver is asked about the stream.
                 self.looks = 0;
                 if status == NOT_SUPPORTED { Ok(()) } else { driver.check("cuStreamWriteValue32", status) }
             }

@@ -3,6 +3,7 @@
 use std::ffi::c_char;
 
 use super::driver::{CudaError, Driver};
+use super::sight::{attribute, count, handle};
 
 const PEER_ACCESS: i32 = 2;
 const PEER_ATOMICS: i32 = 3;
@@ -37,12 +38,10 @@ pub struct Pair {
 /// Asks the driver. An error where there is none, or none of its GPUs can be used.
 pub fn survey() -> Result<Survey, CudaError> {
     let driver = Driver::get()?;
-    let (mut version, mut count) = (0, 0);
+    let mut version = 0;
     // SAFETY: writes one int.
     driver.check("cuDriverGetVersion", unsafe { (driver.driver_version)(&raw mut version) })?;
-    // SAFETY: writes one int.
-    driver.check("cuDeviceGetCount", unsafe { (driver.device_count)(&raw mut count) })?;
-    let handles = (0..count).map(|ordinal| handle(driver, ordinal)).collect::<Result<Vec<_>, _>>()?;
+    let handles = (0..count(driver)?).map(|ordinal| handle(driver, ordinal)).collect::<Result<Vec<_>, _>>()?;
     let gpus = handles.iter().map(|handle| gpu(driver, *handle)).collect::<Result<Vec<_>, _>>()?;
     let mut pairs = Vec::new();
     for (from, one) in (0..).zip(&handles) {
@@ -54,13 +53,6 @@ pub fn survey() -> Result<Survey, CudaError> {
     Ok(Survey { cuda: format!("{}.{}", version / 1000, version % 1000 / 10), gpus, pairs })
 }
 
-fn handle(driver: &Driver, ordinal: i32) -> Result<i32, CudaError> {
-    let mut handle = 0;
-    // SAFETY: writes one int.
-    driver.check("cuDeviceGet", unsafe { (driver.device_get)(&raw mut handle, ordinal) })?;
-    Ok(handle)
-}
-
 fn gpu(driver: &Driver, handle: i32) -> Result<Gpu, CudaError> {
     let (mut name, mut bytes): ([u8; 128], usize) = ([0; 128], 0);
     // SAFETY: writes a terminated string into as many bytes as are named.
@@ -70,11 +62,4 @@ fn gpu(driver: &Driver, handle: i32) -> Result<Gpu, CudaError> {
     driver.check("cuDeviceTotalMem", unsafe { (driver.device_memory)(&raw mut bytes, handle) })?;
     let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
     Ok(Gpu { name: String::from_utf8_lossy(&name[..end]).into_owned(), bytes: bytes as u64 })
-}
-
-fn attribute(driver: &Driver, what: i32, from: i32, to: i32) -> Result<bool, CudaError> {
-    let mut value = 0;
-    // SAFETY: writes one int.
-    let status = unsafe { (driver.peer_attribute)(&raw mut value, what, from, to) };
-    driver.check("cuDeviceGetP2PAttribute", status).map(|()| value != 0)
 }

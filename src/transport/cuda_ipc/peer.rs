@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::{Description, RegionDescription};
-use crate::ffi::cuda::Device;
+use crate::ffi::cuda::{Device, Sight, uuid_text};
 use crate::memory::Region;
 use crate::transport::mapped::PeerMemory;
 use crate::transport::process::Process;
@@ -43,7 +43,7 @@ impl Peer {
         }
         let map = |allocation: &super::SharedAllocation| {
             Region::of_gpu_peer(device, &allocation.handle, allocation.len)
-                .map_err(|error| unreachable(format!("{error}; its GPU must be visible here too, and reach this one")))
+                .map_err(|error| unreachable(format!("{error}; {}", why(device, &description.gpu))))
         };
         let allocations = description.allocations.iter().map(map).collect::<Result<Vec<_>, _>>()?;
         let place = |region: &RegionDescription| {
@@ -78,6 +78,26 @@ impl Peer {
     fn their_place(&self, region: u16) -> Place<'_> {
         let (allocation, offset) = self.theirs[usize::from(region)];
         Place { region: &self.allocations[allocation], offset }
+    }
+}
+
+/// Why memory of the GPU `theirs` may be out of reach, and what helps.
+fn why(device: &Device, theirs: &[u8; 16]) -> String {
+    let (gpu, ours) = (uuid_text(theirs), device.ordinal());
+    match device.sight_of(theirs) {
+        Ok(Sight::Visible { ordinal, reached: false }) => format!(
+            "its memory is on {gpu}, GPU {ordinal} here, to which GPU {ours} has no peer access; pair GPUs that have \
+             (`pdlink doctor`, gpu-peers), or allow nccl in kv.paths"
+        ),
+        Ok(Sight::Elsewhere { visible, variable }) => format!(
+            "its memory is on {gpu}, none of the {visible} that are visible here (CUDA_VISIBLE_DEVICES is {variable}), \
+             and another container's GPU or another slice of one (MIG) cannot be mapped; start both workers in one \
+             container with whole GPUs, or allow nccl in kv.paths"
+        ),
+        Ok(Sight::Same | Sight::Visible { .. }) => {
+            format!("its memory is on {gpu}, which GPU {ours} reaches: it may have ended, or freed that memory")
+        }
+        Err(error) => format!("its memory is on {gpu}, of which the driver says nothing: {error}"),
     }
 }
 

@@ -21,14 +21,14 @@ pub(super) struct Staging {
 struct Pool {
     device: Option<Arc<Device>>,
     buffer_bytes: u64,
-    buffers_max: usize,
     state: Mutex<State>,
 }
 
-#[derive(Default)]
 struct State {
     free: Vec<Buffer>,
     made: usize,
+    /// Most that are made. Fewer than was meant, once there was no memory for more.
+    most: usize,
 }
 
 struct Buffer {
@@ -46,8 +46,11 @@ pub(super) struct Slot {
 impl Staging {
     /// Of `bytes` altogether at the most, on `device` or in host memory.
     pub(super) fn new(device: Option<&Arc<Device>>, bytes: u64, buffer_bytes: u64) -> Self {
-        let buffers_max = usize::try_from(bytes / 2 / buffer_bytes).unwrap_or(1).max(1);
-        let pool = || Arc::new(Pool { device: device.cloned(), buffer_bytes, buffers_max, state: Mutex::default() });
+        let most = usize::try_from(bytes / 2 / buffer_bytes).unwrap_or(1).max(1);
+        let pool = || {
+            let state = Mutex::new(State { free: Vec::new(), made: 0, most });
+            Arc::new(Pool { device: device.cloned(), buffer_bytes, state })
+        };
         Self { sending: pool(), receiving: pool() }
     }
 
@@ -56,28 +59,54 @@ impl Staging {
     }
 
     /// A buffer for one half of a request; `None` if all are in use. Nobody waits in here: who asks may hold the one that comes
-    /// free next.
+    /// free next. An error only if there is none to wait for, and no memory for the first.
     pub(super) fn take(&self, half: Half) -> Result<Option<Slot>, String> {
         let pool = if half == Half::Send { &self.sending } else { &self.receiving };
         let mut state = locked(&pool.state);
-        if state.free.is_empty() && state.made < pool.buffers_max {
-            let buffer = pool.make()?;
-            state.made += 1;
-            return Ok(Some(Slot { buffer: Some(buffer), pool: pool.clone() }));
+        let buffer = match state.free.pop() {
+            Some(buffer) => Some(buffer),
+            None => state.one_more(|| pool.make())?,
+        };
+        Ok(buffer.map(|buffer| Slot { buffer: Some(buffer), pool: pool.clone() }))
+    }
+}
+
+impl State {
+    /// A buffer that was not there before, unless there are as many as there may be.
+    fn one_more(&mut self, make: impl FnOnce() -> Result<Buffer, String>) -> Result<Option<Buffer>, String> {
+        if self.made >= self.most {
+            return Ok(None);
         }
-        Ok(state.free.pop().map(|buffer| Slot { buffer: Some(buffer), pool: pool.clone() }))
+        match make() {
+            Ok(buffer) => {
+                self.made += 1;
+                Ok(Some(buffer))
+            }
+            Err(reason) if self.made > 0 => {
+                tracing::warn!(%reason, buffers = self.made, wanted = self.most, "nccl stages in fewer buffers");
+                // For good: who waits would otherwise ask the driver again and again.
+                self.most = self.made;
+                Ok(None)
+            }
+            Err(reason) => Err(reason),
+        }
     }
 }
 
 impl Pool {
     fn make(&self) -> Result<Buffer, String> {
         let len = to_usize(self.buffer_bytes);
-        let Some(device) = &self.device else {
-            return Region::shared(len).map(|memory| Buffer { memory, mark: None }).map_err(|error| error.to_string());
+        let mend = match &self.device {
+            Some(_) => "leave it more (vLLM's --gpu-memory-utilization), or lower kv.nccl.staging_mib",
+            None => "lower kv.nccl.staging_mib",
         };
-        let failed = |error| format!("a staging buffer of {} MiB: {error}", self.buffer_bytes >> 20);
-        let memory = Region::allocated_on(device, len).map_err(failed)?;
-        Ok(Buffer { memory, mark: Some(Mark::new(device).map_err(failed)?) })
+        let failed = |reason: String| format!("a staging buffer of {} MiB: {reason}; {mend}", self.buffer_bytes >> 20);
+        let Some(device) = &self.device else {
+            let memory = Region::shared(len).map_err(|error| failed(error.to_string()))?;
+            return Ok(Buffer { memory, mark: None });
+        };
+        let memory = Region::allocated_on(device, len).map_err(|error| failed(error.to_string()))?;
+        Ok(Buffer { memory, mark: Some(Mark::new(device).map_err(|error| failed(error.to_string()))?) })
     }
 }
 
@@ -118,5 +147,16 @@ mod tests {
         drop(first);
         assert_eq!(take(Half::Send).unwrap().memory().address(), address);
         drop(second);
+    }
+
+    #[test]
+    fn who_finds_no_memory_waits_for_what_there_is_and_fails_only_with_nothing() {
+        let buffer = || Ok(Buffer { memory: Region::shared(4096).unwrap(), mark: None });
+        let none = || Err("no memory".to_owned());
+        let mut state = State { free: Vec::new(), made: 0, most: 3 };
+        assert_eq!(state.one_more(none).err().as_deref(), Some("no memory"), "there is none to wait for");
+        assert!(state.one_more(buffer).unwrap().is_some(), "and the next one may have more luck");
+        assert!(state.one_more(none).unwrap().is_none(), "the one that is out comes back");
+        assert!(state.one_more(|| panic!("the driver was asked already")).unwrap().is_none());
     }
 }
