@@ -5,7 +5,9 @@ use std::sync::Arc;
 use super::region::{AccessError, Region};
 use super::runs::{ROWS_BYTES_MAX, Rows, Run, RunSlice};
 use super::to_u64;
-use crate::ffi::cuda::{Copier, CopyKind, CopyRows, CopySlot, CudaError, Device, DigestTile, Digester, SUMS_MAX};
+use crate::ffi::cuda::{
+    Copier, CopyKind, CopyRows, CopySlot, CudaError, Device, DigestTile, Digester, Reach, SUMS_MAX,
+};
 
 /// Longer runs are cut for the kernel, so that all multiprocessors have work.
 const CUT_BYTES: u64 = ROWS_BYTES_MAX;
@@ -370,8 +372,10 @@ impl GpuDigests {
         sums: &mut [u64],
     ) -> Result<(), AccessError> {
         self.tiles.clear();
+        let mut on_bus = false;
         for (number, region, tile) in tiles {
-            let address = start(region, tile.offset, tile.reach().unwrap_or(u64::MAX))?;
+            let address = seen(region, tile.offset, tile.reach().unwrap_or(u64::MAX))?;
+            on_bus |= region.device().is_none();
             let sum = u32::try_from(number).ok().filter(|_| number < sums.len());
             let sum = sum.ok_or_else(|| CudaError::Kernel(format!("there is no sum number {number}")))?;
             let Tile { head_stride, token_stride, heads, tokens, plane, token, .. } = tile;
@@ -388,10 +392,17 @@ impl GpuDigests {
                 sum,
             });
         }
-        // SAFETY: every tile was found to lie inside a region of a GPU's memory, which `tiles` borrows for longer than this
-        // call takes, and to name one of `sums`.
-        Ok(unsafe { self.digester.add(&self.tiles, sums) }?)
+        let reach = if on_bus { Reach::Bus } else { Reach::Memory };
+        // SAFETY: every tile was found to lie inside a region of a GPU's memory, or of host memory that is fixed for one, which
+        // `tiles` borrows for longer than this call takes, and to name one of `sums`.
+        Ok(unsafe { self.digester.add(&self.tiles, sums, reach) }?)
     }
+}
+
+/// Where a kernel that only reads finds it.
+fn seen(region: &Region, offset: u64, len: u64) -> Result<u64, AccessError> {
+    region.check(offset, len)?;
+    region.seen_from_gpu().map(|(_, address)| address + offset).ok_or(AccessError::NotGpu)
 }
 
 fn start(region: &Region, offset: u64, len: u64) -> Result<u64, AccessError> {

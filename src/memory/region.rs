@@ -214,6 +214,17 @@ impl Region {
         self.pin.get().is_some()
     }
 
+    /// The GPU whose kernels can read it, and where they find it: it lies there, or is fixed for it.
+    pub(super) fn seen_from_gpu(&self) -> Option<(&Arc<Device>, u64)> {
+        let fixed = || self.pin.get().map(|pin| (pin.device(), pin.address()));
+        self.device().map(|device| (device, self.address())).or_else(fixed)
+    }
+
+    /// The GPU that can make digests of it.
+    pub fn digested_by(&self) -> Option<&Arc<Device>> {
+        self.seen_from_gpu().map(|(device, _)| device)
+    }
+
     /// Fixes host memory in place, all of it, so that `device` copies at the full speed of the bus. Memory of a GPU is fixed.
     pub fn pin_for(&self, device: &Arc<Device>) -> Result<(), CudaError> {
         if self.device().is_some() || self.pin.get().is_some() {

@@ -68,7 +68,8 @@ pub(super) struct StreamDigests {
     open: u64,
     done: Vec<TensorDigest>,
     lump: Vec<u8>,
-    /// Made for the first bytes that lie on a GPU.
+    /// Made for the first bytes that a GPU sees: those on it, and those in host memory that is fixed for it, which it reads over the bus
+    /// in a fifth of the time that a processor takes.
     gpu: Option<GpuDigests>,
 }
 
@@ -86,7 +87,7 @@ impl StreamDigests {
         let offset = |piece: &Piece| at + (piece.stream.start - range.start);
         let pieces: Vec<Piece> = manifest.pieces(range.clone()).collect();
         for part in pieces.chunks(GpuDigests::SUMS_MAX) {
-            let sums = match region.device() {
+            let sums = match region.digested_by() {
                 None => {
                     let sums = part.iter().map(|piece| self.on_host(piece, region, offset(piece)));
                     sums.collect::<Result<Vec<_>, _>>()?
@@ -240,6 +241,10 @@ mod tests {
         host.copy_in(0, &bytes).unwrap();
         let gpu = Region::allocated_on(&device, bytes.len()).unwrap();
         host.copy_to(0, &gpu, 0, host.len()).unwrap();
+        let fixed = Region::shared(bytes.len()).unwrap();
+        fixed.copy_in(0, &bytes).unwrap();
+        fixed.pin_for(&device).unwrap();
+        assert!(fixed.digested_by().is_some() && host.digested_by().is_none());
         for bucket_bytes in [256, 64 << 10, 1 << 30] {
             let digests = |region: &Region| {
                 let (mut digests, buckets) = (StreamDigests::default(), Buckets::new(host.len(), bucket_bytes));
@@ -249,6 +254,7 @@ mod tests {
                 digests.done().to_vec()
             };
             assert_eq!(digests(&gpu), digests(&host), "buckets of {bucket_bytes}");
+            assert_eq!(digests(&fixed), digests(&host), "buckets of {bucket_bytes} in host memory that the GPU reads");
         }
     }
 }

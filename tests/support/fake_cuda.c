@@ -37,6 +37,7 @@ typedef struct { uint64_t issued, done; int priority; } Stream;
 typedef struct { Stream *stream; uint64_t issued; } Event;
 
 static Block blocks[BLOCKS_MAX];
+static Block fixed[BLOCKS_MAX];
 static size_t taken[GPUS_MAX];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 /* Streams that were made, by priority from the lowest number on. */
@@ -83,6 +84,13 @@ static int within(Ptr at, size_t len, Block *found) {
             is = 1;
             if (found) *found = blocks[i];
         }
+    pthread_mutex_unlock(&lock);
+    return is;
+}
+static int is_fixed(Ptr at, size_t len) {
+    int is = 0;
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < BLOCKS_MAX && !is; i++) is = fixed[i].at && at >= fixed[i].at && at + len <= fixed[i].at + fixed[i].len;
     pthread_mutex_unlock(&lock);
     return is;
 }
@@ -161,8 +169,28 @@ int cuMemcpyDtoD_v2(Ptr to, Ptr from, size_t len) {
 }
 int cuMemHostAlloc(void **made, size_t len, unsigned flags) { return *made = calloc(1, len), depth ? SUCCESS : INVALID_CONTEXT; }
 int cuMemFreeHost(void *at) { return free(at), SUCCESS; }
-int cuMemHostRegister_v2(void *at, size_t len, unsigned flags) { return depth && at && len ? SUCCESS : INVALID_VALUE; }
-int cuMemHostUnregister(void *at) { return at ? SUCCESS : INVALID_VALUE; }
+/* Host memory that kernels may read: what is registered as mapped (2). */
+int cuMemHostRegister_v2(void *at, size_t len, unsigned flags) {
+    if (!depth || !at || !len) return INVALID_VALUE;
+    pthread_mutex_lock(&lock);
+    int place = 0;
+    while (place < BLOCKS_MAX && fixed[place].at) place++;
+    if (place < BLOCKS_MAX) fixed[place] = (Block){ (Ptr)(uintptr_t)at, flags & 2 ? len : 0, -1, current() };
+    pthread_mutex_unlock(&lock);
+    return place < BLOCKS_MAX ? SUCCESS : OUT_OF_MEMORY;
+}
+int cuMemHostUnregister(void *at) {
+    int status = INVALID_VALUE;
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < BLOCKS_MAX && at; i++)
+        if (fixed[i].at == (Ptr)(uintptr_t)at) fixed[i].at = 0, status = SUCCESS;
+    pthread_mutex_unlock(&lock);
+    return status;
+}
+int cuMemHostGetDevicePointer_v2(Ptr *seen, void *at, unsigned flags) {
+    *seen = (Ptr)(uintptr_t)at;
+    return !flags && is_fixed(*seen, 1) ? SUCCESS : INVALID_VALUE;
+}
 
 int cuIpcGetMemHandle(Handle *handle, Ptr at) {
     Block block;
@@ -275,8 +303,7 @@ static int digest_tiles(const Tile *tiles, unsigned count, uint64_t *sums) {
         for (unsigned row = 0; row < tile->heads * tile->tokens; row++) {
             unsigned head = row % tile->heads, token = row / tile->heads;
             Ptr at = tile->address + head * tile->head_stride + token * tile->token_stride;
-            int status = usable(at, tile->content);
-            if (status) return status;
+            if (!is_fixed(at, tile->content) && usable(at, tile->content)) return ILLEGAL_ADDRESS;
             uint64_t key = scatter(tile->plane + head, tile->token + token);
             for (unsigned done = 0; done < tile->content; done += 8, key += GOLDEN) {
                 uint64_t word = 0, x;

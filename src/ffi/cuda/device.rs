@@ -13,7 +13,7 @@ const MULTIPROCESSOR_COUNT: i32 = 16;
 /// Lets a mapped peer GPU be reached over NVLink or PCIe without a call of its own.
 const LAZY_PEER_ACCESS: u32 = 1;
 /// Fixed for every context of the process.
-const PORTABLE: u32 = 1;
+const PORTABLE_MAPPED: u32 = 1 | 2;
 
 /// What all devices' memory that was allocated here adds up to. Memory of the engine is not in it.
 static ALLOCATED_BYTES: AtomicU64 = AtomicU64::new(0);
@@ -165,17 +165,24 @@ impl Device {
         CudaError::NoRoom { ordinal, bytes, free, total, code: status, name }
     }
 
-    /// Fixes host memory in place, for copies at the full speed of the bus.
+    /// Fixes host memory in place, for copies at the full speed of the bus, and for kernels that read it.
     ///
     /// # Safety
     /// `len` bytes from `host` on must stay mapped until what is answered is dropped.
     pub unsafe fn pin(self: &Arc<Self>, host: *mut u8, len: usize) -> Result<Pin, CudaError> {
         self.current(|driver| {
             // SAFETY: the caller vouches for the memory; released once, when `Pin` is dropped.
-            let status = unsafe { (driver.host_register)(host.cast::<c_void>(), len, PORTABLE) };
+            let status = unsafe { (driver.host_register)(host.cast::<c_void>(), len, PORTABLE_MAPPED) };
             driver.check("cuMemHostRegister", status)
         })?;
-        Ok(Pin { device: Arc::clone(self), host })
+        // From here on it is released when this is dropped.
+        let mut pin = Pin { device: Arc::clone(self), host, address: 0 };
+        self.current(|driver| {
+            // SAFETY: writes one address, of memory that was just registered.
+            let status = unsafe { (driver.host_address)(&raw mut pin.address, host.cast::<c_void>(), 0) };
+            driver.check("cuMemHostGetDevicePointer", status)
+        })?;
+        Ok(pin)
     }
 
     /// Copies `len` bytes at `host` to `address`.
@@ -319,6 +326,19 @@ impl Drop for DeviceMemory {
 pub struct Pin {
     device: Arc<Device>,
     host: *mut u8,
+    address: DevicePtr,
+}
+
+impl Pin {
+    /// The GPU that it was fixed for.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Where that GPU finds it.
+    pub fn address(&self) -> DevicePtr {
+        self.address
+    }
 }
 
 // SAFETY: the address is a name for the driver, and is never looked behind.

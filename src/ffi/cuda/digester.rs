@@ -16,6 +16,9 @@ const WARPS: c_uint = THREADS / 32;
 const PARTS: c_uint = 8;
 /// Blocks that one multiprocessor takes at once.
 const BLOCKS_EACH: c_uint = 4;
+/// Blocks that fill the bus to host memory: 8 KiB under way in each, where some 100 KiB are what the bus takes in the time of one answer.
+/// More would only stand in the way of the model's kernels.
+const BLOCKS_ON_BUS: c_uint = 32;
 /// Most tiles of one launch.
 const TILES_MAX: usize = 32 * 1024;
 /// Most sums of one call.
@@ -36,6 +39,15 @@ pub struct DigestTile {
     pub content: u32,
     /// Number of the sum that it counts to.
     pub sum: u32,
+}
+
+/// What is between the kernel and the rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// They lie in the GPU's own memory.
+    Memory,
+    /// Some lie in the host's.
+    Bus,
 }
 
 /// Our digest kernel on a stream of its own. One call at a time: the caller is its only user.
@@ -62,9 +74,9 @@ impl Digester {
     ///
     /// # Safety
     /// Every row of every tile must be bytes that this GPU can read until this returns, and every tile must name one of `sums`.
-    pub unsafe fn add(&mut self, tiles: &[DigestTile], sums: &mut [u64]) -> Result<(), CudaError> {
+    pub unsafe fn add(&mut self, tiles: &[DigestTile], sums: &mut [u64], reach: Reach) -> Result<(), CudaError> {
         // SAFETY: as the caller promises.
-        let added = unsafe { self.kernel.add(tiles, sums) };
+        let added = unsafe { self.kernel.add(tiles, sums, reach) };
         self.failed |= added.is_err();
         added
     }
@@ -87,7 +99,7 @@ impl Kernel {
 
     /// # Safety
     /// As [`Digester::add`].
-    unsafe fn add(&mut self, tiles: &[DigestTile], sums: &mut [u64]) -> Result<(), CudaError> {
+    unsafe fn add(&mut self, tiles: &[DigestTile], sums: &mut [u64], reach: Reach) -> Result<(), CudaError> {
         if sums.len() > SUMS_MAX {
             return Err(CudaError::Kernel(format!("{} sums are more than {SUMS_MAX}", sums.len())));
         }
@@ -99,7 +111,7 @@ impl Kernel {
             driver.check("cuMemcpyHtoDAsync", status)?;
             for part in tiles.chunks(TILES_MAX) {
                 // SAFETY: as the caller promises, of this part.
-                unsafe { self.add_part(driver, part) }?;
+                unsafe { self.add_part(driver, part, reach) }?;
             }
             // SAFETY: as above; plain host memory is written before the call returns.
             let status = unsafe { (driver.copy_out_async)(sums.as_mut_ptr().cast::<c_void>(), place, bytes, stream) };
@@ -111,13 +123,14 @@ impl Kernel {
 
     /// # Safety
     /// As [`Digester::add`], for at most `TILES_MAX` tiles.
-    unsafe fn add_part(&mut self, driver: &Driver, tiles: &[DigestTile]) -> Result<(), CudaError> {
+    unsafe fn add_part(&mut self, driver: &Driver, tiles: &[DigestTile], reach: Reach) -> Result<(), CudaError> {
         self.kernel.list()[..tiles.len()].copy_from_slice(tiles);
         let (mut list, mut count) = self.kernel.stage(driver, tiles.len(), false)?;
         let mut sums = self.sums.address();
         let mut arguments =
             [(&raw mut list).cast::<c_void>(), (&raw mut count).cast::<c_void>(), (&raw mut sums).cast::<c_void>()];
-        let blocks = self.blocks_max.min((count * PARTS).div_ceil(WARPS)).max(1);
+        let most = if reach == Reach::Bus { BLOCKS_ON_BUS.min(self.blocks_max) } else { self.blocks_max };
+        let blocks = most.min((count * PARTS).div_ceil(WARPS)).max(1);
         // SAFETY: the kernel takes a pointer, a count and a pointer, as given, and reads `count` tiles, whose rows and sums the
         // caller vouches for until the wait below has ended.
         unsafe { self.kernel.launch(driver, 0, (blocks, THREADS), &mut arguments) }?;

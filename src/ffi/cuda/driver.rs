@@ -99,6 +99,7 @@ functions! {
         host_free = b"cuMemFreeHost\0" (*mut c_void);
         host_register = b"cuMemHostRegister_v2\0" (*mut c_void, usize, c_uint);
         host_unregister = b"cuMemHostUnregister\0" (*mut c_void);
+        host_address = b"cuMemHostGetDevicePointer_v2\0" (*mut DevicePtr, *mut c_void, c_uint);
         ipc_handle = b"cuIpcGetMemHandle\0" (*mut RawIpcHandle, DevicePtr);
         ipc_open = b"cuIpcOpenMemHandle_v2\0" (*mut DevicePtr, RawIpcHandle, c_uint);
         ipc_close = b"cuIpcCloseMemHandle\0" (DevicePtr);

@@ -16,7 +16,7 @@ mod survey;
 
 pub use copier::{Copier, CopyKind, CopyRows, CopySlot};
 pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped, Pin, allocated_bytes};
-pub use digester::{DigestTile, Digester, SUMS_MAX};
+pub use digester::{DigestTile, Digester, Reach, SUMS_MAX};
 pub use driver::CudaError;
 pub use ordered_stream::{Mark, OrderedStream};
 pub use sight::{Sight, uuid_text};
