@@ -77,6 +77,9 @@ fn inner_no_peer_access() {
     says(&refused, &["over cuda-ipc", "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED (217)", "GPU-62626262-6262-"]);
     says(&refused, &["GPU 1 here, to which GPU 0 has no peer access", "gpu-peers", "nccl in kv.paths"]);
     assert!(connect(&together).is_ok(), "one GPU needs none");
+    // One that is not visible here either, as `pdlink up` starts workers.
+    let refused = connect(&peer(&[("FAKE_CUDA_FIRST", "2")])).err().unwrap().to_string();
+    says(&refused, &["(217)", "GPU-63636363-6363-", "GPU 0 has no peer access to it", "gpu-peers", "nccl in kv.paths"]);
 
     let secret = Secret::generate().unwrap();
     let (region, nccl) = over_nccl(0, MIB, &secret);

@@ -5,6 +5,7 @@
 use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// No run of tests takes longer.
@@ -28,6 +29,8 @@ pub(crate) fn is_here() -> bool {
 
 /// The folder with its library.
 pub(crate) fn folder(driver: Driver) -> PathBuf {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     let source = manifest.join("tests/support/fake_cuda.c");
     // Tests lie in `deps` of a folder of the target's.

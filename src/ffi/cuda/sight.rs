@@ -5,7 +5,8 @@ use std::fmt::Write;
 use super::device::Device;
 use super::driver::{CudaError, Driver, visible_devices};
 
-const PEER_ACCESS: i32 = 2;
+/// That one GPU reaches the memory of another.
+pub(super) const PEER_ACCESS: i32 = 2;
 
 /// Where a GPU is, seen from another one of this process.
 #[derive(Debug, Clone, PartialEq, Eq)]

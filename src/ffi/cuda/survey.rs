@@ -3,9 +3,8 @@
 use std::ffi::c_char;
 
 use super::driver::{CudaError, Driver};
-use super::sight::{attribute, count, handle};
+use super::sight::{PEER_ACCESS, attribute, count, handle};
 
-const PEER_ACCESS: i32 = 2;
 const PEER_ATOMICS: i32 = 3;
 
 /// What the driver tells without touching a GPU.

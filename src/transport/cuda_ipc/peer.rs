@@ -90,9 +90,9 @@ fn why(device: &Device, theirs: &[u8; 16]) -> String {
              (`pdlink doctor`, gpu-peers), or allow nccl in kv.paths"
         ),
         Ok(Sight::Elsewhere { visible, variable }) => format!(
-            "its memory is on {gpu}, none of the {visible} that are visible here (CUDA_VISIBLE_DEVICES is {variable}), \
-             and another container's GPU or another slice of one (MIG) cannot be mapped; start both workers in one \
-             container with whole GPUs, or allow nccl in kv.paths"
+            "its memory is on {gpu}, none of the {visible} that are visible here (CUDA_VISIBLE_DEVICES is {variable}): \
+             GPU {ours} has no peer access to it (`pdlink doctor`, gpu-peers), or it is another container's, or a slice \
+             of one (MIG); pair whole GPUs of one container that have, or allow nccl in kv.paths"
         ),
         Ok(Sight::Same | Sight::Visible { .. }) => {
             format!("its memory is on {gpu}, which GPU {ours} reaches: it may have ended, or freed that memory")
