@@ -158,11 +158,10 @@ impl Shelf {
         self.held.get(tensor.checked_sub(first)?)?.clone()
     }
 
-    /// The packer is at `range`: yields what it is past.
-    fn want(&mut self, manifest: &Manifest, range: &Range<u64>) -> VecDeque<Option<Arc<Region>>> {
-        self.wanted_end = self.wanted_end.max(range.end);
+    /// Yields what ends before `start` of the stream.
+    fn take_before(&mut self, manifest: &Manifest, start: u64) -> VecDeque<Option<Arc<Region>>> {
         let first = self.next - self.held.len();
-        let past = (first..self.next).take_while(|&tensor| manifest.place(tensor).end <= range.start).count();
+        let past = (first..self.next).take_while(|&tensor| manifest.place(tensor).end <= start).count();
         let rest = self.held.split_off(past);
         std::mem::replace(&mut self.held, rest)
     }
@@ -188,14 +187,18 @@ impl TensorBytes for Gathered {
 
     fn attend(&self, range: &Range<u64>) -> Result<(), ReadError> {
         let needed = self.manifest.begun_by(range.end);
+        // Gone before anything more is due: the two are never there together.
+        let past = self.shelf().take_before(&self.manifest, range.start);
+        drop(past);
         let mut shelf = self.shelf();
-        let past = shelf.want(&self.manifest, range);
+        shelf.wanted_end = shelf.wanted_end.max(range.end);
         self.changed.notify_all();
         let lacks = |shelf: &mut Shelf| shelf.next < needed && shelf.ended.is_none();
         let shelf = self.changed.wait_while(shelf, lacks).unwrap_or_else(PoisonError::into_inner);
-        let ended = shelf.ended.clone().map(|why| self.error(shelf.next, why));
-        drop((shelf, past));
-        ended.map_or(Ok(()), Err)
+        let next = shelf.next;
+        let ended = shelf.ended.clone();
+        drop(shelf);
+        ended.map_or(Ok(()), |why| Err(self.error(next, why)))
     }
 
     fn close(&self) {
@@ -236,7 +239,7 @@ mod tests {
     }
 
     fn due_at(gathered: &Gathered, wanted_end: u64) -> Due {
-        gathered.shelf().want(&gathered.manifest, &(0..wanted_end));
+        gathered.shelf().wanted_end = wanted_end;
         gathered.wait_until_due(NOW)
     }
 
@@ -262,7 +265,8 @@ mod tests {
     #[test]
     fn the_packer_waits_for_what_overlaps_its_range_and_lets_go_of_what_is_before() {
         let gathered = gathered(&[300, 700, 300]);
-        assert_eq!(gathered.give("a", memory(300, 1)), Ok(true));
+        let first = memory(300, 1).unwrap();
+        assert_eq!(gathered.give("a", Some(Arc::clone(&first))), Ok(true));
         // `b` begins in the first bucket, which ends within it.
         let hear = attending(&gathered, 0..512);
         assert_eq!(gathered.give("b", memory(700, 2)), Ok(true));
@@ -275,12 +279,26 @@ mod tests {
         let hear = attending(&gathered, 512..1024);
         assert_eq!(hear.recv_timeout(PATIENCE).unwrap(), Ok(()));
         assert_eq!(gathered.shelf().held.len(), 1, "`a` is past, `b` goes on");
+        assert_eq!(Arc::strong_count(&first), 1, "nobody has it any more");
         assert!(
             gathered.read(0, 0, 1, &bucket, 0).unwrap_err().to_string().contains("`a` from the ranks of the trainer")
         );
         assert_eq!(gathered.give("c", memory(300, 3)), Ok(true));
         assert_eq!(attending(&gathered, 1024..1580).recv_timeout(PATIENCE).unwrap(), Ok(()));
         assert_eq!(gathered.wait_until_due(NOW), Due::Now, "there is nothing to wait for");
+    }
+
+    #[test]
+    fn what_is_past_is_gone_before_more_is_due() {
+        let gathered = gathered(&[512, 512, 512]);
+        let first = memory(512, 1).unwrap();
+        assert_eq!(gathered.give("a", Some(Arc::clone(&first))), Ok(true));
+        let packer = attending(&gathered, 512..1024);
+        assert_eq!(gathered.give("b", memory(512, 2)), Ok(true));
+        // `c` is due as soon as the packer has said where it is.
+        assert_eq!(gathered.wait_until_due(PATIENCE), Due::Now);
+        assert_eq!(Arc::strong_count(&first), 1);
+        assert_eq!(packer.recv_timeout(PATIENCE).unwrap(), Ok(()));
     }
 
     #[test]
@@ -294,9 +312,7 @@ mod tests {
 
     #[test]
     fn whoever_waits_is_told_when_the_other_side_ends() {
-        let cases: [(fn(&Gathered), &str); 2] =
-            [(|it| it.fail("rank 1 of 2 failed"), "rank 1 of 2 failed"), (|it| it.close(), "the sender has ended")];
-        for (end, why) in cases {
+        for why in ["rank 1 of 2 failed", "the sender has ended"] {
             let gathered = gathered(&[512, 512, 512]);
             assert_eq!(gathered.give("a", memory(512, 1)), Ok(true));
             let packer = attending(&gathered, 512..1024);
@@ -304,7 +320,11 @@ mod tests {
             let (said, giver) = mpsc::channel();
             let other = Arc::clone(&gathered);
             std::thread::spawn(move || said.send((0..).find(|_| other.wait_until_due(PATIENCE) == Due::Ended)));
-            end(&gathered);
+            if why.starts_with("rank") {
+                gathered.fail(why)
+            } else {
+                gathered.close()
+            }
             let error = packer.recv_timeout(PATIENCE).unwrap().unwrap_err();
             assert!(error.why == why && error.tensor == "b", "{error}");
             assert!(giver.recv_timeout(PATIENCE).unwrap().is_some());

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import weakref
@@ -74,6 +75,8 @@ class Trainer:
 
 def _serve(pipe: Any, meeting: str, rank: int, count: int) -> None:
     torch.set_num_threads(1)
+    # Short, so that rank 0 says that it waits in every test.
+    gathering.BEAT_S = 0.01
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     limit = timedelta(seconds=COLLECTIVE_S)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=limit)
@@ -223,6 +226,24 @@ def publishes_in_a_group(rank: int, url: str, secret: Path, made: dict[str, torc
             raise OSError("the file of the adapter is gone")
 
     return asdict(publisher(url, secret, group=dist.group.WORLD).publish(generated()))
+
+
+def publishes_from_a_stand_in(rank: int, url: str, secret: Path, seed: int, library: Path) -> Any:
+    """As `publishes`, with every whole tensor on GPU 0 of a stand-in for NVIDIA's driver, whose memory is the host's."""
+    driver = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+    def on_gpu(tensor: torch.Tensor) -> Any:
+        size, place, context = tensor.numel() * tensor.element_size(), ctypes.c_uint64(), ctypes.c_void_p()
+        driver.cuCtxPushCurrent_v2(ctypes.c_void_p(1))
+        status = driver.cuMemAlloc_v2(ctypes.byref(place), ctypes.c_size_t(max(size, 1)))
+        driver.cuCtxPopCurrent_v2(ctypes.byref(context))
+        assert status == 0, f"the stand-in has no memory: {status}"
+        ctypes.memmove(place.value, tensor.contiguous().data_ptr(), size)
+        return place.value, size, tensor.detach(), 0
+
+    gathering.memory_of, gathering.settle, gathering.settle_stream = on_gpu, lambda gpus: None, lambda gpus: None
+    gathering.Plan.gpu = lambda plan: 0
+    return publishes(rank, url, secret, seed)
 
 
 def publishes_an_fsdp1_state(rank: int, url: str, secret: Path) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import sharded
 import torch
-from fleet import BIN, write_secret
+from fleet import BIN, ROOT, write_secret
 from safetensors.torch import save_file
 
 import pdlink
@@ -237,6 +237,20 @@ def test_a_group_publishes_together_what_is_whole_on_every_rank(
     raised = trainer.run(sharded.publishes_in_a_group, fleet.url, fleet.secret, sharded.values(15), 1)
     assert raised[0] == raised[1]
     assert raised[0].message == "rank 1 of 2 of the trainer failed: OSError: the file of the adapter is gone"
+
+
+def test_what_is_gathered_on_a_gpu_is_packed_there(fleet: Fleet, publisher: WeightPublisher, tmp_path: Path) -> None:
+    library = tmp_path / "libcuda.so.1"
+    source = ROOT / "tests" / "support" / "fake_cuda.c"
+    command = ["cc", "-shared", "-fPIC", "-O2", "-pthread", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+    subprocess.run(command, check=True)
+    trainer = sharded.Trainer(tmp_path)
+    try:
+        (first, held), (second, _) = trainer.run(sharded.publishes_from_a_stand_in, fleet.url, fleet.secret, 17, library)
+    finally:
+        trainer.close()
+    assert first == second and first["digest"] == publisher.publish(sharded.values(17)).digest
+    assert held["peak"] <= sharded.most_held(sharded.values(17)) < held["all"] / 2
 
 
 def test_a_rank_that_dies_ends_the_update_and_the_old_version_serves(

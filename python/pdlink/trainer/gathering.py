@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from .errors import PublishError, UnknownOutcomeError
 from .ranks import GO, STOP, WAIT, LostError, Ranks, attempt
-from .tensors import Memory, dtype_of, is_cast, is_sharded, memory_of, settle
+from .tensors import Memory, dtype_of, is_cast, is_sharded, memory_of, settle, settle_stream
 
 if TYPE_CHECKING:
     import torch
@@ -227,9 +227,8 @@ class Gathering:
         if said == STOP or made is None:
             return False, None
         wholes = [self._gather(plan, own) for plan, own in zip(part, made)]
-        if self._begun is None:
-            return True, None
-        return True, attempt(lambda: give(self._begun.sender, part, wholes))[1]
+        begun = self._begun
+        return True, None if begun is None else attempt(lambda: give(begun.sender, part, wholes))[1]
 
     def _wait_until_due(self) -> int:
         """Rank 0 waits for the packer, the others for rank 0's word."""
@@ -266,12 +265,9 @@ class Gathering:
 
 
 def give(sender: WeightSender, part: list[Plan], wholes: list[torch.Tensor | None]) -> None:
-    """Rank 0 gives the sender a part. What makes it is in a stream of the GPU: the sender reads on one of its own."""
+    """Rank 0 gives the sender a part."""
     memory: list[Memory] = [memory_of(whole) for whole in wholes if whole is not None]
-    for gpu in {gpu for *_, gpu in memory if gpu is not None}:
-        import torch
-
-        torch.cuda.current_stream(gpu).synchronize()
+    settle_stream(gpu for *_, gpu in memory)
     for plan, each in zip(part, memory):
         if not sender.give(plan.name, each):
             return

@@ -93,3 +93,13 @@ def settle(gpus: Iterable[int | None]) -> None:
 
         for gpu in used:
             torch.cuda.synchronize(gpu)
+
+
+def settle_stream(gpus: Iterable[int | None]) -> None:
+    """The same of what this thread has put there, in the stream that it uses now."""
+    used = set(gpus) - {None}
+    if used:
+        import torch
+
+        for gpu in used:
+            torch.cuda.current_stream(gpu).synchronize()
