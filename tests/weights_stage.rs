@@ -9,11 +9,13 @@ mod weights_worker;
 
 use std::path::Path as File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pdlink::config::{Path, Staging, WeightsConfig};
 use pdlink::control::{self, Hello, WeightSource, WeightsOffer, WeightsPhase, WeightsRequest};
+use pdlink::memory::Region;
 use pdlink::transport::{Fault, FaultPlan, Faulty, Transport, When};
-use pdlink::weights::{Checkpoint, Manifest, Paths, Progress, ReadError, Source, TensorBytes};
+use pdlink::weights::{Checkpoint, Due, Gathered, Manifest, Paths, Progress, ReadError, Sender, Source, TensorBytes};
 use tokio::task::JoinSet;
 use weights_worker::{PATIENCE, Worker, listen, paths, small_buckets};
 
@@ -160,14 +162,7 @@ impl TensorBytes for BadDisk {
         self.0.manifest()
     }
 
-    fn read(
-        &self,
-        tensor: usize,
-        skip: u64,
-        len: u64,
-        region: &pdlink::memory::Region,
-        at: u64,
-    ) -> Result<(), ReadError> {
+    fn read(&self, tensor: usize, skip: u64, len: u64, region: &Region, at: u64) -> Result<(), ReadError> {
         if tensor > 8 {
             let tensor = self.manifest().tensors()[tensor].name.clone();
             return Err(ReadError { tensor, from: "a disk".to_owned(), why: "input/output error".to_owned() });
@@ -192,6 +187,85 @@ async fn a_disk_that_fails_is_told_to_every_receiver() {
     worker.offer(2, WeightSource::Folder("/nowhere/at/all".to_owned()), 0, 1).await;
     let why = worker.staged().await.failure.unwrap().why;
     assert!(why.contains("cannot read /nowhere/at/all"), "{why}");
+}
+
+/// What a trainer's ranks gather: a checkpoint's tensors, none of them there yet.
+fn gathered(checkpoint: &Checkpoint, paths: &Paths) -> Arc<Gathered> {
+    let manifest = Manifest::clone(checkpoint.manifest());
+    Arc::new(Gathered::new(manifest, None, paths.weights.bucket_bytes))
+}
+
+/// Gives the first `count` tensors, each when it is due.
+fn give(gathered: &Gathered, checkpoint: &Checkpoint, count: usize) {
+    for (number, tensor) in checkpoint.manifest().tensors().iter().enumerate().take(count) {
+        assert_eq!(gathered.wait_until_due(PATIENCE), Due::Now, "tensor {number}");
+        let bytes = tensor.bytes().unwrap();
+        let region = (bytes > 0).then(|| Region::shared(usize::try_from(bytes).unwrap()).unwrap());
+        if let Some(region) = &region {
+            checkpoint.read(number, 0, bytes, region, 0).unwrap();
+        }
+        assert_eq!(gathered.give(&tensor.name, region), Ok(true));
+    }
+}
+
+#[tokio::test]
+async fn wt_5_tensors_that_come_while_they_are_sent_are_what_their_checkpoint_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tasks = JoinSet::new();
+    let paths = paths(small_buckets());
+    let (worker, reader) = (Worker::start(paths.clone()).await, Worker::start(paths.clone()).await);
+    let whole = checkpoint(folder.path(), 1);
+    let coming = gathered(&whole, &paths);
+    assert!(coming.parts().len() > 3, "several buckets: {:?}", coming.parts());
+    let (_source, address) = send(&mut tasks, 1, Arc::clone(&coming) as Arc<dyn TensorBytes>, &paths).await;
+    let giving = tokio::task::spawn_blocking(move || give(&coming, &whole, usize::MAX));
+    worker.offer(1, WeightSource::Peer(address), 0, 1).await;
+    reader.offer(1, WeightSource::Folder(folder.path().to_str().unwrap().to_owned()), 0, 1).await;
+    let digests = [worker.staged().await.staged_digest, reader.staged().await.staged_digest];
+    assert!(digests[0].is_some() && digests[0] == digests[1]);
+    tokio::time::timeout(PATIENCE, giving).await.expect("all was wanted").unwrap();
+}
+
+#[tokio::test]
+async fn wt_4_workers_are_told_why_no_more_tensors_come() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tasks = JoinSet::new();
+    let paths = paths(small_buckets());
+    let worker = Worker::start(paths.clone()).await;
+    let whole = checkpoint(folder.path(), 1);
+    let coming = gathered(&whole, &paths);
+    let (_source, address) = send(&mut tasks, 1, Arc::clone(&coming) as Arc<dyn TensorBytes>, &paths).await;
+    worker.offer(1, WeightSource::Peer(address), 0, 1).await;
+    let failing = tokio::task::spawn_blocking(move || {
+        give(&coming, &whole, coming.parts()[0]);
+        coming.fail("rank 1 of 2 of the trainer failed: no memory");
+    });
+    let why = worker.staged().await.failure.unwrap().why;
+    assert!(why.contains("from the ranks of the trainer: rank 1 of 2 of the trainer failed: no memory"), "{why}");
+    tokio::time::timeout(PATIENCE, failing).await.expect("nothing is waited for").unwrap();
+}
+
+#[tokio::test]
+async fn a_sender_ends_while_its_packer_waits_for_a_tensor_that_never_comes() {
+    let folder = tempfile::tempdir().unwrap();
+    let paths = paths(small_buckets());
+    let worker = Worker::start(paths.clone()).await;
+    let whole = checkpoint(folder.path(), 1);
+    let coming = gathered(&whole, &paths);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let sender = Sender::start(1, Arc::clone(&coming) as Arc<dyn TensorBytes>, &paths, listener).unwrap();
+    worker.offer(1, WeightSource::Peer(sender.address().to_owned()), 0, 1).await;
+    let first = coming.parts()[0];
+    let gives = Arc::clone(&coming);
+    let giving = tokio::task::spawn_blocking(move || give(&gives, &whole, first));
+    tokio::time::timeout(PATIENCE, giving).await.expect("the first bucket is due at once").unwrap();
+    // The worker has the first bucket: the second is being packed, of which nothing is there.
+    let mut progress = sender.progress();
+    tokio::time::timeout(PATIENCE, progress.wait_for(|now| now.sent_bytes > 0)).await.unwrap().unwrap();
+    let ending = tokio::task::spawn_blocking(move || drop(sender));
+    tokio::time::timeout(PATIENCE, ending).await.expect("it waits for nobody").unwrap();
+    assert_eq!(coming.wait_until_due(Duration::ZERO), Due::Ended);
+    assert!(worker.staged().await.failure.is_some());
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-"""The native runtime. No call waits for a peer or for bytes, but for `Link.wait_for_pushes`; those that may wait for a thread
-let go of the interpreter."""
+"""The native runtime. No call waits for a peer or for bytes, but for `Link.wait_for_pushes` and `WeightSender.wait_until_due`; those
+that may wait for a thread let go of the interpreter."""
 
 from typing import Any, Literal, final
 
@@ -67,11 +67,21 @@ class Link:
 
 @final
 class WeightSender:
-    """Serves tensors to workers until it is closed. Each is (name, dtype, shape, (address, bytes, owner, GPU))."""
+    """Serves tensors to workers until it is closed. Each is (name, dtype, shape, (address, bytes, owner, GPU)).
+
+    One made by `gathering` has only their names, dtypes and shapes, and is given their memory in the order of the names: the tensors of
+    `parts()[0]`, once they are due, then those of `parts()[1]`, and so on. It holds a tensor until it has been packed.
+    """
 
     def __new__(
         cls, text: str, tensors: list[tuple[str, str, list[int], tuple[int, int, Any, int | None]]]
     ) -> WeightSender: ...
+    @staticmethod
+    def gathering(text: str, tensors: list[tuple[str, str, list[int]]], gpu: int | None = None) -> WeightSender: ...
+    def parts(self) -> list[int]: ...
+    def wait_until_due(self, within_s: float) -> Literal["now", "early", "ended"]: ...
+    def give(self, name: str, memory: tuple[int, int, Any, int | None]) -> bool: ...
+    def fail(self, why: str) -> None: ...
     @property
     def address(self) -> str: ...
     def progress(self) -> tuple[int, int, int]: ...

@@ -69,7 +69,7 @@ pub(super) struct StreamDigests {
     done: Vec<TensorDigest>,
     lump: Vec<u8>,
     /// Made for the first bytes that a GPU sees: those on it, and those in host memory that is fixed for it, which it reads over the bus
-    /// in a fifth of the time that a processor takes.
+    /// faster than a processor digests it.
     gpu: Option<GpuDigests>,
 }
 

@@ -143,6 +143,11 @@ impl Manifest {
         start..start + self.tensors[tensor].bytes().expect("checked when the manifest was made")
     }
 
+    /// How many tensors begin before `end` of the stream; at its very end, all.
+    pub(super) fn begun_by(&self, end: u64) -> usize {
+        if end >= self.stream_bytes { self.tensors.len() } else { self.starts.partition_point(|&start| start < end) }
+    }
+
     /// The tensors that have bytes in `range` of the stream or end in it, in order, each cut to it.
     pub fn pieces(&self, range: Range<u64>) -> impl Iterator<Item = Piece> + '_ {
         let after = self.starts.partition_point(|&start| start < range.start);

@@ -1,7 +1,7 @@
 //! Weights from a trainer, or from a checkpoint, into workers that serve.
 //!
 //! - *what is sent*: `manifest` (names, dtypes, shapes, and the stream that their bytes make), `digest`, `tensors` (where
-//!   bytes come from), `checkpoint` (one such place: safetensors on disk);
+//!   bytes come from), `checkpoint` (one such place: safetensors on disk), `gathered` (another: tensors that come while they are sent);
 //! - *how it comes*: `messages` over a control connection, `ring`, `source` and `sender` on the sending side, `pull` and `stage` on the
 //!   receiving one, `room` for it in memory, `staged` is what came of it, or a `stream` that an engine takes as it comes; `prime_rl`, the stream of a
 //!   trainer that knows nothing of us;
@@ -17,6 +17,7 @@
 mod casts;
 mod checkpoint;
 mod digest;
+mod gathered;
 mod listening;
 mod manifest;
 mod messages;
@@ -42,6 +43,7 @@ mod testing;
 pub use casts::Casts;
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use digest::{TensorDigest, WeightsDigest};
+pub use gathered::{Due, Gathered, GiveError};
 pub use listening::Listening;
 pub use manifest::{Dtype, Manifest, ManifestError, Tensor};
 pub use metrics::WeightsMetrics;

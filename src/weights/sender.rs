@@ -31,6 +31,15 @@ pub enum SenderError {
     Thread(io::Error),
 }
 
+/// Ends what waits for tensors when the sender's task ends, however it ends: its thread waits for the packer.
+struct Closes(Arc<dyn TensorBytes>);
+
+impl Drop for Closes {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 /// A running sender of one version. Dropping it ends it, whoever still receives.
 pub struct Sender {
     address: String,
@@ -53,6 +62,7 @@ impl Sender {
         let host = &paths.advertise_host;
         let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.clone() };
         let address = format!("{host}:{}", bound.port());
+        let closes = Closes(Arc::clone(&bytes));
         let (source, running) = Source::packing(version, bytes, paths)?;
         let progress = source.progress();
         let hello = Hello {
@@ -70,6 +80,7 @@ impl Sender {
             .map_err(SenderError::Thread)?;
         let (stop, stopped) = oneshot::channel::<()>();
         let run = async move {
+            let _closes = closes;
             let listener = match tokio::net::TcpListener::from_std(listener) {
                 Ok(listener) => listener,
                 Err(error) => return tracing::error!(%error, "the sender cannot use its listener"),

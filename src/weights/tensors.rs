@@ -22,9 +22,18 @@ pub trait TensorBytes: Send + Sync {
     }
 
     /// Where on that GPU a tensor lies whole.
-    fn on_gpu(&self, _tensor: usize) -> Option<&Region> {
+    fn on_gpu(&self, _tensor: usize) -> Option<Arc<Region>> {
         None
     }
+
+    /// Waits until all of `range` of the stream can be read, of which what lies before it is not read any more. Ranges come in
+    /// order, each when the one before was read.
+    fn attend(&self, _range: &Range<u64>) -> Result<(), ReadError> {
+        Ok(())
+    }
+
+    /// Nothing is read any more: ends what waits.
+    fn close(&self) {}
 }
 
 /// Bytes that could not be had.
@@ -53,6 +62,7 @@ impl Packer {
         region: &Region,
         at: u64,
     ) -> Result<(), ReadError> {
+        bytes.attend(range)?;
         let Some(device) = region.device() else { return lay(bytes, range, region, at) };
         let named = |why: String| {
             let first = bytes.manifest().pieces(range.clone()).next();
@@ -89,12 +99,13 @@ impl Packer {
         region: &Region,
         at: u64,
     ) -> Result<(), AccessError> {
-        let runs = pieces.iter().filter(|piece| !piece.stream.is_empty()).map(|piece| {
-            let src = bytes.on_gpu(piece.tensor).ok_or(AccessError::NotGpu)?;
+        let pieces = pieces.iter().filter(|piece| !piece.stream.is_empty());
+        let held = pieces.map(|piece| Ok((piece, bytes.on_gpu(piece.tensor).ok_or(AccessError::NotGpu)?)));
+        let held = held.collect::<Result<Vec<_>, AccessError>>()?;
+        let runs = held.iter().map(|(piece, src)| {
             let (dst_offset, len) = (at + (piece.stream.start - range.start), piece.stream.end - piece.stream.start);
-            Ok(GpuRun { src, src_offset: piece.skip, dst: region, dst_offset, len })
+            GpuRun { src, src_offset: piece.skip, dst: region, dst_offset, len }
         });
-        let runs = runs.collect::<Result<Vec<_>, AccessError>>()?;
         let device = region.device().ok_or(AccessError::NotGpu)?;
         if self.copies.is_none() {
             self.copies = Some(GpuCopies::on(device, MULTIPROCESSORS_MAX, Launches::ONE)?);

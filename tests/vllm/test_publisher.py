@@ -13,8 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import sharded
 import torch
-from fleet import BIN, write_secret
+from fleet import BIN, ROOT, write_secret
 from safetensors.torch import save_file
 
 import pdlink
@@ -138,6 +139,133 @@ def test_what_is_refused_is_an_error_with_its_reason_and_the_old_version_serves(
     with pytest.raises(PublishError, match="while staging, on worker http://.*secret"):
         stranger.publish(module(3))
     assert fleet.answer() == before
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sharded.Trainer]:
+    trainer = sharded.Trainer(tmp_path_factory.mktemp("trainer"))
+    yield trainer
+    trainer.close()
+
+
+def test_sharded_tensors_are_gathered_as_they_are_sent_and_are_what_whole_ones_are(
+    fleet: Fleet, publisher: WeightPublisher, trainer: sharded.Trainer
+) -> None:
+    (first, held), (second, _) = trainer.run(sharded.publishes, fleet.url, fleet.secret, 10)
+    assert first == second and first["version"] == publisher.version()
+    answered = fleet.answer()
+    plain = publisher.publish(sharded.values(10))
+    assert (plain.digest, plain.bytes) == (first["digest"], first["bytes"])
+    assert fleet.answer() == (plain.version, answered[1])
+    # Rank 0 holds what overlaps the bucket that is packed, and what begins in the next.
+    most = sharded.most_held(sharded.values(10))
+    assert held["peak"] <= most < held["all"] / 2, (held, most)
+
+
+def test_a_module_that_is_fully_sharded_is_cast_on_its_way(
+    fleet: Fleet, publisher: WeightPublisher, trainer: sharded.Trainer
+) -> None:
+    torch.manual_seed(11)
+    model = torch.nn.Sequential(torch.nn.Linear(200, 301), torch.nn.LayerNorm(301), torch.nn.Linear(301, 7))
+    first, second = trainer.run(sharded.publishes_a_module, fleet.url, fleet.secret, model.state_dict())
+    assert first == second
+    answered = fleet.answer()
+    plain = publisher.publish(model.to(torch.bfloat16))
+    assert plain.digest == first["digest"]
+    assert fleet.answer() == (plain.version, answered[1])
+
+
+def test_one_process_casts_as_it_sends(fleet: Fleet, publisher: WeightPublisher) -> None:
+    made = sharded.values(12)
+    cast = {name: tensor.to(torch.float16) if tensor.is_floating_point() else tensor for name, tensor in made.items()}
+    with sharded.tally() as held:
+        published = sharded.publisher(fleet.url, fleet.secret, dtype=torch.float16).publish(made)
+    assert published.digest == publisher.publish(cast).digest
+    most = sharded.most_held(cast)
+    assert held["peak"] <= most < held["all"] / 2, (held, most)
+    with pytest.raises(ValueError, match="cannot be sent as torch.int8"):
+        WeightPublisher(fleet.url, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(("bad", "nth"), [(0, 1), (1, 1), (0, 20), (1, 20), (1, 36)])
+def test_a_rank_that_fails_between_gathers_is_named_on_all_and_the_old_version_serves(
+    fleet: Fleet, trainer: sharded.Trainer, bad: int, nth: int
+) -> None:
+    before = fleet.answer()
+    first, second = trainer.run(sharded.publishes_and_fails, fleet.url, fleet.secret, 13, bad, nth)
+    assert first == second and first.kind == "PublishError"
+    assert first.message == f"rank {bad} of 2 of the trainer failed: RuntimeError: no memory for the cast"
+    assert fleet.answer() == before
+    # Nothing is under way any more, and the ranks understand each other.
+    (done, _), _ = trainer.run(sharded.publishes, fleet.url, fleet.secret, 13)
+    assert done["version"] == before[0] + 1
+
+
+def test_an_update_that_is_refused_or_fails_is_raised_on_every_rank(fleet: Fleet, trainer: sharded.Trainer) -> None:
+    before = fleet.answer()
+    refused = trainer.run(sharded.publishes, fleet.url, fleet.secret, 14, before[0])
+    assert refused[0] == refused[1] and refused[0].status == 409
+    assert "is not newer than version" in refused[0].message
+    # The workers have another secret: nothing is packed, and rank 0 waits to give the third bucket.
+    failed = trainer.run(sharded.publishes, fleet.url, None, 14)
+    assert failed[0] == failed[1] and failed[0].kind == "PublishError"
+    assert "while staging, on worker http://" in failed[0].message
+    assert fleet.answer() == before
+
+
+def test_ranks_with_different_tensors_are_told_of_the_first_difference(fleet: Fleet, trainer: sharded.Trainer) -> None:
+    before = fleet.answer()
+    other = {"b.odd.rows": torch.zeros(7, 301)}
+    more = {"zz.plain": torch.zeros(2)}
+    for changes, said in [
+        (other, r"rank 1 of 2 has `b.odd.rows` F32 [7, 301] (Shard(dim=0),) on a mesh of (2,) where rank 0 has `b.odd.rows` F32 [7, 300]"),
+        (more, "rank 1 of 2 has `zz.plain` F32 [2] whole where rank 0 has nothing more"),
+    ]:
+        first, second = trainer.run(sharded.publishes_what_differs, fleet.url, fleet.secret, changes)
+        assert first == second and first.kind == "PublishError"
+        assert said in first.message
+    for raised in trainer.run(sharded.publishes_an_fsdp1_state, fleet.url, fleet.secret):
+        assert raised.kind == "TypeError" and "`layer.weight` is a ShardedTensor" in raised.message
+    assert fleet.answer() == before
+
+
+def test_a_group_publishes_together_what_is_whole_on_every_rank(
+    fleet: Fleet, publisher: WeightPublisher, trainer: sharded.Trainer
+) -> None:
+    first, second = trainer.run(sharded.publishes_in_a_group, fleet.url, fleet.secret, sharded.values(15), None)
+    assert first == second and first["digest"] == publisher.publish(sharded.values(15)).digest
+    raised = trainer.run(sharded.publishes_in_a_group, fleet.url, fleet.secret, sharded.values(15), 1)
+    assert raised[0] == raised[1]
+    assert raised[0].message == "rank 1 of 2 of the trainer failed: OSError: the file of the adapter is gone"
+
+
+def test_what_is_gathered_on_a_gpu_is_packed_there(fleet: Fleet, publisher: WeightPublisher, tmp_path: Path) -> None:
+    library = tmp_path / "libcuda.so.1"
+    source = ROOT / "tests" / "support" / "fake_cuda.c"
+    command = ["cc", "-shared", "-fPIC", "-O2", "-pthread", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+    subprocess.run(command, check=True)
+    trainer = sharded.Trainer(tmp_path)
+    try:
+        (first, held), (second, _) = trainer.run(sharded.publishes_from_a_stand_in, fleet.url, fleet.secret, 17, library)
+    finally:
+        trainer.close()
+    assert first == second and first["digest"] == publisher.publish(sharded.values(17)).digest
+    assert held["peak"] <= sharded.most_held(sharded.values(17)) < held["all"] / 2
+
+
+def test_a_rank_that_dies_ends_the_update_and_the_old_version_serves(
+    fleet: Fleet, publisher: WeightPublisher, tmp_path: Path
+) -> None:
+    before = fleet.answer()
+    trainer = sharded.Trainer(tmp_path)
+    try:
+        trainer.tell(sharded.publishes_and_dies, fleet.url, fleet.secret, 16, 20)
+        raised = trainer.hear(0)
+        assert raised.kind == "PublishError" and "rank 0 of 2 of the trainer cannot speak with the others" in raised.message
+        assert fleet.answer() == before
+        assert publisher.publish(sharded.values(16)).version == before[0] + 1
+    finally:
+        trainer.close()
 
 
 class Proxy:

@@ -25,6 +25,7 @@ from yarl import URL
 
 PROMPTS = [prompt(40 + 31 * number, 700 + number) for number in range(6)]
 TOKENS = 24
+CLIENTS = 32
 SLOWLY = ("--weights.bucket_bytes", "4096")
 
 
@@ -76,10 +77,10 @@ def workers(nursery: Nursery) -> Iterator[tuple[Server, Server, Server]]:
 class Fleet:
     """The workers behind a proxy, and the ways to give them weights."""
 
-    def __init__(self, workers: tuple[Server, Server, Server], env: dict[str, str], in_flight: str, *flags: str):
+    def __init__(self, workers: tuple[Server, ...], env: dict[str, str], in_flight: str, *flags: str):
         self.secret = env["PDLINK_SECRET_FILE"]
         flags = ("--weights.in_flight", in_flight, "--proxy.health_interval_s", "0.2", *flags)
-        self.proxy = Proxy(workers[:2], workers[2], env, f"proxy-weights-{in_flight}", flags).wait()
+        self.proxy = Proxy(workers[:-1], workers[-1], env, f"proxy-weights-{in_flight}", flags).wait()
 
     async def update(self, client: Client, path: str, body: dict[str, Any]) -> int:
         answer = await client.post(self.proxy, path, body)
@@ -106,8 +107,8 @@ class Fleet:
 @pytest.fixture
 def fleet_of(workers: tuple[Server, Server, Server], env: dict[str, str]) -> Callable[..., Any]:
     @contextmanager
-    def open(in_flight: str, *flags: str) -> Iterator[Fleet]:
-        fleet = Fleet(workers, env, in_flight, *flags)
+    def open(in_flight: str, *flags: str, prefills: int = 2) -> Iterator[Fleet]:
+        fleet = Fleet((*workers[:prefills], workers[2]), env, in_flight, *flags)
         try:
             yield fleet
         finally:
@@ -146,12 +147,24 @@ _right: dict[str, list[list[int]]] = {}
 
 async def begin(client: Client, fleet: Fleet, mono: Server) -> Story:
     """The base serves, as the first or as a later version."""
+    # A worker that was in no fleet for a while takes the others' weights first.
+    await until_all_serve(client, fleet)
     if not _right:
         _right["a"] = [(await client.complete(mono, tokens, TOKENS)).tokens for tokens in PROMPTS]
         await fleet.update(client, "/update_weights", {"weight_dir": str(OTHER_MODEL)})
         _right["b"] = await ask_all(client, fleet.proxy)
         assert all(one != other for one, other in zip(_right["a"], _right["b"]))
     return Story(_right, {await fleet.to_base(client): "a"})
+
+
+async def until_all_serve(client: Client, fleet: Fleet) -> None:
+    end = time.monotonic() + 60
+    while True:
+        workers = (await fleet.state(client))["workers"]
+        if len({worker["version"] for worker in workers}) == 1 and not any(worker["kept_out"] for worker in workers):
+            return
+        assert time.monotonic() < end, workers
+        await asyncio.sleep(0.05)
 
 
 @contextmanager
@@ -182,14 +195,19 @@ async def until(done: Callable[[], bool], within_s: float = 60) -> None:
 
 
 @pytest.mark.parametrize(
-    ("in_flight", "dispatch"),
-    [("finish", "sequential"), ("finish", "concurrent"), ("restart", "concurrent"), ("continue", "sequential")],
+    ("in_flight", "dispatch", "prefills"),
+    [
+        ("finish", "sequential", 2),
+        ("finish", "concurrent", 1),
+        ("restart", "concurrent", 2),
+        ("continue", "sequential", 1),
+    ],
 )
-def test_every_answer_says_which_weights_made_it(run, mono, fleet_of, in_flight: str, dispatch: str) -> None:
+def test_every_answer_says_which_weights_made_it(run, mono, fleet_of, in_flight: str, dispatch: str, prefills: int) -> None:
     async def test(client: Client) -> None:
-        with fleet_of(in_flight, "--proxy.dispatch", dispatch) as fleet:
+        with fleet_of(in_flight, "--proxy.dispatch", dispatch, prefills=prefills) as fleet:
             story = await begin(client, fleet, mono)
-            with load(client, fleet.proxy) as given:
+            with load(client, fleet.proxy, CLIENTS) as given:
                 for name, way in (
                     ("b", fleet.push(OTHER_MODEL)),
                     ("a", fleet.update(client, "/update_weights", {"weight_dir": str(MODEL)})),

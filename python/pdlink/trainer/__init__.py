@@ -1,5 +1,6 @@
 """For trainers: new weights into a fleet that serves, as one transaction."""
 
-from .publisher import Published, PublishError, UnknownOutcomeError, WeightPublisher
+from .errors import PublishError, UnknownOutcomeError
+from .publisher import Published, WeightPublisher
 
 __all__ = ["PublishError", "Published", "UnknownOutcomeError", "WeightPublisher"]

@@ -9,66 +9,29 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from .._native import PdlinkError, WeightSender
+from .._native import WeightSender
+from .errors import PublishError, UnknownOutcomeError
+from .gathering import Begun, Gathering
+from .ranks import Alone, ranks_of
+from .tensors import DTYPES, collected, described, is_cast, settle
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed
 
-    Weights = Union[torch.nn.Module, Mapping[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
-
-# PyTorch's names, and what safetensors calls them.
-DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e8m0fnu": "F8_E8M0",
-    "int16": "I16",
-    "uint16": "U16",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int32": "I32",
-    "uint32": "U32",
-    "float32": "F32",
-    "float64": "F64",
-    "int64": "I64",
-    "uint64": "U64",
-}
-
+    from .tensors import Named, Weights
 
 # How long a question that is answered at once may take.
 ASK_S = 30.0
 # How much longer than an update may take its answer is waited for.
 SLACK_S = 30.0
-
-
-class PublishError(PdlinkError):
-    """The weights were not taken; the message names the phase and the worker. The old version serves on."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class UnknownOutcomeError(PublishError):
-    """The proxy had the order, and its answer did not come: the update may have been made, may still be made, or come to nothing.
-
-    `GET /admin/weights` of the proxy says which: `under_way` while it goes on; then `version` is this one's and `source` names `peer`
-    if it serves, and if not, `last_failure` says why.
-    """
-
-    def __init__(self, status: int, message: str, version: int, peer: str) -> None:
-        super().__init__(status, message)
-        self.version = version
-        self.peer = peer
 
 
 class _NoAnswer(Exception):
@@ -99,6 +62,10 @@ class WeightPublisher:
     `[weights]`, such as `bucket_bytes` and `paths`; `kv` are settings of `[kv]` that hold for broadcasts and copies too, such as `nccl`
     and `transfer_timeout_ms`. `timeout_s` is how long the proxy's answer is waited for; by default somewhat longer than its `[weights]`
     let an update take.
+
+    `dtype` is what floating tensors are cast to on their way, such as `torch.bfloat16`; by default they go as they are. `group` is the
+    process group whose ranks publish together, each by the same call; rank 0 of it sends. By default it is torch's default group if a
+    tensor is a DTensor, and otherwise there is none: this process publishes alone.
     """
 
     def __init__(
@@ -111,6 +78,8 @@ class WeightPublisher:
         timeout_s: float | None = None,
         weights: Mapping[str, Any] | None = None,
         kv: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._server = urlsplit(self._url)
@@ -122,17 +91,54 @@ class WeightPublisher:
         self._timeout_s = timeout_s
         self._weights = dict(weights or {})
         self._kv = dict(kv or {})
+        if dtype is not None and (not dtype.is_floating_point or str(dtype).removeprefix("torch.") not in DTYPES):
+            raise ValueError(f"floating tensors cannot be sent as {dtype}; name a floating dtype that checkpoints hold, as torch.bfloat16")
+        self._dtype = dtype
+        self._group = group
 
     def version(self) -> int:
         """The version that the fleet serves."""
         return int(self._status().get("version") or 0)
 
     def publish(self, weights: Weights, version: int | None = None) -> Published:
-        """Sends all tensors as one version: the given one, or the next. They are read while this runs: nobody may write to them."""
+        """Sends all tensors as one version: the given one, or the next. They are read while this runs: nobody may write to them.
+
+        Where ranks publish together, each calls this with the same names, and all return the same, or raise the same error: a
+        `PublishError` of what the fleet said, or of the first rank that failed, by its number. The tensors of rank 0 are sent, those that
+        are DTensors gathered from all ranks, and `version` is rank 0's.
+        """
+        tensors, failed = collected(weights)
+        ranks = ranks_of(self._group, tensors)
+        if failed is None and isinstance(ranks, Alone) and not any(is_cast(tensor, self._dtype) for _, tensor in tensors):
+            return self._lend(tensors, version)
+        gathering = Gathering(ranks, self._dtype)
+        published: Published = gathering.publish(tensors, failed, lambda descriptions, gpu: self._begin(version, descriptions, gpu))
+        return published
+
+    def _lend(self, tensors: Named, version: int | None) -> Published:
+        """Sends tensors out of the memory that they are in."""
+        version, patience_s = self._next(version)
+        given = [described(name, tensor) for name, tensor in tensors]
+        settle(memory[3] for *_, memory in given)
+        sender = WeightSender(self._settings(version), given)
+        try:
+            return self._order(sender.address, version, patience_s)
+        finally:
+            sender.close()
+
+    def _begin(self, version: int | None, descriptions: list[tuple[str, str, list[int]]], gpu: int | None) -> Begun:
+        """A sender of tensors that come while they are sent, and the order for it."""
+        number, patience_s = self._next(version)
+        sender = WeightSender.gathering(self._settings(number), descriptions, gpu)
+        return Begun(sender, number, lambda: self._order(sender.address, number, patience_s))
+
+    def _next(self, version: int | None) -> tuple[int, float]:
+        """The version to publish, and how long the proxy's answer is waited for."""
         status = self._status()
-        if version is None:
-            version = int(status.get("version") or 0) + 1
         patience_s = float(status["update_max_s"]) + SLACK_S if self._timeout_s is None else self._timeout_s
+        return int(status.get("version") or 0) + 1 if version is None else version, patience_s
+
+    def _settings(self, version: int) -> str:
         settings = {
             "version": version,
             "host": self._host,
@@ -141,13 +147,23 @@ class WeightPublisher:
             "weights": self._weights,
             "kv": self._kv,
         }
-        tensors = [described(name, tensor) for name, tensor in named(weights)]
-        settle(tensors)
-        sender = WeightSender(json.dumps(settings), tensors)
+        return json.dumps(settings)
+
+    def _status(self) -> dict[str, Any]:
         try:
-            done = self._order(sender.address, version, patience_s)
-        finally:
-            sender.close()
+            return self._ask("GET", "/admin/weights", None, ASK_S)
+        except _NoAnswer as error:
+            raise PublishError(error.status, str(error)) from error
+
+    def _order(self, peer: str, version: int, patience_s: float) -> Published:
+        try:
+            done = self._ask("POST", "/admin/weights/update", {"peer": peer, "version": version}, patience_s)
+        except _NoAnswer as error:
+            why = (
+                f"it is not known what became of version {version}: {error}; it may serve, or may yet. GET {self._url}/admin/weights says "
+                f"so: once nothing is `under_way`, it serves if `version` is {version} and `source` names {peer}"
+            )
+            raise UnknownOutcomeError(error.status, why, version, peer) from error
         behind = [worker["worker"] for worker in done["behind"]] + done["left_out"]
         return Published(
             version=done["version"],
@@ -157,22 +173,6 @@ class WeightPublisher:
             paused_s=done["paused_s"],
             behind=tuple(behind),
         )
-
-    def _status(self) -> dict[str, Any]:
-        try:
-            return self._ask("GET", "/admin/weights", None, ASK_S)
-        except _NoAnswer as error:
-            raise PublishError(error.status, str(error)) from error
-
-    def _order(self, peer: str, version: int, patience_s: float) -> dict[str, Any]:
-        try:
-            return self._ask("POST", "/admin/weights/update", {"peer": peer, "version": version}, patience_s)
-        except _NoAnswer as error:
-            why = (
-                f"it is not known what became of version {version}: {error}; it may serve, or may yet. GET {self._url}/admin/weights says "
-                f"so: once nothing is `under_way`, it serves if `version` is {version} and `source` names {peer}"
-            )
-            raise UnknownOutcomeError(error.status, why, version, peer) from error
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None, patience_s: float) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
@@ -208,34 +208,3 @@ def refusal(body: bytes) -> str:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return body.decode(errors="replace")
-
-
-def named(weights: Weights) -> Iterable[tuple[str, torch.Tensor]]:
-    """Names and tensors of a module, a mapping or an iterable."""
-    state_dict = getattr(weights, "state_dict", None)
-    source = state_dict() if callable(state_dict) else weights
-    return source.items() if isinstance(source, Mapping) else source
-
-
-def described(name: str, tensor: torch.Tensor) -> tuple[str, str, list[int], tuple[int, int, Any, int | None]]:
-    """A tensor as the native sender takes it. Contiguous memory is borrowed where it lies; anything else is copied first."""
-    kind = str(tensor.dtype).removeprefix("torch.")
-    if kind not in DTYPES:
-        raise TypeError(f"tensor `{name}` is of {tensor.dtype}, which no checkpoint holds")
-    held = tensor.detach()
-    if held.device.type not in ("cpu", "cuda"):
-        held = held.to("cpu")
-    held = held.contiguous()
-    gpu = held.device.index if held.device.type == "cuda" else None
-    memory = (held.data_ptr(), held.numel() * held.element_size(), held, gpu)
-    return name, DTYPES[kind], list(held.shape), memory
-
-
-def settle(tensors: Iterable[tuple[Any, ...]]) -> None:
-    """What the trainer has put on its GPUs before is done afterwards: the sender reads on streams of its own."""
-    gpus = {memory[3] for *_, memory in tensors} - {None}
-    if gpus:
-        import torch
-
-        for gpu in gpus:
-            torch.cuda.synchronize(gpu)

@@ -94,8 +94,6 @@ pub(crate) struct Desk {
     /// Told when the fleet's version changes, and after every update.
     pub(super) changed: watch::Sender<u64>,
     running: Mutex<Option<Running>>,
-    /// The trainer's group that all workers have joined.
-    trainer: Mutex<Option<u64>>,
     orders: mpsc::Sender<(Order, watch::Sender<Option<Outcome>>)>,
 }
 
@@ -116,7 +114,6 @@ impl Desk {
             learning: AtomicBool::new(true),
             changed: watch::Sender::default(),
             running: Mutex::default(),
-            trainer: Mutex::default(),
             orders,
         };
         (desk, Orders(queue))
@@ -141,15 +138,6 @@ impl Desk {
     pub(crate) fn told(&self) -> (Option<u64>, Option<String>) {
         let fleet = self.fleet();
         (fleet.version.or_else(|| self.serves()), fleet.last_failure.clone())
-    }
-
-    /// All workers are in this group of a trainer's.
-    pub(super) fn follows(&self, group: u64) {
-        *self.trainer.lock().unwrap_or_else(PoisonError::into_inner) = Some(group);
-    }
-
-    pub(super) fn trainer(&self) -> Option<u64> {
-        *self.trainer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn running(&self) -> MutexGuard<'_, Option<Running>> {

@@ -155,12 +155,13 @@ pub(crate) async fn update_weights(State(lane): State<Arc<Lane>>, request: Reque
     let body = serde_json::from_slice::<Value>(&text).unwrap_or_default();
     match body.get("weight_dir").and_then(Value::as_str) {
         Some(folder) => {
-            // Of a trainer whose group all workers are in, the folder holds markers, and its name the step.
-            let source = match lane.shared.weights.trainer() {
-                Some(group) => WeightSource::Trainer { group, step: folder.to_owned() },
+            // Where workers are in a trainer's group the folder holds markers, and its name is the step's. One that was restarted is not
+            // in it any more, and will say so.
+            let source = |told: &[WeightsStatus]| match told.iter().find_map(|status| status.trainer.as_ref()) {
+                Some(link) => WeightSource::Trainer { group: link.group, step: folder.to_owned() },
                 None => WeightSource::Folder(folder.to_owned()),
             };
-            for_all(&lane, source, step_of(folder), call, text).await
+            for_all(&lane, source, step_of(folder), call, &text).await
         }
         None => to_all_workers(&lane, call, text).await,
     }
@@ -169,40 +170,36 @@ pub(crate) async fn update_weights(State(lane): State<Arc<Lane>>, request: Reque
 /// PRIME-RL's way back to the base model.
 pub(crate) async fn reload_weights(State(lane): State<Arc<Lane>>, request: Request) -> Response {
     match Call::read(&lane, request).await {
-        Ok((call, text)) => for_all(&lane, WeightSource::Base, None, call, text).await,
+        Ok((call, text)) => for_all(&lane, |_| WeightSource::Base, None, call, &text).await,
         Err(error) => error.into_response(),
     }
 }
 
+/// One transaction over all workers that take weights from us, from the source that follows from what they say.
 async fn for_all(
     lane: &Arc<Lane>,
-    source: WeightSource,
+    source: impl FnOnce(&[WeightsStatus]) -> WeightSource,
     step: Option<u64>,
     call: Call,
-    text: bytes::Bytes,
+    text: &bytes::Bytes,
 ) -> Response {
-    let serves = match first_version(lane).await {
-        Ok(serves) => serves,
-        // These workers are updated by their own routes.
-        Err(ControlError::Refused { .. }) => return to_all_workers(lane, call, text).await,
-        Err(error) => return error_of(&unreachable(lane, &error)).into_response(),
-    };
-    let Some(serves) = serves else { return to_all_workers(lane, call, text).await };
-    // A run that went back to an earlier step still gets a version of its own.
-    let version = step.filter(|step| *step > serves);
-    answer(lane.shared.weights.order(Order { version, source }).await)
-}
-
-/// What the first worker with a runtime serves. `None`: there is no such worker.
-async fn first_version(lane: &Lane) -> Result<Option<u64>, ControlError> {
-    let mut last = Ok(None);
-    for member in members(&lane.shared) {
-        last = member.client.weights(WeightsRequest::Status).await.map(|status| Some(status.version));
-        if matches!(last, Ok(_) | Err(ControlError::Refused { .. })) {
-            break;
+    let (mut told, mut failed) = (Vec::new(), None);
+    for answer in tell_all(&members(&lane.shared), &WeightsRequest::Status).await {
+        match answer {
+            Ok(status) => told.push(status),
+            // Such a worker is updated by routes of its own.
+            Err(ControlError::Refused { .. }) => {}
+            Err(error) => failed = Some(error),
         }
     }
-    last
+    let first = match (told.first(), failed) {
+        (Some(first), _) => first,
+        (None, Some(error)) => return error_of(&unreachable(lane, &error)).into_response(),
+        (None, None) => return to_all_workers(lane, call, text.clone()).await,
+    };
+    // A run that went back to an earlier step still gets a version of its own.
+    let version = step.filter(|step| *step > first.version);
+    answer(lane.shared.weights.order(Order { version, source: source(&told) }).await)
 }
 
 fn unreachable(lane: &Lane, error: &ControlError) -> Refused {

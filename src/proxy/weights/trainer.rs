@@ -1,7 +1,7 @@
 //! Brings all workers into the NCCL group of a trainer that knows nothing of us: PRIME-RL's `/init_broadcaster`.
 //!
 //! The trainer is rank 0 and waits for all others, so all ranks of all workers are told at once, and each its own number: prefill's first,
-//! as many for each worker as its tensor parallelism says. From then on `/update_weights {"weight_dir"}` means what the group brings.
+//! as many for each worker as its tensor parallelism says. From then on, as the workers' own status says, `/update_weights {"weight_dir"}` means what the group brings.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -107,8 +107,6 @@ pub(crate) async fn join_trainer(shared: &Arc<Shared>, text: &[u8]) -> Option<Re
         Ok(places) => places,
         Err(why) => return Some(Err(ApiError::bad_request(why))),
     };
-    // Not while an update is under way.
-    let _turn = shared.weights.turn.read().await;
     let ranks = match all_ranks(shared, &all).await {
         Ok((_, ranks)) => ranks,
         Err(Refused::NoMembers { .. }) => return None,
@@ -121,7 +119,6 @@ pub(crate) async fn join_trainer(shared: &Arc<Shared>, text: &[u8]) -> Option<Re
         tracing::error!(error = %refused, "no group with the trainer");
         return Some(Err(super::routes::error_of(&refused)));
     }
-    shared.weights.follows(places.id);
     Some(Ok(()))
 }
 

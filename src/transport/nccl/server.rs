@@ -35,13 +35,26 @@ pub(super) struct Server {
 
 impl Serve for Server {
     fn serve(&self, socket: &Socket, closing: &AtomicBool) -> TransportError {
-        let served = Connection::open(self, socket, closing).and_then(|mut connection| connection.serve());
-        let Err(error) = served;
-        if !socket.hung_up() {
-            tracing::warn!(peer = socket.peer(), %error, "an nccl connection is given up");
-        }
-        error
+        let mut opened = match Connection::open(self, socket, closing) {
+            Ok(opened) => opened,
+            Err(error) => {
+                // What was made of it has ended already, and may be why the peer hung up.
+                let left = socket.hung_up() && !matches!(error, TransportError::Unreachable { .. });
+                return given_up(socket, error, left);
+            }
+        };
+        let Err(error) = opened.serve();
+        // Asked while the lane is still there: to end it makes the peer hang up too.
+        given_up(socket, error, socket.hung_up())
     }
+}
+
+/// Says why a connection ends, unless it is that the peer has left.
+fn given_up(socket: &Socket, error: TransportError, left: bool) -> TransportError {
+    if !left {
+        tracing::warn!(peer = socket.peer(), %error, "an nccl connection is given up");
+    }
+    error
 }
 
 struct Connection<'a> {

@@ -12,7 +12,7 @@ import torch
 from vllm.logger import init_logger
 
 from ... import _native
-from ...trainer.publisher import DTYPES
+from ...trainer.tensors import DTYPES
 from .plan import Described, Lying, NoPlan, Part, Plan, Prints, learn
 
 logger = init_logger("vllm.pdlink.weights")
