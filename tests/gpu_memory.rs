@@ -10,16 +10,23 @@ use pdlink::memory::{Device, GpuCopies, GpuDigests, GpuRuns, Launches, Region, R
 /// Longer than what goes in one part, and no multiple of it.
 const BYTES: u64 = (20 << 20) + 77;
 
+const ON_EVERY_DRIVER: &[&str] = &["short_runs_arrive", "copies_both_ways"];
+/// Alone in its process: it counts launches.
+const FEW_RUNS: &[&str] = &["few_runs_arrive"];
+
 #[test]
 fn what_a_gpu_does_is_right_over_a_stand_in_too() {
-    fake_cuda::pass(Driver::New, &[], &["short_runs_arrive", "copies_both_ways"], 2);
+    fake_cuda::pass(Driver::New, &[], ON_EVERY_DRIVER, 2);
+    fake_cuda::pass(Driver::New, &[], FEW_RUNS, 1);
 }
 
 /// Without numbers written by streams, and without priorities of them: by asking, and by the usual one.
 #[test]
 fn and_over_a_driver_that_lacks_what_came_later_or_a_gpu_that_cannot_do_it() {
-    fake_cuda::pass(Driver::Old, &[], &["short_runs_arrive", "copies_both_ways"], 2);
-    fake_cuda::pass(Driver::New, &[("FAKE_CUDA_NO_WRITES", "1")], &["short_runs_arrive", "copies_both_ways"], 2);
+    for (driver, switches) in [(Driver::Old, &[][..]), (Driver::New, &[("FAKE_CUDA_NO_WRITES", "1")])] {
+        fake_cuda::pass(driver, switches, ON_EVERY_DRIVER, 2);
+        fake_cuda::pass(driver, switches, FEW_RUNS, 1);
+    }
 }
 
 #[test]
@@ -99,6 +106,64 @@ fn short_runs_arrive_whole_and_nothing_beside_them() {
             rows: Some(&rows),
         };
         assert!(copies.copy_slices([slice]).unwrap_err().to_string().contains("outside"), "{launches:?}");
+    }
+}
+
+/// Lengths of runs, where the first begins, and whether one launch brings them with it: at most 8, in at most 32 chunks of 4 KiB if all
+/// had as many as the longest.
+const FEW: &[(&[u64], u64, bool)] = &[
+    (&[4096], 0, true),
+    (&[4096], 9, true),
+    (&[0], 0, true),
+    (&[1], 3, true),
+    (&[4095, 1, 8192, 17], 5, true),
+    (&[64, 0, 4096 + 32, 64 << 10], 0, false),
+    (&[48 << 10, 48 << 10], 16, true),
+    (&[44 << 10, 44 << 10, 44 << 10], 16, false),
+    (&[128 << 10], 0, true),
+    (&[128 << 10], 7, true),
+    (&[(128 << 10) + 1], 0, false),
+    (&[(128 << 10) + 1], 11, false),
+    (&[16 << 10; 8], 16, true),
+    (&[100, 16 << 10, 4096, 0, 33, 4097, 8191, 16], 1, true),
+    (&[(16 << 10) + 1, 1, 1, 1, 1, 1, 1, 1], 0, false),
+    (&[64; 8], 0, true),
+    (&[64; 9], 0, false),
+];
+
+#[test]
+#[ignore = "needs a GPU"]
+fn few_runs_arrive_whole_and_nothing_beside_them() {
+    let device = Device::open(0).unwrap();
+    let bytes: Vec<u8> = (0..1_u32 << 20).map(|at| u8::try_from(at * 31 % 251).unwrap()).collect();
+    let region = || Region::allocated_on(&device, bytes.len()).unwrap();
+    let (src, dst) = (region(), region());
+    src.copy_in(0, &bytes).unwrap();
+    let mut copies = GpuCopies::on(&device, 8, Launches::ONE).unwrap();
+    for (lens, at, is_few) in FEW {
+        // The other way round on the other side, with bytes between that nobody may touch.
+        let (mut from, mut to) = (*at, 3 * at + (512 << 10));
+        let place = |len: &u64| {
+            to -= len + 48;
+            let run = Run { src: from, dst: to, len: *len };
+            from += len + 64;
+            run
+        };
+        let runs: Vec<Run> = lens.iter().map(place).collect();
+        let mut want = vec![9; bytes.len()];
+        for run in &runs {
+            let [from, to, len] = [run.src, run.dst, run.len].map(|number| usize::try_from(number).unwrap());
+            want[to..to + len].copy_from_slice(&bytes[from..from + len]);
+        }
+        dst.copy_in(0, &vec![9; bytes.len()]).unwrap();
+        let before = fake_cuda::is_here().then(fake_cuda::launches);
+        let (src, dst, list) = (&*src, &*dst, RunSlice::whole(&runs));
+        copies.copy_slices([GpuRuns { src, src_offset: 0, dst, dst_offset: 0, runs: list, rows: None }]).unwrap();
+        assert!(dst.to_vec(0, dst.len()).unwrap() == want, "{lens:?} from {at}");
+        if let Some((few, others)) = before {
+            let want = if *is_few { (few + 1, others) } else { (few, others + 1) };
+            assert_eq!(fake_cuda::launches(), want, "{lens:?}: launches of few runs, and others");
+        }
     }
 }
 

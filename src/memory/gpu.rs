@@ -6,7 +6,7 @@ use super::region::{AccessError, Region};
 use super::runs::{ROWS_BYTES_MAX, Rows, Run, RunSlice};
 use super::to_u64;
 use crate::ffi::cuda::{
-    Copier, CopyKind, CopyRows, CopySlot, CudaError, Device, DigestTile, Digester, Reach, SUMS_MAX,
+    Copier, CopyFew, CopyKind, CopyRows, CopySlot, CudaError, Device, DigestTile, Digester, Reach, SUMS_MAX,
 };
 
 /// Longer runs are cut for the kernel, so that all multiprocessors have work.
@@ -171,11 +171,18 @@ impl Started<'_> {
 
     fn launch(&mut self) -> Result<(), AccessError> {
         let GpuCopies { copiers, next, launches } = &mut *self.copies;
-        let Filling { kind, slots, bytes, longest, launch_bytes } = self.filling;
+        let Filling { kind, slots, bytes, longest, launch_bytes, first } = self.filling;
         let in_place = bytes / to_u64(slots).max(1) >= launches.in_place_from;
-        // SAFETY: all of it is of one kind, and every run or row was found to lie inside a region of a GPU's memory, which is borrowed for longer than `started`
-        // takes; and when that ends, this has been waited for. Overlaps race among plain bytes of the GPU and harm nothing else.
-        unsafe { copiers[*next].start(kind, slots, longest, in_place) }?;
+        let few = first.get(..slots).filter(|_| kind == CopyKind::Runs).and_then(|runs| CopyFew::new(runs, longest));
+        let copier = &mut copiers[*next];
+        match few {
+            // SAFETY: every run or row was found to lie inside a region of a GPU's memory, which is borrowed for longer than
+            // `started` takes; and when that ends, this has been waited for. Overlaps race among plain bytes of the GPU and harm
+            // nothing else.
+            Some(few) => unsafe { copier.start_few(few) },
+            // SAFETY: as above, and all of it is of one kind.
+            None => unsafe { copier.start(kind, slots, longest, in_place) },
+        }?;
         *next = (*next + 1) % LAUNCHES;
         self.filling = Filling::new(launch_bytes.saturating_mul(2).min(launches.most_bytes));
         Ok(())
@@ -197,11 +204,14 @@ struct Filling {
     longest: u64,
     /// The list is launched once it has so many bytes.
     launch_bytes: u64,
+    /// The list's first slots again: the list itself is slow to read.
+    first: [CopySlot; CopyFew::RUNS_MAX],
 }
 
 impl Filling {
     fn new(launch_bytes: u64) -> Self {
-        Self { kind: CopyKind::Runs, slots: 0, bytes: 0, longest: 0, launch_bytes }
+        let first = [CopySlot::default(); CopyFew::RUNS_MAX];
+        Self { kind: CopyKind::Runs, slots: 0, bytes: 0, longest: 0, launch_bytes, first }
     }
 
     fn is_full(&self, slots_max: usize) -> bool {
@@ -228,6 +238,10 @@ impl Filling {
             (src_end, dst_end) = (src_end.max(ends.0), dst_end.max(ends.1));
             (bytes, longest) = (bytes + len, longest.max(len));
             taken += 1;
+        }
+        let first = self.first.get_mut(self.slots..).unwrap_or_default();
+        for (slots, stretch) in first.chunks_exact_mut(S::KIND.slots()).zip(&stretches[..taken]) {
+            stretch.write(places, slots);
         }
         (self.slots, self.bytes, self.longest) = (self.slots + taken * S::KIND.slots(), bytes, longest);
         if src_end <= places.src_room && dst_end <= places.dst_room {

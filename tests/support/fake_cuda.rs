@@ -65,15 +65,25 @@ pub(crate) fn again(driver: Driver, switches: &[(&str, &str)]) -> Command {
 
 /// How many streams this process has made: of the lowest priority, and of any other.
 pub(crate) fn streams() -> (i32, i32) {
+    counted(b"fake_cuda_streams\0")
+}
+
+/// How many kernels this process has launched: those of few runs, and others.
+pub(crate) fn launches() -> (i32, i32) {
+    counted(b"fake_cuda_launches\0")
+}
+
+/// Two numbers of the stand-in's, by the name of its function.
+fn counted(name: &[u8]) -> (i32, i32) {
     // SAFETY: the library is ours, is open already, and has no initialisers.
     let library = unsafe { libloading::Library::new("libcuda.so.1") }.unwrap();
     type Count = unsafe extern "C" fn(*mut i32, *mut i32);
     // SAFETY: fake_cuda.c gives it this type.
-    let count = unsafe { library.get::<Count>(b"fake_cuda_streams\0") }.unwrap();
-    let (mut lowest, mut others) = (0, 0);
+    let count = unsafe { library.get::<Count>(name) }.unwrap();
+    let (mut first, mut second) = (0, 0);
     // SAFETY: writes two numbers.
-    unsafe { count(&raw mut lowest, &raw mut others) };
-    (lowest, others)
+    unsafe { count(&raw mut first, &raw mut second) };
+    (first, second)
 }
 
 /// Runs tests of this binary over the stand-in, ignored ones too: all whose names contain one of `tests`. There must be `count`.

@@ -1,6 +1,6 @@
-//! Scattered copies by one kernel launch: a list of pieces, a few blocks of threads that work it off.
+//! Scattered copies by one kernel launch: a list of pieces, a few blocks of threads that work it off. Few short runs need no list.
 
-use std::ffi::{c_uint, c_void};
+use std::ffi::{CStr, c_uint, c_void};
 use std::sync::Arc;
 
 use super::device::Device;
@@ -19,6 +19,12 @@ const CHUNK_BYTES: u64 = 4096;
 const SLOTS_MAX: usize = 64 * 1024;
 /// A list spends so many bits of a slot's numbers on an address, and the rest on the length.
 const ADDRESS_BITS: u32 = 48;
+
+/// The kernels, each at its place in the module.
+const KERNELS: [&CStr; 3] = [c"pdlink_copy_runs", c"pdlink_copy_rows", c"pdlink_copy_few"];
+const RUNS: usize = 0;
+const ROWS: usize = 1;
+const FEW: usize = 2;
 
 static IDLE: Idle<ListKernel<CopySlot>> = Idle::new();
 
@@ -72,6 +78,33 @@ impl CopySlot {
     }
 }
 
+/// Runs that a launch brings with it, as the kernel has them: chunks enough for one block, of few runs.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(16))]
+pub struct CopyFew {
+    runs: [CopySlot; Self::RUNS_MAX],
+    count: c_uint,
+    /// Of the longest run.
+    chunks: c_uint,
+}
+
+impl CopyFew {
+    pub const RUNS_MAX: usize = 8;
+
+    /// `None`: they are too many, or the longest of them, of `longest` bytes, is too long for so many.
+    pub fn new(runs: &[CopySlot], longest: u64) -> Option<Self> {
+        let mut few = Self { runs: [CopySlot::default(); Self::RUNS_MAX], count: 0, chunks: chunks(longest) };
+        few.runs.get_mut(..runs.len())?.copy_from_slice(runs);
+        few.count = c_uint::try_from(runs.len()).ok()?;
+        few.count.checked_mul(few.chunks).filter(|warps| (1..=WARPS).contains(warps)).map(|_| few)
+    }
+}
+
+/// Chunks of the longest piece of a launch.
+fn chunks(longest: u64) -> c_uint {
+    c_uint::try_from(longest.div_ceil(CHUNK_BYTES)).unwrap_or(c_uint::MAX).max(1)
+}
+
 /// Our copy kernel on a stream of its own. One launch at a time: the caller is its only user.
 pub struct Copier {
     kernel: Lent<ListKernel<CopySlot>>,
@@ -84,7 +117,7 @@ impl Copier {
     pub fn new(device: &Arc<Device>, blocks_max: u32) -> Result<Self, CudaError> {
         let blocks = device.multiprocessors()?.min(blocks_max).max(1);
         let is_here = |kernel: &ListKernel<CopySlot>| kernel.device().ordinal() == device.ordinal();
-        let make = || ListKernel::new(device, KERNEL, &[c"pdlink_copy_runs", c"pdlink_copy_rows"], SLOTS_MAX);
+        let make = || ListKernel::new(device, KERNEL, &KERNELS, SLOTS_MAX);
         let kernel = IDLE.take(is_here, make)?;
         Ok(Self { kernel, blocks, running: false })
     }
@@ -124,13 +157,13 @@ impl Copier {
         longest: u64,
         in_place: bool,
     ) -> Result<(), CudaError> {
-        let mut chunks = c_uint::try_from(longest.div_ceil(CHUNK_BYTES)).unwrap_or(c_uint::MAX).max(1);
+        let mut chunks = chunks(longest);
         // Also if something fails from here on: the list may be on its way.
         self.running = true;
         let (mut list, slots) = self.kernel.stage(driver, slots, in_place)?;
         let (kernel, mut count) = match kind {
-            CopyKind::Runs => (0, slots),
-            CopyKind::Rows => (1, slots / 2),
+            CopyKind::Runs => (RUNS, slots),
+            CopyKind::Rows => (ROWS, slots / 2),
         };
         // One number for all chunks of a launch: 65,536 pieces of 256 KiB are 4 M.
         let items = count.checked_mul(chunks).ok_or_else(|| CudaError::Kernel("a piece is too long".to_owned()))?;
@@ -141,6 +174,30 @@ impl Copier {
         // caller vouches for until they have been waited for.
         unsafe { self.kernel.launch(driver, kernel, (blocks, THREADS), &mut arguments) }?;
         self.kernel.signal(driver)
+    }
+
+    /// As [`Copier::start`], of runs that are not on the list.
+    ///
+    /// # Safety
+    /// As [`Copier::start`].
+    pub unsafe fn start_few(&mut self, few: CopyFew) -> Result<(), CudaError> {
+        self.wait()?;
+        let device = Arc::clone(self.kernel.device());
+        // SAFETY: as the caller promises.
+        device.current(|driver| unsafe { self.launch_few(driver, few) })
+    }
+
+    /// # Safety
+    /// As [`Copier::start`].
+    unsafe fn launch_few(&mut self, driver: &Driver, mut few: CopyFew) -> Result<(), CudaError> {
+        self.running = true;
+        let threads = few.count * few.chunks * (THREADS / WARPS);
+        let (mut word, mut value) = self.kernel.signal_by_kernel();
+        let mut arguments =
+            [(&raw mut few).cast::<c_void>(), (&raw mut word).cast::<c_void>(), (&raw mut value).cast::<c_void>()];
+        // SAFETY: the kernel takes runs by value, a pointer and a number, as given. The caller vouches for the runs' addresses until
+        // they have been waited for; the number's place is there until the stream is idle.
+        unsafe { self.kernel.launch(driver, FEW, (1, threads), &mut arguments) }
     }
 
     /// Waits for what was started.
@@ -164,6 +221,7 @@ impl Drop for Copier {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fake_cuda;
     use super::*;
 
     #[test]
@@ -175,5 +233,47 @@ mod tests {
             assert_eq!(src >> ADDRESS_BITS | dst >> ADDRESS_BITS << 16, u64::from(len));
         }
         assert_eq!((CopySlot::run(address + 1, 0, 1), CopySlot::run(0, address + 1, 1)), (None, None));
+    }
+
+    #[test]
+    fn runs_are_few_where_one_block_has_a_warp_for_each_chunk() {
+        let runs = [CopySlot::default(); CopyFew::RUNS_MAX + 1];
+        for (count, longest, want) in [
+            (0, 1, None),
+            (1, 0, Some(1)),
+            (1, CHUNK_BYTES * 32, Some(32)),
+            (1, CHUNK_BYTES * 32 + 1, None),
+            (5, CHUNK_BYTES * 6, Some(30)),
+            (5, CHUNK_BYTES * 7, None),
+            (8, CHUNK_BYTES * 4, Some(32)),
+            (8, u64::MAX, None),
+            (9, 1, None),
+        ] {
+            let got = CopyFew::new(&runs[..count], longest).map(|few| few.count * few.chunks);
+            assert_eq!(got, want, "{count} runs of up to {longest} bytes");
+        }
+        // As the kernel has them.
+        assert_eq!((size_of::<CopyFew>(), std::mem::offset_of!(CopyFew, count)), (144, 128));
+    }
+
+    /// The number of a launch that failed never comes: nobody waits for it, and the next launch has one of its own.
+    #[test]
+    fn a_failed_launch_holds_nobody_up() {
+        if !fake_cuda::is_here() {
+            return;
+        }
+        let device = Device::open(0).unwrap();
+        let (src, dst) = (device.allocate(64).unwrap(), device.allocate(64).unwrap());
+        let few = |src: u64, len: u32| CopyFew::new(&[CopySlot::run(src, dst.address(), len).unwrap()], len.into());
+        let mut copier = Copier::new(&device, 8).unwrap();
+        for _ in 0..3 {
+            // SAFETY: the stand-in refuses what was not allocated, and looks at nothing there.
+            let failed = unsafe { copier.start_few(few(64, 64).unwrap()) };
+            assert!(failed.unwrap_err().to_string().contains("ILLEGAL_ADDRESS"));
+            copier.wait().unwrap();
+            // SAFETY: both are so long, and there until the wait has returned.
+            unsafe { copier.start_few(few(src.address(), 64).unwrap()) }.unwrap();
+            copier.wait().unwrap();
+        }
     }
 }

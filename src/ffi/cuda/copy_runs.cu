@@ -10,6 +10,13 @@ struct __align__(16) Run {
     unsigned long long dst;
 };
 
+// Runs that come with the launch: reading a list in host memory takes the GPU a microsecond before it can begin.
+struct Few {
+    Run runs[8];
+    unsigned count;
+    unsigned chunks;
+};
+
 struct __align__(16) Rows {
     unsigned long long src;
     unsigned long long dst;
@@ -111,4 +118,19 @@ extern "C" __global__ void __launch_bounds__(1024) pdlink_copy_runs(const Run* _
 extern "C" __global__ void __launch_bounds__(1024) pdlink_copy_rows(const Rows* __restrict__ rows, unsigned count,
                                                                      unsigned chunks) {
     copy_all(rows, count, chunks);
+}
+
+// For one block with a warp for each chunk. It says itself that it is done, which takes the stream longer: `value` in `word`, in host
+// memory, once everything that the block has written is there for whoever sees it.
+extern "C" __global__ void __launch_bounds__(1024) pdlink_copy_few(const Few few, unsigned* word, unsigned value) {
+    const unsigned item = threadIdx.x / LANES;
+    if (item < few.count * few.chunks) {
+        copy_chunk(few.runs[item / few.chunks], item % few.chunks * CHUNK_BYTES, threadIdx.x % LANES);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // Of the other threads' writes too: the barrier has put those before it.
+        __threadfence_system();
+        *static_cast<volatile unsigned*>(word) = value;
+    }
 }

@@ -126,6 +126,11 @@ impl<T: Copy + Default> ListKernel<T> {
         unsafe { self.signal.set(driver, self.stream) }
     }
 
+    /// In place of [`ListKernel::signal`], for the kernel that is launched next: where it writes which number when it is done.
+    pub(super) fn signal_by_kernel(&mut self) -> (DevicePtr, u32) {
+        self.signal.by_kernel()
+    }
+
     /// Waits for the last signal.
     pub(super) fn wait(&mut self, driver: &Driver) -> Result<(), CudaError> {
         // SAFETY: as above.

@@ -14,7 +14,7 @@ mod signal;
 mod stream;
 mod survey;
 
-pub use copier::{Copier, CopyKind, CopyRows, CopySlot};
+pub use copier::{Copier, CopyFew, CopyKind, CopyRows, CopySlot};
 pub use device::{Allocation, Device, DeviceMemory, IpcHandle, Mapped, Pin, allocated_bytes};
 pub use digester::{DigestTile, Digester, Reach, SUMS_MAX};
 pub use driver::CudaError;
@@ -35,6 +35,15 @@ mod tests {
     fn digests_of_a_gpu_are_those_of_the_processor_over_a_stand_in_too() {
         for driver in [Driver::New, Driver::Old] {
             pass(driver, &[], &["a_gpu_makes_the_same_digest", "a_gpu_digests_like_the_processor"], 2);
+        }
+    }
+
+    #[test]
+    fn copies_of_few_runs_outlive_a_failed_launch_over_a_stand_in() {
+        for (driver, switches) in
+            [(Driver::New, &[][..]), (Driver::Old, &[]), (Driver::New, &[("FAKE_CUDA_NO_WRITES", "1")])]
+        {
+            pass(driver, switches, &["a_failed_launch_holds_nobody_up"], 1);
         }
     }
 }

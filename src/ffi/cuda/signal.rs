@@ -1,4 +1,5 @@
-//! Learning at once that a stream has got somewhere: the GPU writes a number into host memory, and a look at it asks nobody.
+//! Learning at once that a stream has got somewhere: the GPU writes a number into host memory, and a look at it asks nobody. The
+//! stream writes it, behind whatever is on it, or a kernel does, as the last thing of its own.
 //! An event is told of through the driver, and on some virtual machines 30 µs later.
 
 use std::ffi::c_uint;
@@ -7,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::device::Device;
-use super::driver::{CudaError, Driver, NOT_READY, NOT_SUPPORTED, Stream};
+use super::driver::{CudaError, DevicePtr, Driver, NOT_READY, NOT_SUPPORTED, Stream};
 use super::pinned::Pinned;
 
 /// The number comes behind everything that was written before it.
@@ -49,6 +50,13 @@ impl Signal {
                 if status == NOT_SUPPORTED { Ok(()) } else { driver.check("cuStreamWriteValue32", status) }
             }
         }
+    }
+
+    /// Sets the signal by a kernel that is to be launched next: where it must write, and what. It may end without that, or not be
+    /// launched at all: what [`Signal::wait`] does not see it learns from the driver, as where streams cannot write numbers.
+    pub(super) fn by_kernel(&mut self) -> (DevicePtr, u32) {
+        self.last = self.last.wrapping_add(1);
+        (self.number.address(), self.last)
     }
 
     /// Waits until everything before the last signal has been done.
